@@ -1,0 +1,66 @@
+"""Batch normalization (S. Ioffe, C. Szegedy, 2015, https://arxiv.org/abs/1502.03167)."""
+
+import torch
+
+from norms.moments import Norm, check_channels, moments, normalise, per_channel, wide
+
+
+class BatchNorm(Norm):
+    """Normalise every channel by its mean and variance over the batch and all positions.
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    In training `mean` and `var` (biased) are the batch's own and the gradient flows through them; in
+    evaluation they are the running averages
+
+        running_mean <- (1 - mom) running_mean + mom mean
+        running_var  <- (1 - mom) running_var  + mom var n / (n - 1)        n = values per channel
+
+    Output, gradients, buffers and state dict equal those of `torch.nn.BatchNorm1d/2d/3d`, and state dicts move
+    both ways. One difference: on one value per channel torch refuses to train; here the output is `bias`, the
+    running mean takes the value in, and the running variance stays, for one value says nothing of the spread.
+
+    The lesson's first version (fastai part 2 v3, notebook 07) detaches the batch statistics from the graph and
+    normalises by the unbiased variance; this one, as torch's, does neither.
+
+    Args:
+        nf: channels, the size of axis 1.
+        mom: weight of the **new** value in the running averages, in 0 to 1, as torch's `momentum`.
+        eps: added to the variance.
+
+    Shapes: `(N, C)` or `(N, C, *spatial)` in and out; `weight`, `bias`, `running_mean`, `running_var` `(C,)`.
+
+    Raises:
+        ValueError: another channel count, fewer than two axes, an empty input.
+        TypeError: an integer input.
+    """
+
+    def __init__(self, nf, mom=0.1, eps=1e-5):
+        check_channels("BatchNorm", nf)
+        super().__init__((nf,), eps)
+        if not 0 <= mom <= 1:
+            raise ValueError(f"BatchNorm: mom is {mom!r}; it weighs the new batch and must lie in 0 to 1, such as 0.1")
+        self.nf, self.mom = nf, mom
+        self.register_buffer("running_mean", torch.zeros(nf))
+        self.register_buffer("running_var", torch.ones(nf))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))  # as torch's; nothing here reads it
+
+    def forward(self, x):
+        self.check_input(x, self.nf)
+        xs = wide(x)                                                # (N, C, *spatial), float32 or wider
+        if self.training:
+            mean, var = moments(xs, (0, *range(2, x.ndim)))         # (1, C, 1, 1) each
+            self.track(mean.detach().flatten(), var.detach().flatten(), x.numel() // self.nf)
+        else:
+            mean, var = per_channel(self.running_mean, x.ndim), per_channel(self.running_var, x.ndim)
+        weight, bias = per_channel(self.weight, x.ndim), per_channel(self.bias, x.ndim)
+        return normalise(xs, mean, var, self.eps, weight, bias).to(x.dtype)
+
+    def track(self, mean, var, n):
+        """Take the batch's `mean` and biased `var`, each `(C,)` over `n` values, into the running averages."""
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.mom)
+        if n > 1: self.running_var.lerp_(var.to(self.running_var.dtype) * (n / (n - 1)), self.mom)
+
+    def extra_repr(self):
+        return f"{self.nf}, mom={self.mom}, eps={self.eps}"

@@ -1,0 +1,48 @@
+"""Group normalization (Y. Wu, K. He, 2018, https://arxiv.org/abs/1803.08494)."""
+
+from norms.moments import Norm, check_channels, moments, normalise, wide
+
+
+class GroupNorm(Norm):
+    """Normalise every group of channels of every image by its mean and variance over channels and positions.
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias        mean, var (biased) per image and group
+
+    No running state: training and evaluation compute the same, and the batch size plays no part, which is why
+    it holds at batch size 2. One group is layer norm with an affine map per channel; as many groups as channels
+    is instance norm. Output, gradients and state dict equal those of `torch.nn.GroupNorm`.
+
+    Args:
+        num_groups: groups; must divide `num_channels`.
+        num_channels: channels, the size of axis 1.
+        eps: added to the variance.
+        affine: whether there are a `weight` and a `bias` per channel.
+
+    Shapes: `(N, C)` or `(N, C, *spatial)` in and out; `weight` and `bias` `(C,)`.
+
+    Raises:
+        ValueError: groups that don't divide the channels, another channel count, fewer than two axes, an empty input.
+        TypeError: an integer input.
+    """
+
+    def __init__(self, num_groups, num_channels, eps=1e-5, affine=True):
+        check_channels("GroupNorm", num_channels)
+        if not isinstance(num_groups, int) or num_groups < 1 or num_channels % num_groups:
+            raise ValueError(f"GroupNorm got {num_groups!r} groups for {num_channels} channels; the groups must divide "
+                             f"the channels: choose one of "
+                             f"{[g for g in range(1, num_channels + 1) if num_channels % g == 0]}")
+        super().__init__((num_channels,) if affine else None, eps)
+        self.num_groups, self.num_channels = num_groups, num_channels
+
+    def forward(self, x):
+        self.check_input(x, self.num_channels)
+        xs = wide(x).unflatten(1, (self.num_groups, -1))            # (N, G, C/G, *spatial), a view
+        mean, var = moments(xs, tuple(range(2, xs.ndim)))           # (N, G, 1, 1, 1) each
+        weight, bias = self.weight, self.bias
+        if weight is not None:
+            groups = (1, self.num_groups, -1, *[1] * (x.ndim - 2))
+            weight, bias = weight.view(groups), bias.view(groups)   # (1, G, C/G, 1, 1) each
+        return normalise(xs, mean, var, self.eps, weight, bias).flatten(1, 2).to(x.dtype)
+
+    def extra_repr(self):
+        return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.weight is not None}"
