@@ -1,0 +1,42 @@
+"""A training loop on one screen (`runner.core`) and the callbacks that make it useful.
+
+Importing this package imports torch and neither matplotlib nor fastprogress: `runner.plots` and a live
+`ProgressCallback` load them when they draw.
+"""
+
+from runner.callbacks import BatchTransformXCallback, CudaCallback, view_tfm
+from runner.core import (
+    EVENTS,
+    Callback,
+    CancelBatchException,
+    CancelEpochException,
+    CancelException,
+    CancelTrainException,
+    Learner,
+    Runner,
+    TrainEvalCallback,
+    camel2snake,
+    listify,
+)
+from runner.data import DataBunch, Dataset, get_dls
+from runner.hooks import Hook, Hooks, append_stats
+from runner.metrics import AvgStats, AvgStatsCallback, Recorder, accuracy
+from runner.progress import ProgressCallback
+from runner.schedules import (
+    LR_Find,
+    ParamScheduler,
+    annealer,
+    combine_scheds,
+    sched_cos,
+    sched_exp,
+    sched_lin,
+    sched_no,
+)
+
+__all__ = [
+    "EVENTS", "AvgStats", "AvgStatsCallback", "BatchTransformXCallback", "Callback", "CancelBatchException",
+    "CancelEpochException", "CancelException", "CancelTrainException", "CudaCallback", "DataBunch", "Dataset", "Hook",
+    "Hooks", "LR_Find", "Learner", "ParamScheduler", "ProgressCallback", "Recorder", "Runner", "TrainEvalCallback",
+    "accuracy", "annealer", "append_stats", "camel2snake", "combine_scheds", "get_dls", "listify", "sched_cos",
+    "sched_exp", "sched_lin", "sched_no", "view_tfm",
+]

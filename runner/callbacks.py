@@ -1,0 +1,52 @@
+"""Small callbacks: the device and a transform of the batch."""
+
+import torch
+
+from runner.core import Callback
+
+
+class CudaCallback(Callback):
+    """Moves the model and every batch to the GPU; does nothing where there is none.
+
+    Args:
+        device: where to instead, anything `torch.device` takes. None means the current GPU if there is one.
+
+    The optimizer keeps working: moving a module leaves its parameters the same objects. Optimizer state from
+    an earlier fit on another device is moved along.
+    """
+
+    _order = -5
+
+    def __init__(self, device=None):
+        if device is None and torch.cuda.is_available(): device = "cuda"
+        self.device = None if device is None else torch.device(device)
+
+    def begin_fit(self):
+        if self.device is None: return
+        self.model.to(self.device)
+        for state in self.opt.state.values():
+            for k, v in state.items():
+                if torch.is_tensor(v) and v.ndim: state[k] = v.to(self.device)  # 0-dim step counters stay
+
+    def begin_batch(self):
+        if self.device is None: return
+        run = self.run
+        run.xb = run.xb.to(self.device, non_blocking=True)
+        run.yb = run.yb.to(self.device, non_blocking=True)
+
+
+class BatchTransformXCallback(Callback):
+    """Replaces `xb` by `tfm(xb)` at the beginning of every batch, on the device where the batch then is."""
+
+    _order = 2
+
+    def __init__(self, tfm): self.tfm = tfm
+
+    def begin_batch(self):
+        self.run.xb = self.tfm(self.run.xb)
+
+
+def view_tfm(*size):
+    """A transform that views a batch as `(batch, *size)`: `view_tfm(1, 28, 28)` for flat 784-pixel images."""
+    def _inner(x): return x.view(-1, *size)
+    return _inner

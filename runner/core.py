@@ -1,0 +1,332 @@
+"""The training loop: events, cancel exceptions, `Callback`, `Learner` and `Runner`."""
+
+import difflib
+import re
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+EVENTS = (
+    "begin_fit",
+    "begin_epoch", "begin_batch", "after_pred", "after_loss", "after_backward", "after_step",
+    "after_cancel_batch", "after_batch", "after_cancel_epoch",
+    "begin_validate", "after_epoch",
+    "after_cancel_train", "after_fit",
+)
+
+# Events of fastai v2 that go by another name here: a method so called would never run.
+FASTAI_V2 = {
+    "before_fit": "begin_fit", "before_epoch": "begin_epoch", "before_train": "begin_epoch",
+    "before_batch": "begin_batch", "before_backward": "after_loss", "before_step": "after_backward",
+    "before_validate": "begin_validate", "after_validate": "after_epoch", "after_train": "begin_validate",
+    "after_cancel_fit": "after_cancel_train",
+}
+
+
+class CancelException(Exception):
+    """Base of the three exceptions by which a callback leaves a level of the loop."""
+
+
+class CancelBatchException(CancelException):
+    """Leave the batch: `after_cancel_batch`, `after_batch`, then the next batch."""
+
+
+class CancelEpochException(CancelException):
+    """Leave this pass over a loader: `after_cancel_epoch`; after a training pass validation follows."""
+
+
+class CancelTrainException(CancelException):
+    """Leave the fit: `after_cancel_train`, then `after_fit`."""
+
+
+def listify(o):
+    """`o` as a list: None gives [], a single thing (a string too) [o], a list, tuple or generator its items."""
+    if o is None: return []
+    if isinstance(o, (str, dict)) or not hasattr(o, "__iter__"): return [o]
+    return list(o)
+
+
+def camel2snake(name):
+    """'AvgStats' -> 'avg_stats', 'LRFinder' -> 'lr_finder'."""
+    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower()
+
+
+class Callback:
+    """Answers events: define a method named after an event (see `EVENTS`) and it is called when that happens.
+
+    Inside it `self.xb`, `self.loss`, `self.opt`, ... read the runner's attributes. To change one, set it on the
+    runner: `self.run.xb = ...`. Set `_order` to come before (smaller) or after (larger) other callbacks. Returning
+    True from `begin_epoch` or `begin_validate` skips that pass. `name` (the class name in snake case without
+    "Callback") is the attribute under which the runner exposes it.
+
+    Raises:
+        TypeError: at the definition of a subclass with a method whose name is almost an event's.
+    """
+
+    _order = 0
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for method in [k for k, v in vars(cls).items() if callable(v) and not k.startswith("_") and k not in EVENTS]:
+            meant = FASTAI_V2.get(method) or next(iter(difflib.get_close_matches(method, EVENTS, 1, 0.85)), None)
+            if meant:
+                raise TypeError(f"{cls.__name__}.{method} is no event and would never be called; rename it to "
+                                f"{meant!r} if that is meant, or to something less like an event. "
+                                f"Events: {', '.join(EVENTS)}")
+
+    @property
+    def name(self):
+        return camel2snake(re.sub(r"Callback$", "", type(self).__name__) or "callback")
+
+    def set_runner(self, run):
+        """Called by the runner at the start of each fit."""
+        self.run = run
+
+    def __getattr__(self, name):
+        # Only reached when ordinary look-up fails. `run` itself and special names must end here, or a copy
+        # or an unpickled callback, which has no `run` yet, would look for it for ever.
+        run = self.__dict__.get("run")
+        if run is not None and not name.startswith("__"):
+            try: return getattr(run, name)
+            except AttributeError: pass
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}" + (
+            "; it has no runner yet: attributes of the runner can be read once a fit has begun" if run is None
+            else ", and neither has its runner"))
+
+    def __setattr__(self, name, value):
+        if name in RUNNER_ATTRS:
+            warnings.warn(f"{type(self).__name__} sets {name!r} on itself and hides the runner's: write "
+                          f"`self.run.{name} = ...` to change it there, or choose another name", stacklevel=2)
+        super().__setattr__(name, value)
+
+    def handler(self, event):
+        """The method that answers `event`, or None."""
+        return getattr(self, event) if event in self.__dict__ or hasattr(type(self), event) else None
+
+    def __call__(self, event):
+        """Answer `event`; True if the answer was True. Override it to see every event."""
+        answer = self.handler(event)
+        return answer is not None and answer() is True
+
+
+RUNNER_ATTRS = frozenset({"xb", "yb", "pred", "loss", "opt", "model", "loss_func", "data", "in_train",
+                          "n_epochs", "n_iter", "iters", "epoch", "epochs"})
+
+
+class TrainEvalCallback(Callback):
+    """Switches the model between training and evaluation and counts; every runner has one, before the others.
+
+    `n_iter` is the number of training batches done in this fit, `n_epochs` the same in epochs, a float:
+    `epoch + batch / iters`.
+    """
+
+    _order = -10
+
+    def begin_fit(self):
+        self.run.n_epochs, self.run.n_iter = 0.0, 0
+
+    def begin_epoch(self):
+        self.run.n_epochs, self.done = float(self.epoch), 0
+        self.model.train()
+        self.run.in_train = True
+
+    def after_batch(self):
+        run = self.run
+        if not run.in_train: return
+        self.done += 1
+        run.n_iter += 1
+        run.n_epochs = run.epoch + self.done / run.iters  # not summed up: 1/iters would drift
+
+    def begin_validate(self):
+        self.model.eval()
+        self.run.in_train = False
+
+
+@dataclass
+class Learner:
+    """Holds what is trained: a model, its optimizer, a loss function `f(pred, yb)` and a `DataBunch`."""
+
+    model: Any
+    opt: Any
+    loss_func: Any
+    data: Any
+
+
+class Runner:
+    """Owns the training loop and calls the callbacks at each of its events.
+
+    Args:
+        cbs: callbacks, one or a list.
+        cb_funcs: functions without arguments that make callbacks, such as their classes or `partial`s of them.
+
+    Each callback is exposed under its name: `run.recorder`. During a fit the runner has `xb, yb, pred, loss` (of
+    the batch), `opt, model, loss_func, data` (of the learner), `in_train`, `n_epochs` (float), `n_iter`, `iters`
+    (batches in this pass), `epoch` and `epochs`.
+
+    Raises:
+        ValueError: two callbacks of one name, or a name that is an attribute of the runner.
+        TypeError: something that is no callback.
+    """
+
+    def __init__(self, cbs=None, cb_funcs=None):
+        self.in_train, self.learn, self._fitting = False, None, False
+        self.logger = None  # where a row of statistics goes after each epoch; ProgressCallback sets it
+        self._answers = {event: [] for event in EVENTS}
+        self.cbs = []
+        for cb in [TrainEvalCallback(), *listify(cbs), *(make() for make in listify(cb_funcs))]:
+            self._expose(cb)
+            self.cbs.append(cb)
+
+    # --- the loop ---------------------------------------------------------------------------------------------
+
+    def fit(self, epochs, learn, cbs=None):
+        """Train `learn` for `epochs` epochs, each followed by a validation; `cbs` take part in this fit only.
+
+        Whatever ends the fit, `after_fit` reaches every callback, the runner can be used again, and an exception
+        is the one that was raised first. Gradients left from before are cleared at the start.
+        """
+        with self._callbacks(epochs, learn, cbs), _Always(self, "after_fit"):
+            try:
+                self("begin_fit")
+                for self.epoch in range(epochs):
+                    self.all_batches("begin_epoch", self.data.train_dl)
+                    with torch.no_grad():
+                        self.all_batches("begin_validate", self.data.valid_dl)
+                    self("after_epoch")
+            except CancelTrainException: self("after_cancel_train")
+
+    def all_batches(self, begin, dl):
+        """One pass over `dl`, unless a callback returns True from the event `begin`."""
+        try:
+            self.iters = len(dl)
+            if self(begin): return
+            if not self.iters: raise ValueError(_no_batches(begin))
+            for xb, yb in dl: self.one_batch(xb, yb)
+        except CancelEpochException: self("after_cancel_epoch")
+
+    def one_batch(self, xb, yb):
+        """One batch: forward and loss; in training also backward and the optimizer's step.
+
+        A batch cancelled in `after_backward` keeps its gradients, so the next one adds to them.
+        """
+        self.xb, self.yb = xb, yb
+        with _Always(self, "after_batch"):
+            try:
+                self("begin_batch")
+                self.pred = self.model(self.xb)
+                self("after_pred")
+                self.loss = self.loss_func(self.pred, self.yb)
+                self("after_loss")
+                if not self.in_train: return
+                self.loss.backward()
+                self("after_backward")
+                self.opt.step()
+                self("after_step")
+                self.opt.zero_grad()
+            except CancelBatchException: self("after_cancel_batch")
+
+    def __call__(self, event):
+        """Call every callback that answers `event`, in order; True if one of them returned True."""
+        skip = False
+        for answer in self._answers[event]:
+            if answer() is True: skip = True
+        return skip
+
+    # --- the learner's parts ----------------------------------------------------------------------------------
+
+    @property
+    def model(self): return self._of_learner("model")
+
+    @property
+    def opt(self): return self._of_learner("opt")
+
+    @property
+    def loss_func(self): return self._of_learner("loss_func")
+
+    @property
+    def data(self): return self._of_learner("data")
+
+    def _of_learner(self, name):
+        if self.learn is None: raise AttributeError(f"the runner has no {name!r} before its first fit")
+        return getattr(self.learn, name)
+
+    # --- callbacks --------------------------------------------------------------------------------------------
+
+    def _expose(self, cb):
+        """Make `cb` an attribute of the runner under its name."""
+        if isinstance(cb, type) or not (callable(cb) and hasattr(cb, "set_runner")):
+            raise TypeError(f"{cb!r} is no callback; `cbs` takes instances, such as Recorder(), and `cb_funcs` what "
+                            "makes them, such as Recorder or partial(AvgStatsCallback, accuracy)")
+        if any(cb.name == other.name for other in self.cbs):
+            raise ValueError(f"two callbacks are named {cb.name!r}; the runner exposes each as run.{cb.name}: leave "
+                             "one out, or subclass it under another class name")
+        if cb.name in RUNNER_ATTRS or hasattr(type(self), cb.name) or cb.name in self.__dict__:
+            raise ValueError(f"a callback is named {cb.name!r}, which is an attribute of the runner: rename its class")
+        setattr(self, cb.name, cb)
+
+    @contextmanager
+    def _callbacks(self, epochs, learn, cbs):
+        """Settle who answers which event for the length of a fit, with the temporary `cbs` among them."""
+        if self._fitting:
+            raise RuntimeError("this runner is already fitting; a callback that trains something needs a Runner "
+                               "of its own")
+        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
+            raise ValueError(f"epochs is {epochs!r}; it must be an integer of at least 0")
+        lasting = list(self.cbs)
+        try:
+            for cb in listify(cbs):
+                self._expose(cb)
+                self.cbs.append(cb)
+            ordered = sorted(self.cbs, key=lambda cb: cb._order)
+            self.learn, self.epochs, self.epoch, self._fitting = learn, epochs, 0, True
+            for cb in ordered: cb.set_runner(self)
+            # Looked up once here and not at each of 25,000 batches. A callback with a `__call__` of its own gets
+            # every event's name, as one of the lesson does.
+            self._answers = {e: [a for cb in ordered if (a := _answer(cb, e)) is not None] for e in EVENTS}
+            self.opt.zero_grad()
+            yield
+        finally:
+            for cb in self.cbs[len(lasting):]: delattr(self, cb.name)
+            self.cbs, self._fitting, self.in_train = lasting, False, False
+            self._answers = {event: [] for event in EVENTS}
+
+
+def _answer(cb, event):
+    """What to call when `event` happens: the callback's own method, or None if it has none."""
+    if isinstance(cb, Callback) and type(cb).__call__ is Callback.__call__: return cb.handler(event)
+    return partial(cb, event)
+
+
+class _Always:
+    """Dispatches `event` when its block is left, however it is left, and loses no exception.
+
+    Every callback is called even if one before it raises. What the user sees is the first exception; one raised
+    while another is on its way is added to that as a note. A cancel exception yields to a real one.
+    """
+
+    __slots__ = ("event", "run")
+
+    def __init__(self, run, event): self.run, self.event = run, event
+
+    def __enter__(self): return self
+
+    def __exit__(self, kind, err, tb):
+        first = err
+        for answer in self.run._answers[self.event]:
+            try: answer()
+            except BaseException as e:
+                if first is None or (isinstance(first, CancelException) and not isinstance(e, CancelException)):
+                    first = e
+                elif hasattr(first, "add_note"): first.add_note(f"then {self.event} raised {type(e).__name__}: {e}")
+        if first is not err: raise first
+
+
+def _no_batches(begin):
+    which = "training" if begin == "begin_epoch" else "validation"
+    return (f"the {which} loader has no batches; it needs at least one: give it more data than one batch if it drops "
+            f"the last incomplete one, or return True from {begin} to skip this pass")

@@ -1,0 +1,68 @@
+"""Forward hooks: `Hook`, `Hooks` and the lesson's `append_stats`."""
+
+from functools import partial
+
+
+class Hook:
+    """Calls `f(hook, module, input, output)` after each forward of `module`, until `remove()`.
+
+    What `f` wants to keep it keeps on the hook: `hook.stats = ...`. If it returns something other than None that
+    takes the output's place, as torch's forward hooks have it.
+    """
+
+    def __init__(self, module, f):
+        self.module = module
+        self._handle = module.register_forward_hook(partial(f, self))
+
+    def remove(self):
+        """Take the hook off its module; once is enough and twice does no harm."""
+        self._handle.remove()
+
+
+class Hooks(list):
+    """A list of `Hook`s, one per module, and a context manager that takes them off at its end.
+
+        with Hooks(model, append_stats) as hooks:
+            run.fit(1, learn)
+            hooks[0].stats              # still there afterwards
+
+    A hook that is deleted from the list is taken off its module first. `remove()` without an argument takes all off
+    and leaves them in the list with what they recorded.
+    """
+
+    def __init__(self, modules, f):
+        super().__init__()
+        try:
+            for module in modules: self.append(Hook(module, f))
+        except BaseException:
+            self.remove()  # not half of them
+            raise
+
+    def __enter__(self): return self
+
+    def __exit__(self, *exc): self.remove()
+
+    def __delitem__(self, i):
+        for hook in self[i] if isinstance(i, slice) else [self[i]]: hook.remove()
+        super().__delitem__(i)
+
+    def clear(self): del self[:]
+
+    def remove(self, hook=None):
+        """Take every hook off its module; with an argument, take that one off and out of the list."""
+        if hook is None:
+            for h in self: h.remove()
+        else: del self[self.index(hook)]
+
+
+def append_stats(hook, mod, inp, outp):
+    """For `Hooks`: append the output's mean and std, in training only, to `hook.stats`, a pair of lists.
+
+    The entries are 0-dim tensors on the output's device: nothing waits for the device inside a batch.
+    """
+    if not hasattr(hook, "stats"): hook.stats = ([], [])
+    if not mod.training: return
+    means, stds = hook.stats
+    out = outp.detach()
+    means.append(out.mean())
+    stds.append(out.std())

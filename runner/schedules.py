@@ -1,0 +1,266 @@
+"""Schedules of hyper-parameters and the rate finder.
+
+A schedule is a function of the position in training, from 0.0 (start) to 1.0 (end).
+"""
+
+import copy
+import math
+import random
+import sys
+from bisect import bisect_right
+from functools import partial, wraps
+from itertools import accumulate
+
+import torch
+
+from runner.core import Callback, CancelTrainException, listify
+
+
+def annealer(f):
+    """Turn `f(start, end, pos)` into `f(start, end)`, which returns a schedule."""
+    @wraps(f)
+    def _inner(start, end): return partial(f, start, end)
+    return _inner
+
+
+@annealer
+def sched_lin(start, end, pos):
+    """`start + pos (end - start)`."""
+    return (1 - pos) * start + pos * end  # exact at both ends, as `start + pos * (end - start)` is not
+
+
+@annealer
+def sched_cos(start, end, pos):
+    """`start + (1 - cos(pi pos)) (end - start) / 2`."""
+    w = (1 - math.cos(math.pi * pos)) / 2
+    return (1 - w) * start + w * end
+
+
+@annealer
+def sched_no(start, end, pos):
+    """`start`, whatever `end` is."""
+    return start
+
+
+def sched_exp(start, end):
+    """`start (end / start)^pos`; both ends must be non-zero and of one sign."""
+    if not start * end > 0:
+        raise ValueError(f"sched_exp got start {start!r} and end {end!r}; an exponential needs both non-zero and of "
+                         "one sign: use sched_lin or sched_cos to reach 0")
+    return partial(_exp, start, end)
+
+
+def _exp(start, end, pos):
+    return math.copysign(abs(start) ** (1 - pos) * abs(end) ** pos, start)
+
+
+def combine_scheds(pcts, scheds):
+    """One schedule after another: `scheds[i]` runs from 0 to 1 during the fraction `pcts[i]` of training.
+
+        combine_scheds([0.3, 0.7], [sched_lin(0.6, 2.0), sched_lin(2.0, 0.1)])     # warm up, then anneal
+
+    Raises:
+        ValueError: fractions that are negative or don't sum to 1 (up to rounding), or not one per schedule; when
+            called, a position outside 0 to 1.
+    """
+    pcts, scheds = [float(p) for p in listify(pcts)], listify(scheds)
+    if not pcts or len(pcts) != len(scheds):
+        raise ValueError(f"combine_scheds got {len(pcts)} fractions and {len(scheds)} schedules; it needs one fraction "
+                         "per schedule, and at least one")
+    if any(not p >= 0 for p in pcts) or not math.isclose(sum(pcts), 1, abs_tol=1e-6):
+        raise ValueError(f"combine_scheds got the fractions {pcts}, which sum to {sum(pcts):.6g}; they must be at "
+                         "least 0 and sum to 1, as [0.3, 0.7] do")
+    starts = [0.0, *accumulate(pcts)][:-1]
+
+    def _inner(pos):
+        if not -1e-6 <= pos <= 1 + 1e-6:
+            raise ValueError(f"the schedule was asked for position {pos!r}; positions lie in 0 (start) to 1 (end)")
+        # Among phases that start at the same place all but the last are empty; bisect finds the last. At the very
+        # end an empty last phase still has nothing to say, so stay in the last one that has a length.
+        i = bisect_right(starts, pos) - 1
+        while i > 0 and pcts[i] == 0: i -= 1
+        i = max(i, 0)
+        return scheds[i](min(max((pos - starts[i]) / pcts[i], 0.0), 1.0))
+    return _inner
+
+
+class ParamScheduler(Callback):
+    """Sets the hyper-parameter `pname` of every parameter group before each training batch.
+
+    Args:
+        pname: its name in the optimizer, such as "lr" or "momentum".
+        sched_funcs: a schedule for all parameter groups or a list with one for each.
+
+    The position is `n_epochs / epochs`: 0 at the first batch and a batch short of 1 at the last. The callback is
+    named after the parameter (`run.param_scheduler_lr`), so that one runner can schedule several.
+
+    Raises:
+        ValueError: at the start of a fit, a parameter that the optimizer lacks or a wrong number of schedules.
+    """
+
+    _order = 1
+
+    def __init__(self, pname, sched_funcs):
+        self.pname, self.sched_funcs = pname, sched_funcs
+
+    @property
+    def name(self): return f"param_scheduler_{self.pname}"
+
+    def begin_fit(self):
+        groups = self.opt.param_groups
+        scheds = self.sched_funcs
+        self.scheds = list(scheds) if isinstance(scheds, (list, tuple)) else [scheds] * len(groups)
+        if len(self.scheds) != len(groups):
+            raise ValueError(f"ParamScheduler has {len(self.scheds)} schedules for {self.pname!r} and the optimizer "
+                             f"has {len(groups)} parameter groups: give one schedule, or one per group")
+        if any(self.pname not in group for group in groups):
+            known = ", ".join(k for k in groups[0] if k != "params")
+            raise ValueError(f"the optimizer {type(self.opt).__name__} has no parameter {self.pname!r}; choose one of: "
+                             f"{known}")
+
+    def begin_batch(self):
+        run = self.run
+        if not run.in_train: return
+        pos = run.n_epochs / run.epochs
+        for group, sched in zip(run.opt.param_groups, self.scheds, strict=True): group[self.pname] = sched(pos)
+
+
+class LR_Find(Callback):
+    """Trains with a rate that grows from `min_lr` to `max_lr`, then puts everything back as it was.
+
+        lr_i = min_lr (max_lr / min_lr)^(i / steps)
+
+    It ends the fit after `max_iter` steps (or the fit's own, if fewer), or once the loss is not finite or above 4
+    times its best smoothed value so far. Then weights, buffers, gradients, training mode, optimizer and random
+    states (torch's, Python's, numpy's, the loaders' own generators) are what they were, so that training afterwards is
+    bit for bit the training without it.
+
+        finder = LR_Find()
+        run.fit(1, learn, cbs=finder)
+        finder.suggestion, finder.plot()
+
+    `lrs` and `losses` are lists of floats. `suggestion` is the rate at which the smoothed loss falls fastest per
+    decade, before its minimum. (L. N. Smith, "Cyclical learning rates for training neural networks", 2015; the
+    steepest point is fastai's.)
+
+    One loss is brought to the host at the end of each batch: the decision to stop needs it.
+    """
+
+    _order = 1
+    name = "lr_find"
+
+    def __init__(self, max_iter=100, min_lr=1e-6, max_lr=10):
+        if not (isinstance(max_iter, int) and max_iter >= 2):
+            raise ValueError(f"LR_Find: max_iter is {max_iter!r}; it must be an integer of at least 2, such as 100")
+        if not 0 < min_lr < max_lr:
+            raise ValueError(f"LR_Find: min_lr is {min_lr!r} and max_lr {max_lr!r}; they must satisfy "
+                             "0 < min_lr < max_lr, such as 1e-6 and 10")
+        self.max_iter, self.min_lr, self.max_lr = max_iter, min_lr, max_lr
+        self.lrs, self.losses, self._restore = [], [], None
+
+    def begin_fit(self):
+        self.lrs, self.losses, self._smooth, self._best = [], [], 0.0, math.inf
+        self.steps = max(2, min(self.max_iter, self.epochs * len(self.data.train_dl)))
+        self._restore = snapshot(self.model, self.opt, self.data)
+
+    def begin_batch(self):
+        if not self.in_train: return
+        self.lr = self.min_lr * (self.max_lr / self.min_lr) ** (self.n_iter / (self.steps - 1))
+        for group in self.opt.param_groups: group["lr"] = self.lr
+        self.reached = False
+
+    def after_loss(self): self.reached = True
+
+    def after_batch(self):
+        if not (self.in_train and self.reached): return
+        loss = self.loss.item()
+        self.lrs.append(self.lr)
+        self.losses.append(loss)
+        self._smooth = 0.8 * self._smooth + 0.2 * loss
+        smooth = self._smooth / (1 - 0.8 ** len(self.losses))
+        self._best = min(self._best, smooth)
+        if not math.isfinite(loss) or smooth > 4 * self._best or len(self.losses) >= self.steps:
+            raise CancelTrainException
+
+    def begin_validate(self):
+        return True  # only training steps count here
+
+    def after_fit(self):
+        if self._restore is not None: self._restore()
+        self._restore = None
+
+    @property
+    def suggestion(self):
+        """The suggested learning rate, a float.
+
+        Raises:
+            RuntimeError: before a search, or after one with fewer than four finite losses.
+        """
+        finite = [(lr, loss) for lr, loss in zip(self.lrs, self.losses, strict=True) if math.isfinite(loss)]
+        if len(finite) < 4:
+            raise RuntimeError(f"LR_Find has {len(finite)} finite losses and needs at least 4 for a suggestion: call "
+                               "run.fit(1, learn, cbs=finder) first, with a smaller min_lr if the loss diverged")
+        logs = [math.log10(lr) for lr, _ in finite]
+        losses = _smoothed([loss for _, loss in finite], beta=0.8)
+        low = max(3, losses.index(min(losses)))
+        slopes = [(losses[i + 1] - losses[i - 1]) / (logs[i + 1] - logs[i - 1]) for i in range(1, low)]
+        return 10 ** logs[1 + slopes.index(min(slopes))]
+
+    def plot(self, skip_last=0, ax=None):
+        """Loss against rate (log axis) with the suggestion marked; returns the axes."""
+        from runner import plots
+        n = len(self.losses) - skip_last
+        ax = plots.plot_line(self.losses[:n], self.lrs[:n], ax=ax, xscale="log", xlabel="learning rate",
+                             ylabel="training loss")
+        return plots.mark(ax, self.suggestion, f"suggestion {self.suggestion:.2g}")
+
+
+def _smoothed(values, beta):
+    """Exponential averages forwards and backwards, debiased and then averaged, so that nothing is delayed."""
+    def one_way(vs):
+        avg, out = 0.0, []
+        for i, v in enumerate(vs):
+            avg = beta * avg + (1 - beta) * v
+            out.append(avg / (1 - beta ** (i + 1)))
+        return out
+    return [(a + b) / 2 for a, b in zip(one_way(values), one_way(values[::-1])[::-1], strict=True)]
+
+
+def snapshot(model, opt, data):
+    """Copy all that training changes; returns a function that puts it back in place.
+
+    That is parameters, buffers (the unsaved ones too), gradients, training modes, the optimizer, and the random
+    states of torch (every device), Python, numpy (if it is in use) and the loaders' generators.
+    """
+    tensors = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    grads = [(p, None if p.grad is None else p.grad.detach().clone()) for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
+    optim = copy.deepcopy(opt.state_dict())
+    generators = [(g, g.get_state()) for g in _generators(data)]
+    cpu, python = torch.get_rng_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    numpy = sys.modules.get("numpy")
+    numpy_state = None if numpy is None else numpy.random.get_state()
+
+    def restore():
+        with torch.no_grad():
+            for t, was in tensors: t.copy_(was)
+        for p, grad in grads: p.grad = grad
+        for m, training in modes: m.training = training
+        opt.load_state_dict(optim)
+        for g, state in generators: g.set_state(state)
+        torch.set_rng_state(cpu)
+        random.setstate(python)
+        if numpy_state is not None: numpy.random.set_state(numpy_state)
+        if cuda: torch.cuda.set_rng_state_all(cuda)
+    return restore
+
+
+def _generators(data):
+    """The `torch.Generator`s that the loaders and their samplers draw from, each once."""
+    found = {}
+    for dl in (data.train_dl, data.valid_dl):
+        for owner in (dl, getattr(dl, "sampler", None), getattr(getattr(dl, "batch_sampler", None), "sampler", None)):
+            g = getattr(owner, "generator", None)
+            if isinstance(g, torch.Generator): found[id(g)] = g
+    return list(found.values())
