@@ -38,10 +38,11 @@ def merge_moments(mean, var, batch_mean, batch_var, a):
 
     (T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating formulae and a pairwise algorithm for computing sample
     variances", 1979.) Equal to averaging x and x^2 and subtracting, without the cancellation; every term of
-    the variance is positive, so it can't turn negative.
+    the variance is positive, so it can't turn negative. `a` is a scalar tensor of the moments' dtype.
     """
     d = batch_mean - mean
-    return mean + a * d, (1 - a) * var + a * batch_var + (a * (1 - a)) * d * d
+    # var' regrouped: (1 - a) var + a (batch_var + (1 - a) d^2), half the operations at batch size 2.
+    return torch.lerp(mean, batch_mean, a), torch.lerp(var, torch.addcmul(batch_var, (1 - a) * d, d), a)
 
 
 def normalise(x, mean, var, eps, weight=None, bias=None):

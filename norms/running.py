@@ -71,13 +71,14 @@ class RunningBatchNorm(Norm):
     def forward(self, x):
         self.check_input(x, self.nf)
         xs = wide(x)                                                # (N, C, *spatial), float32 or wider
-        mean, var = per_channel(self.running_mean, x.ndim), per_channel(self.running_var, x.ndim)
+        mean, var = per_channel(self.running_mean, x.ndim), per_channel(self.running_var, x.ndim)  # (1, C, 1, 1)
         if self.training:
-            mean, var = merge_moments(mean, var, *moments(xs, (0, *range(2, x.ndim))), self.share(x))  # (1, C, 1, 1)
+            batch_mean, batch_var = (m.to(mean.dtype) for m in moments(xs, (0, *range(2, x.ndim))))
+            mean, var = merge_moments(mean, var, batch_mean, batch_var, self.share(x))
             self.running_mean.copy_(mean.detach().flatten())
             self.running_var.copy_(var.detach().flatten())
-        # `where` and not `if`: a branch on a tensor would wait for the device and break a compiled graph.
-        var = torch.where(self.seen < CLAMP_IMAGES, var.clamp_min(CLAMP_VAR), var)
+        # A tensor and not an `if`: a branch on `seen` would wait for the device and break a compiled graph.
+        var = var.clamp_min(CLAMP_VAR * (self.seen < CLAMP_IMAGES))
         weight, bias = per_channel(self.weight, x.ndim), per_channel(self.bias, x.ndim)
         return normalise(xs, mean, var, self.eps, weight, bias).to(x.dtype)
 

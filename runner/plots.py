@@ -20,8 +20,8 @@ def _axes(ax):
 
 
 def series_style(i):
-    """Colour and line style of the `i`-th series; 28 pass before one comes again."""
-    return {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % len(STYLES)]}
+    """Colour and line style of the `i`-th series: neighbours differ in both, and 28 pass before a pair comes again."""
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)]}
 
 
 def plot_line(ys, xs=None, ax=None, *, xscale="linear", yscale="linear", xlabel="", ylabel=""):

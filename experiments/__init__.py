@@ -1,0 +1,1 @@
+"""One file per reproduced result, and what they share: data, networks, run folders. See `python -m experiments`."""

@@ -1,0 +1,49 @@
+"""`python -m experiments`: lists the experiments, runs one, or prints the table of a run."""
+
+import argparse
+import importlib
+import sys
+
+from experiments.errors import InputError, pick
+
+# name: (module, what it shows, usual running time on two cores). Nothing is imported before it is asked for.
+EXPERIMENTS = {
+    "small-batch": ("experiments.small_batch", "batch norm fails at batch size 2, running batch norm does not",
+                    "5 min on MNIST, 40 s on the digits"),
+}
+TOOLS = {
+    "table": ("experiments.table", "print the results table of a run folder as Markdown", "at once"),
+}
+
+
+def listing():
+    """The text that `python -m experiments` prints."""
+    width = max(map(len, EXPERIMENTS | TOOLS))
+
+    def lines(entries): return [f"  {name:{width}}  {what} ({time})" for name, (_, what, time) in entries.items()]
+    return "\n".join(["usage: python -m experiments NAME [options]", "", "experiments (usual time on two cores):",
+                      *lines(EXPERIMENTS), "", "tools:", *lines(TOOLS), "",
+                      "python -m experiments NAME --help lists the options of one."])
+
+
+def main(argv=None):
+    """Run the command line `argv`; the exit status: 0, 1 (outside its tolerance), 2 (bad input), 130 (Ctrl-C)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(listing())
+        return 0
+    try:
+        known = EXPERIMENTS | TOOLS
+        name = pick(argv[0], known, "experiment")
+        module = importlib.import_module(known[name][0])
+        parser = argparse.ArgumentParser(f"python -m experiments {name}", description=module.__doc__,
+                                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        module.add_arguments(parser)
+        return module.main(parser.parse_args(argv[1:]))
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt: return 130
+
+
+if __name__ == "__main__": sys.exit(main())

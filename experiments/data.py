@@ -1,0 +1,203 @@
+"""Image data for the experiments: MNIST where it can be had, else scikit-learn's digits, never without saying so.
+
+Search for MNIST: the folder that was named, then the user's cache, then torchvision's download into that cache.
+"""
+
+import hashlib
+import os
+import shutil
+import socket
+import tempfile
+import threading
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from experiments.errors import InputError, pick
+from runner import Dataset
+
+# name: (bytes, MD5) of the four files of MNIST, uncompressed, in <folder>/MNIST/raw as torchvision expects them.
+MNIST_FILES = {
+    "train-images-idx3-ubyte": (47_040_016, "6bbc9ace898e44ae57da46a324031adb"),
+    "train-labels-idx1-ubyte": (60_008, "a25bea736e30d166cdddb491f175f624"),
+    "t10k-images-idx3-ubyte": (7_840_016, "2646ac647ad5339dbf082846283269ea"),
+    "t10k-labels-idx1-ubyte": (10_008, "27ae3e4e09519cfbb04c329615203637"),
+}
+TRAIN_IMAGES = 50_000       # of MNIST's 60,000, the lesson's split; the other 10,000 validate
+NAMES = ("auto", "mnist", "digits")
+PROBE_SECONDS = 5           # how long to wait for a sign of a network
+STALL_SECONDS = 15          # how long a download may stand still
+
+
+@dataclass
+class ImageData:
+    """Training, validation and test images as `Dataset`s of flat float images `(N, 784)` and labels `(N,)`.
+
+    Pixels are scaled to 0..1, then normalised by the training set's scalar mean and standard deviation. `notice`
+    says what a user must know about the choice of data, or is empty.
+    """
+
+    name: str
+    train: Dataset
+    valid: Dataset
+    test: Dataset
+    notice: str = ""
+    c: int = 10
+
+    def __str__(self):
+        return (f"{self.name}: {len(self.train):,} training, {len(self.valid):,} validation and {len(self.test):,} "
+                "test images, 28x28")
+
+
+def load_data(name="auto", data_dir=None, limit=None):
+    """Load MNIST or the digits.
+
+    Args:
+        name: "mnist", "digits" or "auto": MNIST if it can be had, else the digits with a notice that says why.
+        data_dir: folder that holds `MNIST/raw/`. It must be whole. None takes the environment variable
+            NORMS_DATA_DIR, which may name a folder without MNIST (the search then goes on) but not a damaged one.
+        limit: only the first `limit` training images, and at most as many for validation.
+
+    Raises:
+        InputError: an unknown name, a folder without the files, a damaged file, MNIST asked for and not to be had.
+    """
+    name = pick(name, NAMES, "data set")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise InputError(f"limit is {limit!r}; it must be a positive number of training images, or left out for all")
+    if name == "digits": return _digits(limit)
+    root, reasons = find_mnist(data_dir)
+    if root is not None: return _mnist(root, limit)
+    why = "\n".join(f"  - {reason}" for reason in reasons)
+    if name == "mnist":
+        raise InputError(f"MNIST is not to be had:\n{why}\nPut its four files into FOLDER/MNIST/raw and name FOLDER by "
+                         "--data-dir, or use --data digits")
+    return _digits(limit, notice=f"THIS IS NOT MNIST. MNIST is not to be had:\n{why}\n"
+                   "In its place: scikit-learn's built-in digits (1,797 images of 8x8 pixels, resized to 28x28).\n"
+                   "For MNIST put its four files into FOLDER/MNIST/raw and name FOLDER by --data-dir.")
+
+
+def cache_dir():
+    """The user's cache of this project; nothing is created."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "runnernorms"
+
+
+def find_mnist(data_dir=None):
+    """The folder that holds `MNIST/raw` with four sound files, and why the places before it did not serve.
+
+    Returns `(folder or None, reasons)`. Raises InputError for a named folder without the files or a damaged file.
+    """
+    reasons = []
+    from_env = data_dir is None and os.environ.get("NORMS_DATA_DIR")
+    if data_dir is not None or from_env:
+        root = Path(data_dir if data_dir is not None else from_env)
+        missing = _missing(root)
+        if not missing: return _checked(root), reasons
+        problem = (f"the folder {str(root)!r} does not exist" if not root.is_dir() else
+                   f"{str(root / 'MNIST' / 'raw')!r} lacks {', '.join(missing)}")
+        if not from_env or len(missing) < len(MNIST_FILES):
+            raise InputError(f"{problem}. A data folder must hold MNIST/raw/ with the files {', '.join(MNIST_FILES)} "
+                             "(uncompressed): name the folder above MNIST/, or leave out --data-dir to search the "
+                             "cache and then download, or use --data digits")
+        reasons.append(f"NORMS_DATA_DIR: {problem}")
+    cache = cache_dir()
+    if not _missing(cache): return _checked(cache), reasons
+    reasons.append("the cache of an earlier download is empty")
+    try: download_mnist(cache)
+    except OSError as e:
+        reasons.append(f"the download failed: {e}")
+        return None, reasons
+    return _checked(cache), reasons
+
+
+def _missing(root):
+    return [f for f in MNIST_FILES if not (root / "MNIST" / "raw" / f).is_file()]
+
+
+def _checked(root):
+    """`root`, after its four files were read and found whole."""
+    for name, (size, md5) in MNIST_FILES.items():
+        path = root / "MNIST" / "raw" / name
+        try: content = path.read_bytes()
+        except OSError as e: raise InputError(f"can't read {str(path)!r}: {e.strerror}; make it readable") from e
+        md5_found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if len(content) != size: fault = f"is {len(content):,} bytes long and must be {size:,} (half-written?)"
+        elif md5_found != md5: fault = f"is damaged: its MD5 is {md5_found} and MNIST's is {md5}"
+        else: continue
+        raise InputError(f"the file {str(path)!r} {fault}. Delete it and put a sound copy in its place; one in the "
+                         "cache is downloaded again once it is deleted")
+    return root
+
+
+def download_mnist(root):
+    """Download MNIST by torchvision into `root`, whole or not at all.
+
+    Raises:
+        OSError: no network within a few seconds, or a download that stands still, or a folder that can't be written.
+    """
+    from torchvision.datasets import MNIST
+    _probe([mirror + MNIST.resources[1][0] for mirror in MNIST.mirrors])
+    root.mkdir(parents=True, exist_ok=True)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(STALL_SECONDS)  # torchvision sets none of its own
+    try:
+        with tempfile.TemporaryDirectory(dir=root) as half:
+            try: MNIST(half, train=True, download=True)
+            except RuntimeError as e: raise OSError(str(e)) from e
+            # Into place only when complete: an interrupted download leaves nothing behind.
+            shutil.rmtree(root / "MNIST", ignore_errors=True)
+            os.replace(Path(half) / "MNIST", root / "MNIST")
+    finally: socket.setdefaulttimeout(timeout)
+
+
+def _probe(urls):
+    """Return once one of `urls` answers; raise OSError when none has within PROBE_SECONDS.
+
+    In a thread of its own, because a name look-up can hang where no timeout reaches it.
+    """
+    answers = []
+
+    def ask(url):
+        request = urllib.request.Request(url, method="HEAD")
+        try: urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+        except Exception as e: answers.append(e)
+        else: answers.append(None)
+        if answers[-1] is None or len(answers) == len(urls): done.set()
+
+    done = threading.Event()
+    for url in urls: threading.Thread(target=ask, args=(url,), daemon=True).start()
+    done.wait(PROBE_SECONDS)
+    if None in answers: return
+    raise OSError(f"no network ({answers[0]})" if answers else f"no answer from the network within {PROBE_SECONDS} s")
+
+
+def _mnist(root, limit):
+    from torchvision.datasets import MNIST
+    both, test = MNIST(str(root), train=True), MNIST(str(root), train=False)
+    n = TRAIN_IMAGES
+    return _image_data("MNIST", (both.data[:n], both.targets[:n]), (both.data[n:], both.targets[n:]),
+                       (test.data, test.targets), 255, limit)
+
+
+def _digits(limit, notice=""):
+    """scikit-learn's digits, bilinearly resized to 28x28, split 1,197 / 300 / 300 in a fixed random order."""
+    from sklearn.datasets import load_digits
+    images, labels = load_digits(return_X_y=True)
+    images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8)
+    images = F.interpolate(images, size=(28, 28), mode="bilinear", align_corners=False).squeeze(1)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images, labels = images[order], torch.tensor(labels)[order]
+    parts = zip(images.split([1197, 300, 300]), labels.split([1197, 300, 300]), strict=True)
+    return _image_data("digits (scikit-learn, 8x8 resized)", *parts, 16, limit, notice)
+
+
+def _image_data(name, train, valid, test, top, limit, notice=""):
+    """Scale by the largest pixel value `top`, normalise by the whole training set's moments, cut to `limit`."""
+    scaled = train[0].float() / top
+    mean, std = scaled.mean(), scaled.std()
+
+    def dataset(images, labels, n=None):
+        return Dataset(((images[:n].float() / top - mean) / std).flatten(1), labels[:n])
+    return ImageData(name, dataset(*train, limit), dataset(*valid, limit), dataset(*test), notice)

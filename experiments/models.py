@@ -1,0 +1,123 @@
+"""The lesson's networks, built from pluggable conv layers (fastai part 2 v3, notebooks 06 and 07)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn, optim
+
+from runner import Callback, Learner, Runner, listify
+
+
+class GeneralRelu(nn.Module):
+    """`min(leaky_relu(x, leak) - sub, maxv)`; each part is left out where its argument is None."""
+
+    def __init__(self, leak=None, sub=None, maxv=None):
+        super().__init__()
+        self.leak, self.sub, self.maxv = leak, sub, maxv
+
+    def forward(self, x):
+        x = F.relu(x) if self.leak is None else F.leaky_relu(x, self.leak)
+        if self.sub is not None: x = x - self.sub
+        if self.maxv is not None: x = x.clamp_max(self.maxv)
+        return x
+
+    def extra_repr(self):
+        return f"leak={self.leak}, sub={self.sub}, maxv={self.maxv}"
+
+
+class Lambda(nn.Module):
+    """A module that calls `func`."""
+
+    def __init__(self, func):
+        super().__init__()
+        self.func = func
+
+    def forward(self, x): return self.func(x)
+
+    def extra_repr(self): return getattr(self.func, "__name__", repr(self.func))
+
+
+def flatten(x):
+    """`(N, ...)` to `(N, product of the rest)`."""
+    return x.view(x.shape[0], -1)
+
+
+def conv_layer(ni, nf, ks=3, stride=2, norm=None, **kwargs):
+    """Convolution, `GeneralRelu`, then the norm: `(N, ni, H, W)` to `(N, nf, ceil(H / stride), ceil(W / stride))`.
+
+    Args:
+        ni, nf: channels in and out.
+        ks, stride: kernel size and stride; the padding is `ks // 2`.
+        norm: any callable from a channel count to a module, such as `norms.BatchNorm`, `nn.BatchNorm2d` or
+            `lambda nf: GroupNorm(4, nf)`; None for no norm. The convolution has a bias only without one.
+        **kwargs: for `GeneralRelu`.
+
+    Raises:
+        TypeError: a `norm` that is not such a callable.
+    """
+    layers = [nn.Conv2d(ni, nf, ks, padding=ks // 2, stride=stride, bias=norm is None), GeneralRelu(**kwargs)]
+    if norm is not None:
+        layer = norm(nf) if callable(norm) and not isinstance(norm, nn.Module) else None
+        if not isinstance(layer, nn.Module):
+            raise TypeError(f"conv_layer got norm={norm!r}; it needs a callable that makes a module from a channel "
+                            "count, such as norms.BatchNorm or lambda nf: GroupNorm(4, nf)")
+        layers.append(layer)
+    return nn.Sequential(*layers)
+
+
+def get_cnn_layers(data, nfs, layer, **kwargs):
+    """Conv layers with the channels `nfs` from one input channel, kernel 5 first and 3 after, then pool and linear.
+
+    `layer(ni, nf, ks, **kwargs)` makes each; `data.c` is the number of classes.
+    """
+    nfs = [1, *nfs]
+    return [layer(nfs[i], nfs[i + 1], 5 if i == 0 else 3, **kwargs) for i in range(len(nfs) - 1)] + [
+        nn.AdaptiveAvgPool2d(1), Lambda(flatten), nn.Linear(nfs[-1], data.c)]
+
+
+def get_cnn_model(data, nfs, layer, **kwargs):
+    """`get_cnn_layers` as one `nn.Sequential`: `(N, 1, H, W)` to `(N, data.c)`."""
+    return nn.Sequential(*get_cnn_layers(data, nfs, layer, **kwargs))
+
+
+def init_cnn(m, uniform=False):
+    """Kaiming initialisation (`a=0.1`, normal or uniform) of every convolution in the tree under `m`; biases 0."""
+    init = nn.init.kaiming_uniform_ if uniform else nn.init.kaiming_normal_
+    for conv in m.modules():
+        if isinstance(conv, nn.Conv2d):
+            init(conv.weight, a=0.1)
+            if conv.bias is not None: nn.init.zeros_(conv.bias)
+
+
+def init_alike(model, seed):
+    """Initialise all convolutions and linear layers from `seed` alone, whatever stands between them.
+
+    Two networks that differ in their norms get the same weights. Made by their constructors they would not: a
+    convolution with a bias draws more random numbers than one without.
+    """
+    torch.manual_seed(seed)
+    init_cnn(model)
+    for m in model.modules():
+        if isinstance(m, nn.Linear): m.reset_parameters()
+
+
+def get_runner(model, data, lr=0.6, cbs=None, opt_func=None, loss_func=F.cross_entropy):
+    """A learner and a runner: `(learn, run)`.
+
+    Args:
+        model, data: what to train and a `DataBunch`.
+        lr: learning rate.
+        cbs: callbacks, or functions that make them (the lesson's way), mixed at will.
+        opt_func: `opt_func(parameters, lr=lr)` makes the optimizer; `optim.SGD` if None.
+        loss_func: `f(pred, yb)`.
+    """
+    cbs = listify(cbs)
+    made = [cb if isinstance(cb, Callback) else cb() for cb in cbs]
+    opt = (opt_func or optim.SGD)(model.parameters(), lr=lr)
+    return Learner(model, opt, loss_func, data), Runner(cbs=made)
+
+
+def get_learn_run(nfs, data, lr, layer, cbs=None, opt_func=None, uniform=False, **kwargs):
+    """`get_cnn_model`, `init_cnn` and `get_runner` in one: `(learn, run)`. `**kwargs` go to `layer`."""
+    model = get_cnn_model(data, nfs, layer, **kwargs)
+    init_cnn(model, uniform=uniform)
+    return get_runner(model, data, lr=lr, cbs=cbs, opt_func=opt_func)
