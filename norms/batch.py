@@ -2,7 +2,8 @@
 
 import torch
 
-from norms.moments import Norm, check_channels, moments, normalise, per_channel, wide
+from norms.channel import channel_moments, normalise_channels
+from norms.moments import Norm, check_channels, per_channel, scale_shift, wide
 
 
 class BatchNorm(Norm):
@@ -47,14 +48,13 @@ class BatchNorm(Norm):
 
     def forward(self, x):
         self.check_input(x, self.nf)
-        xs = wide(x)                                                # (N, C, *spatial), float32 or wider
         if self.training:
-            mean, var = moments(xs, (0, *range(2, x.ndim)))         # (1, C, 1, 1) each
-            self.track(mean.detach().flatten(), var.detach().flatten(), x.numel() // self.nf)
-        else:
-            mean, var = per_channel(self.running_mean, x.ndim), per_channel(self.running_var, x.ndim)
-        weight, bias = per_channel(self.weight, x.ndim), per_channel(self.bias, x.ndim)
-        return normalise(xs, mean, var, self.eps, weight, bias).to(x.dtype)
+            mean, var = channel_moments(x)                          # (C,) each
+            self.track(mean, var, x.numel() // self.nf)
+            return normalise_channels(x, self.weight, self.bias, mean, var, self.eps)
+        mean, var, weight, bias = (per_channel(t, x.ndim) for t in (self.running_mean, self.running_var, self.weight,
+                                                                    self.bias))
+        return scale_shift(wide(x) - mean, var, self.eps, weight, bias).to(x.dtype)
 
     def track(self, mean, var, n):
         """Take the batch's `mean` and biased `var`, each `(C,)` over `n` values, into the running averages."""

@@ -1,6 +1,6 @@
 """Layer normalization (J. L. Ba, J. R. Kiros, G. E. Hinton, 2016, https://arxiv.org/abs/1607.06450)."""
 
-from norms.moments import Norm, moments, normalise, wide
+from norms.moments import Norm, moments, scale_shift, wide
 
 
 class LayerNorm(Norm):
@@ -35,8 +35,8 @@ class LayerNorm(Norm):
         self.check_input(x)
         if self.weight.ndim: self.check_affine(x)
         xs = wide(x)                                                # (N, C, *spatial), float32 or wider
-        mean, var = moments(xs, tuple(range(1, x.ndim)))            # (N, 1, 1, 1) each
-        return normalise(xs, mean, var, self.eps, self.weight, self.bias).to(x.dtype)
+        _, var, centred = moments(xs, tuple(range(1, x.ndim)))    # (N, 1, 1, 1) for var
+        return scale_shift(centred, var, self.eps, self.weight, self.bias).to(x.dtype)
 
     def check_affine(self, x):
         """Raise unless `weight` broadcasts against one image of `x` without enlarging it."""

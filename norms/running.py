@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from norms.moments import HALF, Norm, check_channels, merge_moments, moments, normalise, per_channel, wide
+from norms.channel import channel_moments, normalise_channels
+from norms.moments import HALF, Norm, check_channels, merge_moments, per_channel, scale_shift, wide
 
 CLAMP_IMAGES, CLAMP_VAR = 20, 0.01  # the lesson's: variance at least 0.01 until 20 images have been seen
 
@@ -70,17 +71,24 @@ class RunningBatchNorm(Norm):
 
     def forward(self, x):
         self.check_input(x, self.nf)
-        xs = wide(x)                                                # (N, C, *spatial), float32 or wider
-        mean, var = per_channel(self.running_mean, x.ndim), per_channel(self.running_var, x.ndim)  # (1, C, 1, 1)
+        mean, var = self.running_mean, self.running_var             # (C,) each
         if self.training:
-            batch_mean, batch_var = (m.to(mean.dtype) for m in moments(xs, (0, *range(2, x.ndim))))
-            mean, var = merge_moments(mean, var, batch_mean, batch_var, self.share(x))
-            self.running_mean.copy_(mean.detach().flatten())
-            self.running_var.copy_(var.detach().flatten())
-        # A tensor and not an `if`: a branch on `seen` would wait for the device and break a compiled graph.
-        var = var.clamp_min(CLAMP_VAR * (self.seen < CLAMP_IMAGES))
-        weight, bias = per_channel(self.weight, x.ndim), per_channel(self.bias, x.ndim)
-        return normalise(xs, mean, var, self.eps, weight, bias).to(x.dtype)
+            a = self.share(x)
+            batch_mean, batch_var = (m.to(mean.dtype) for m in channel_moments(x))
+            mean, var = merge_moments(mean, var, batch_mean, batch_var, a)
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(var)
+            return normalise_channels(x, self.weight, self.bias, mean, var, self.eps, a, self.floor())
+        mean, var, weight, bias = (per_channel(t, x.ndim) for t in (mean, var.clamp_min(self.floor()), self.weight,
+                                                                    self.bias))
+        return scale_shift(wide(x) - mean, var, self.eps, weight, bias).to(x.dtype)
+
+    def floor(self):
+        """The least variance now, a scalar tensor: 0.01 until 20 images have been seen, then 0.
+
+        A tensor and not an `if`, which would wait for the device and break a compiled graph.
+        """
+        return CLAMP_VAR * (self.seen < CLAMP_IMAGES).to(self.running_var.dtype)
 
     def share(self, x):
         """Count the batch in and return a, its share of the running averages (a scalar tensor in 0 to 1)."""
