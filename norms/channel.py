@@ -7,7 +7,7 @@ With m = mean, s^2 = max(var, floor) + eps and a the share that this batch has i
 
 The last term is missing where `floor` holds the variance. With a = 1 this is batch norm's gradient; in general it
 is (1 - a) times the gradient with frozen statistics plus a times batch norm's taken at m and s. `plain` computes it
-by automatic differentiation, `_Fused` by torch's fused kernels for the elementwise part; the tests hold them together.
+by automatic differentiation, `_Fused` by torch's fused kernel for batch norm's part; the tests hold them together.
 """
 
 import torch
@@ -59,17 +59,20 @@ _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
 
 class _Fused(torch.autograd.Function):
-    """`plain` in two kernels: batch norm's evaluation forward, and its training backward at `mean` and `var`.
+    """`plain` without a graph, and its gradient by one kernel: torch's batch norm backward at `mean` and `var`.
 
-    Forward-mode differentiation is refused by torch with its own message; second derivatives go through `plain`.
+    torch's forward kernel has no place here: it folds the mean into the shift, and where a channel hardly varies
+    that costs the digits (see `scale_shift`). Forward-mode differentiation is refused by torch with its own message;
+    second derivatives go through `plain`.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, mean, var, eps, a, floor):
-        used = var if floor is None else var.clamp_min(floor)
-        ctx.save_for_backward(x, weight, bias, mean, var, a, floor, torch.rsqrt(used + eps))
+        rstd = torch.rsqrt((var if floor is None else var.clamp_min(floor)) + eps)
+        ctx.save_for_backward(x, weight, bias, mean, var, a, floor, rstd)
         ctx.eps = eps
-        return torch.batch_norm(x, weight, bias, mean, used, False, 0.0, eps, False)
+        y = x - per_channel(mean, x.ndim)
+        return y.mul_(per_channel(weight * rstd, x.ndim)).add_(per_channel(bias, x.ndim))
 
     @staticmethod
     def backward(ctx, g):

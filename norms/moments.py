@@ -55,7 +55,7 @@ def scale_shift(centred, var, eps, weight=None, bias=None):
     """
     scale = torch.rsqrt(var + eps)
     if weight is None: return centred * scale
-    return torch.addcmul(bias, centred, weight * scale)
+    return (centred * (weight * scale)).add_(bias)  # in place: a broadcasting `addcmul` is 4 times slower on a CPU
 
 
 def per_channel(t, ndim):

@@ -1,0 +1,32 @@
+import os
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path_factory, monkeypatch):
+    """Every test starts from the same random state, with an empty cache of its own and without a network."""
+    torch.manual_seed(0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr("experiments.data.download_mnist", no_network)
+    monkeypatch.delenv("NORMS_DATA_DIR", raising=False)
+
+
+def no_network(root):
+    raise OSError("no network in the tests")
+
+
+MNIST_DIR = os.environ.get("NORMS_DATA_DIR")
+MNIST_DIR = str(Path(MNIST_DIR).resolve()) if MNIST_DIR else None
+
+
+@pytest.fixture
+def mnist_dir():
+    """The folder that holds MNIST, from NORMS_DATA_DIR; a test that can't do without it is skipped elsewhere."""
+    if MNIST_DIR is None: pytest.skip("needs MNIST: set NORMS_DATA_DIR")
+    return MNIST_DIR

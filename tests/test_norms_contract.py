@@ -1,0 +1,159 @@
+"""What every norm keeps: dtypes, memory formats, copies, state dicts, compilation, and its error messages."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
+
+NORMS = {"batch": lambda: BatchNorm(4), "layer": LayerNorm, "instance": lambda: InstanceNorm(4),
+         "group": lambda: GroupNorm(2, 4), "running": lambda: RunningBatchNorm(4),
+         "running per image": lambda: RunningBatchNorm(4, rule="per_image")}
+
+
+@pytest.fixture(params=list(NORMS))
+def norm(request): return NORMS[request.param]()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_half_precision_in_and_out_with_wide_statistics(norm, dtype, training):
+    wide = copy.deepcopy(norm)
+    x = (torch.randn(8, 4, 6, 6) * 300 + 200).to(dtype)     # squares overflow float16
+    y, z = norm.train(training)(x), wide.train(training)(x.float())
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, z.to(dtype), rtol=1e-2, atol=1e-2)
+
+
+def test_autocast_forward_and_backward(norm):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm)
+    with torch.autocast("cpu", dtype=torch.bfloat16): y = model(torch.randn(4, 3, 8, 8))
+    assert y.dtype == torch.bfloat16
+    y.float().pow(2).mean().backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_channels_last_and_strided_input(norm):
+    x = torch.randn(4, 4, 6, 6)
+    y = copy.deepcopy(norm)(x)
+    last = copy.deepcopy(norm)(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(last, y)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(copy.deepcopy(norm)(x.transpose(2, 3)).transpose(2, 3), y)
+
+
+def test_deepcopy_after_a_training_step(norm):
+    norm(torch.randn(4, 4, 3, 3, requires_grad=True)).sum().backward()
+    twin = copy.deepcopy(norm)
+    x = torch.randn(4, 4, 3, 3)
+    assert torch.equal(norm(x), twin(x))
+
+
+def test_state_dict_in_mid_training_continues_bit_for_bit(norm):
+    for _ in range(5): norm(torch.randn(2, 4, 3, 3))
+    other = copy.deepcopy(norm)
+    for t in (*other.parameters(), *other.buffers()): t.data.zero_()
+    other.load_state_dict(norm.state_dict())
+    for b in (2, 3, 1, 8, 2, 2, 2, 2):
+        x = torch.randn(b, 4, 3, 3)
+        assert torch.equal(norm(x), other(x))
+    assert all(torch.equal(a, b) for a, b in zip(norm.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_compiles_in_one_graph_without_recompiling(norm):
+    torch._dynamo.reset()
+    eager, twin = copy.deepcopy(norm), copy.deepcopy(norm)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    compiled = torch.compile(twin, backend=backend, fullgraph=True)
+    for _ in range(12):     # past the clamp's 20 images
+        x = torch.randn(2, 4, 3, 3)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        ya, yb = eager(a), compiled(b)
+        torch.testing.assert_close(ya, yb, rtol=1e-4, atol=1e-5)
+        g = torch.randn_like(x)
+        ya.backward(g), yb.backward(g)
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1
+    for a, b in zip(eager.state_dict().values(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_finite_on_one_element(norm):
+    shape = (1, 4, 1, 1)
+    x = torch.randn(shape, requires_grad=True)
+    y = norm(x)
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert x.grad.isfinite().all()
+
+
+def test_repr_shows_the_settings():
+    assert repr(RunningBatchNorm(8, mom=0.2)) == "RunningBatchNorm(8, mom=0.2, eps=1e-05, rule='lesson')"
+    assert repr(BatchNorm(8)) == "BatchNorm(8, mom=0.1, eps=1e-05)"
+    assert repr(GroupNorm(2, 8)) == "GroupNorm(2, 8, eps=1e-05, affine=True)"
+    assert repr(InstanceNorm(8)) == "InstanceNorm(8, eps=1.0)"
+    assert repr(LayerNorm()) == "LayerNorm(eps=1e-05, shape=())"
+
+
+@pytest.mark.parametrize("make", [BatchNorm, InstanceNorm, RunningBatchNorm, lambda nf: GroupNorm(2, nf)])
+def test_wrong_channel_count_names_both_and_the_mend(make):
+    text = r"made for 4 channels and got 6 \(input of shape \(2, 6, 3, 3\)\).*make the norm with 6 channels"
+    with pytest.raises(ValueError, match=text):
+        make(4)(torch.randn(2, 6, 3, 3))
+
+
+def test_integer_input_is_refused(norm):
+    with pytest.raises(TypeError, match=r"got an input of torch.int64; it needs a floating-point one.*x\.float\(\)"):
+        norm(torch.ones(2, 4, 3, 3, dtype=torch.int64))
+
+
+def test_empty_input_is_refused(norm):
+    with pytest.raises(ValueError, match=r"got an empty input of shape \(0, 4, 3, 3\).*skip empty batches"):
+        norm(torch.randn(0, 4, 3, 3))
+
+
+def test_too_few_dimensions_are_refused(norm):
+    with pytest.raises(ValueError, match=r"got an input of shape \(4,\); it needs"):
+        norm(torch.randn(4))
+
+
+def test_refused_input_leaves_the_state_alone(norm):
+    before = copy.deepcopy(norm.state_dict())
+    for bad in (torch.randn(0, 4, 3, 3), torch.ones(2, 4, 3, 3, dtype=torch.int64), torch.randn(4)):
+        with pytest.raises((TypeError, ValueError)): norm(bad)
+    assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
+
+
+def test_instance_norm_needs_positions():
+    with pytest.raises(ValueError, match=r"got an input of shape \(2, 4\); it needs \(N, C, \*spatial\) with a spatial "
+                                         r"axis.*use LayerNorm or GroupNorm"):
+        InstanceNorm(4)(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(("make", "error", "text"), [
+    (lambda: BatchNorm(0), ValueError, "BatchNorm got 0 as its channel count; it needs a positive integer"),
+    (lambda: InstanceNorm(2.5), ValueError, "InstanceNorm got 2.5 as its channel count"),
+    (lambda: BatchNorm(4, mom=2), ValueError, "mom is 2; it weighs the new batch and must lie in 0 to 1"),
+    (lambda: BatchNorm(4, eps=-1), ValueError, "eps is -1; it must be a number of at least 0"),
+    (lambda: RunningBatchNorm(4, mom=0), ValueError, "mom is 0; it weighs the new batch and must be above 0"),
+    (lambda: RunningBatchNorm(4, rule="both"), ValueError, "rule is 'both'; choose 'lesson' or 'per_image'"),
+    (lambda: GroupNorm(3, 8), ValueError, r"got 3 groups for 8 channels.*choose one of \[1, 2, 4, 8\]"),
+    (lambda: LayerNorm(64), TypeError, r"takes no channel count.*norm=lambda nf: LayerNorm\(\)"),
+    (lambda: LayerNorm(shape=(5, 1, 1))(torch.randn(2, 4, 3, 3)), ValueError,
+     r"weight and bias of shape \(5, 1, 1\) and got images of shape \(4, 3, 3\).*shape=\(4, 3, 3\)"),
+])
+def test_settings_that_make_no_sense(make, error, text):
+    with pytest.raises(error, match=text): make()
+
+
+def test_no_warnings_from_a_training_step(norm):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        norm(torch.randn(2, 4, 3, 3, requires_grad=True)).sum().backward()

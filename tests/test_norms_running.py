@@ -1,0 +1,156 @@
+"""RunningBatchNorm against the literal definition, by hand, and where the definition gives out."""
+
+import pytest
+import torch
+from reference import LiteralRunningBatchNorm
+from torch import nn
+
+import norms.running
+from norms import BatchNorm, RunningBatchNorm
+from norms.channel import normalise_channels, plain
+
+
+@pytest.mark.parametrize("path", ["fused", "plain"])
+@pytest.mark.parametrize("rule", ["lesson", "per_image"])
+def test_equals_the_definition_over_ragged_steps(rule, path, monkeypatch):
+    if path == "plain": monkeypatch.setattr(norms.running, "normalise_channels", plain)
+    ours, literal = RunningBatchNorm(3, rule=rule).double(), LiteralRunningBatchNorm(3, rule=rule).double()
+    # Spreads of 0.02 to 3, so that the clamp at 0.01 holds some channels in the first steps and not others.
+    spread, centre = torch.tensor([0.02, 1, 3]).view(3, 1, 1), torch.tensor([0, 1, -2.0]).view(3, 1, 1)
+    for p, q in zip(ours.parameters(), literal.parameters(), strict=True):
+        with torch.no_grad(): p.copy_(torch.randn(3)), q.copy_(p)
+    for step in range(200):
+        x = torch.randn(int(torch.randint(2, 9, ())), 3, 2, 2, dtype=torch.float64) * spread + centre
+        g = torch.randn_like(x)
+        results = []
+        for m in (ours, literal):
+            m.train(step % 50 != 49)
+            xi = x.clone().requires_grad_()
+            y = m(xi)
+            results.append([y, *torch.autograd.grad(y, [xi, m.weight, m.bias], g)])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12 * max(1, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (4, 3, 5), (4, 3, 2, 3), (2, 3, 2, 2, 2)])
+@pytest.mark.parametrize("held", [False, True], ids=["free", "clamped"])
+def test_fused_equals_plain_and_passes_gradcheck(shape, held):
+    x = (torch.randn(shape, dtype=torch.float64) * 0.05).requires_grad_()
+    w, b = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mean, var = torch.randn(3, dtype=torch.float64) * 0.01, torch.tensor([0.002, 0.004, 0.5], dtype=torch.float64)
+    a, floor = torch.tensor(0.3, dtype=torch.float64), torch.tensor(0.01 * held, dtype=torch.float64)
+    g = torch.randn(shape, dtype=torch.float64)
+    for kwargs in ({}, {"a": a, "floor": floor}):
+        results = []
+        for f in (normalise_channels, plain):
+            y = f(x, w, b, mean, var, 1e-5, **kwargs)
+            results.append([y, *torch.autograd.grad(y, [x, w, b], g)])
+        for p, q in zip(*results, strict=True): torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-11)
+
+    # The statistics as the module makes them, from the input: the numeric derivative sees all of it.
+    state = RunningBatchNorm(3).double()
+    if not held: state.seen.fill_(100)
+    state.count.fill_(5.0)
+    state.running_var.fill_(0.002)
+    saved = {k: v.clone() for k, v in state.state_dict().items()}
+
+    def f(x, w, b):
+        m = RunningBatchNorm(3).double()
+        m.load_state_dict(saved)
+        return torch.func.functional_call(m, {"weight": w, "bias": b}, (x,))
+    assert torch.autograd.gradcheck(f, (x, w, b))
+    assert torch.autograd.gradgradcheck(f, (x, w, b))
+
+
+def test_first_step_is_batch_norm():
+    x = torch.randn(32, 4, 3, 3) * 2 + 1
+    torch.testing.assert_close(RunningBatchNorm(4)(x), BatchNorm(4)(x))
+
+
+def test_hand_computed_second_step():
+    # Batches {1, 3} and {5, 9} of one channel, alpha(2) = 0.1. Step 1: mean 2, var 1, W = 0.1 * 2 = 0.2.
+    # Step 2: W = 0.9 * 0.2 + 0.2 = 0.38, a = 0.2 / 0.38 = 10/19; batch mean 7, var 4, d = 5.
+    m = RunningBatchNorm(1).double()
+    for batch in ([[1.0], [3.0]], [[5.0], [9.0]]): m(torch.tensor(batch, dtype=torch.float64))
+    a = 10 / 19
+    assert m.running_mean.item() == pytest.approx(2 + 5 * a, abs=1e-12)
+    assert m.running_var.item() == pytest.approx((1 - a) * 1 + a * 4 + a * (1 - a) * 25, abs=1e-12)
+    assert (m.seen.item(), m.count.item()) == (4, pytest.approx(0.38))
+
+
+@pytest.mark.parametrize(("b", "lesson", "per_image"), [
+    (1, 1 - 0.9**0.5, 1 - 0.9**0.5), (2, 0.1, 0.1), (5, 1 - 0.9 / 2, 1 - 0.9**2.5), (17, 1 - 0.9 / 4, 1 - 0.9**8.5)])
+def test_batch_weight_by_hand(b, lesson, per_image):
+    assert RunningBatchNorm(1).batch_weight(b) == pytest.approx(lesson)
+    assert RunningBatchNorm(1, rule="per_image").batch_weight(b) == pytest.approx(per_image)
+
+
+def test_training_and_evaluation_agree_and_eval_changes_nothing():
+    m = RunningBatchNorm(3)
+    for _ in range(30): m(torch.randn(2, 3, 4, 4))
+    x = torch.randn(2, 3, 4, 4)
+    y = m(x)
+    before = {k: v.clone() for k, v in m.state_dict().items()}
+    m.eval()
+    torch.testing.assert_close(m(x), y)
+    assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
+
+
+def test_clamp_holds_until_twenty_images():
+    m = RunningBatchNorm(1, eps=0.0)
+    x = torch.tensor([[-0.001], [0.001]])
+    largest = [m(x).abs().max().item() for _ in range(10)]
+    assert largest[:9] == pytest.approx([0.001 / 0.1] * 9)      # divided by sqrt(0.01); 18 images
+    assert largest[9] == pytest.approx(1.0, rel=1e-3)           # by its own spread; 20 images
+
+
+def test_evaluation_before_training_is_the_affine_map():
+    m = RunningBatchNorm(2, eps=0.0).eval()
+    nn.init.constant_(m.weight, 3.0)
+    x = torch.randn(4, 2, 3, 3)
+    torch.testing.assert_close(m(x), 3 * x)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (1, 2, 1, 1), (2, 2, 1, 1), (1, 2, 5, 5)])
+def test_finite_on_one_image_and_one_element(shape):
+    m = RunningBatchNorm(2)
+    for _ in range(15):
+        x = torch.randn(shape, requires_grad=True)
+        y = m(x)
+        y.sum().backward()
+        assert y.isfinite().all()
+        assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("ratio", [1e2, 1e3, 1e4])
+def test_large_mean_in_float32_stays_near_float64(ratio):
+    single, double = RunningBatchNorm(4), RunningBatchNorm(4).double()
+    for _ in range(40):
+        x = torch.randn(4, 4, 6, 6) + ratio
+        y, z = single(x), double(x.double())
+    # The inputs are already rounded to ratio * 6e-8; the norm may not lose much more than they did.
+    assert (y - z).abs().max() < 20 * ratio * 6e-8
+    torch.testing.assert_close(single.running_var.double(), double.running_var, rtol=1e-3, atol=0)
+
+
+def test_two_forwards_then_one_backward_equal_the_definition():
+    ours, literal = RunningBatchNorm(3).double(), LiteralRunningBatchNorm(3).double()
+    grads = []
+    for m in (ours, literal):
+        torch.manual_seed(1)
+        xs = [torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        first, second = m(xs[0]), m(xs[1].clone())
+        # The definition lets the second step see the first only through detached averages.
+        (first.pow(3).sum() + second.pow(3).sum()).backward()
+        grads.append([x.grad for x in xs])
+    for a, b in zip(*grads, strict=True): torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_half_leaves_the_statistics_at_float32():
+    m = RunningBatchNorm(2).half()
+    assert m.weight.dtype == torch.float16
+    assert {m.running_mean.dtype, m.running_var.dtype, m.count.dtype} == {torch.float32}
+    y = m(torch.randn(512, 2, 14, 14).half() + 3)       # 100,352 values per channel, above float16's largest number
+    assert y.dtype == torch.float16
+    assert y.float().mean().abs() < 1e-2
+    assert m.double().running_mean.dtype == torch.float64
