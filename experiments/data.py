@@ -9,6 +9,7 @@ import shutil
 import socket
 import tempfile
 import threading
+import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +163,9 @@ def _probe(urls):
     def ask(url):
         request = urllib.request.Request(url, method="HEAD")
         try: urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
-        except Exception as e: answers.append(e)
+        except Exception as e:
+            if isinstance(e, urllib.error.HTTPError): e.close()
+            answers.append(e)
         else: answers.append(None)
         if answers[-1] is None or len(answers) == len(urls): done.set()
 

@@ -11,6 +11,8 @@ from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
 from experiments.errors import InputError
 
 
@@ -97,9 +99,9 @@ def versions():
     def of(name):
         try: return metadata.version(name)
         except metadata.PackageNotFoundError: return "not installed"
-    packages = ("runnernorms", "torch", "torchvision", "scikit-learn", "matplotlib")
+    packages = ("runnernorms", "torchvision", "scikit-learn", "matplotlib")
     return {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}",
-            **{name: of(name) for name in packages}}
+            "torch": str(torch.__version__), **{name: of(name) for name in packages}}
 
 
 def read_summary(path):

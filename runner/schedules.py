@@ -130,8 +130,9 @@ class LR_Find(Callback):
 
         lr_i = min_lr (max_lr / min_lr)^(i / steps)
 
-    It ends the fit after `max_iter` steps (or the fit's own, if fewer), or once the loss is not finite or above 4
-    times its best smoothed value so far. Then weights, buffers, gradients, training mode, optimizer and random
+    It ends the fit after `max_iter` steps (or the fit's own, if fewer), or once the loss is not finite, or its
+    running average above 4 times the lowest that it had from the 10th step on (at batch size 2 single losses, and
+    averages of a few, say nothing). Then weights, buffers, gradients, training mode, optimizer and random
     states (torch's, Python's, numpy's, the loaders' own generators) are what they were, so that training afterwards is
     bit for bit the training without it.
 
@@ -176,9 +177,9 @@ class LR_Find(Callback):
         loss = self.loss.item()
         self.lrs.append(self.lr)
         self.losses.append(loss)
-        self._smooth = 0.8 * self._smooth + 0.2 * loss
-        smooth = self._smooth / (1 - 0.8 ** len(self.losses))
-        self._best = min(self._best, smooth)
+        self._smooth = 0.9 * self._smooth + 0.1 * loss
+        smooth = self._smooth / (1 - 0.9 ** len(self.losses))
+        if len(self.losses) >= 10: self._best = min(self._best, smooth)
         if not math.isfinite(loss) or smooth > 4 * self._best or len(self.losses) >= self.steps:
             raise CancelTrainException
 

@@ -1,0 +1,1 @@
+"""Place of the literate lessons: notebooks and the modules they export. None is written yet."""

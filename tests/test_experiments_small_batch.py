@@ -1,0 +1,338 @@
+"""The main job: its settings, its rows, its verdict, its command line and its table in the README."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import small_batch, table
+from experiments.__main__ import EXPERIMENTS, TOOLS, main
+from experiments.data import load_data
+from experiments.errors import InputError
+from experiments.results import RunFolder, read_summary, text_table
+from experiments.small_batch import NORMS, Config, judge, parse_seeds
+
+ROOT = Path(__file__).parent.parent
+FIELDS = {"norm", "batch_size", "lr", "seed", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds",
+          "status"}
+
+
+def small(out, **kwargs):
+    """A run of seconds on the digits."""
+    return small_batch.run(Config(data="digits", out=str(out), **{"limit": 40, "epochs": 1, **kwargs}))
+
+
+# --- the whole of it ----------------------------------------------------------------------------------------------
+
+def test_the_effect_is_visible_on_the_digits(tmp_path):
+    # Three seeds at the default settings. Measured while this was written, seeds 0 to 2: BatchNorm2d 0.32 to 0.53,
+    # RunningBatchNorm 0.76 to 0.92. The verdict asks for a mean below 0.5 and a gap of 0.3 between the means.
+    result = small_batch.run(Config(data="digits", norms=("BatchNorm2d", "RunningBatchNorm"), seeds=(0, 1, 2),
+                                    out=str(tmp_path / "run")))
+    assert result.reproduced is True, result.verdict
+    assert "visible on digits" in result.verdict
+    assert "not the published setting" in result.verdict
+
+
+def test_run_folder_holds_all_that_is_promised(tmp_path, capsys):
+    result = small(tmp_path / "run", epochs=2, seeds=(3, 4))
+    out = capsys.readouterr().out
+    folder = tmp_path / "run"
+    assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "summary.json", "small_batch.png"}
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert len(summary["rows"]) == len(result.rows) == 14
+    assert all(FIELDS <= set(row) for row in summary["rows"])
+    assert [(r["norm"], r["seed"]) for r in summary["rows"]] == [(n, s) for s in (3, 4) for n in NORMS]
+    assert summary["complete"] is True
+    assert summary["verdict"] == result.verdict
+
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(m["norm"], m["seed"], m["epoch"]) for m in metrics] == [(n, s, e) for s in (3, 4) for n in NORMS
+                                                                     for e in (0, 1)]
+    last = {(m["norm"], m["seed"]): m for m in metrics}
+    for row in summary["rows"]: assert row["valid_loss"] == last[row["norm"], row["seed"]]["valid_loss"]
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["config"]["epochs"] == 2
+    assert config["versions"]["torch"] == torch.__version__
+    assert str(tmp_path) not in (folder / "config.json").read_text() + (folder / "summary.json").read_text()
+
+    for text in ("data:    digits", "62,090 parameters", "batch size 2, lr 0.4, 2 epochs, seeds 3, 4", "to go",
+                 "[14/14] RunningBatchNorm, seed 4: epoch 2/2", "0.9723 / 0.9730", "published"):
+        assert text in out
+    assert out.rstrip().endswith(result.verdict)
+    png = (folder / "small_batch.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+
+
+def test_same_seed_same_rows_and_same_batches_for_every_norm(tmp_path, monkeypatch):
+    orders = []
+    real = small_batch.get_dls
+
+    def spy(train, valid, bs, **kwargs):
+        dls = real(train, valid, bs, **kwargs)
+        orders.append([tuple(i) for i in real(train, valid, bs, **{**kwargs, "generator": torch.Generator().manual_seed(
+            kwargs["generator"].initial_seed())})[0].batch_sampler])
+        return dls
+    monkeypatch.setattr(small_batch, "get_dls", spy)
+    a, b = (small(tmp_path / n, norms=("none", "BatchNorm", "RunningBatchNorm"), seeds=(1,)) for n in "ab")
+    assert all(o == orders[0] for o in orders)
+    for p, q in zip(a.rows, b.rows, strict=True):
+        assert {k: v for k, v in p.items() if k != "seconds"} == {k: v for k, v in q.items() if k != "seconds"}
+
+
+def test_mnist_slice(mnist_dir, tmp_path):
+    result = small_batch.run(Config(data_dir=mnist_dir, norms=("BatchNorm", "RunningBatchNorm"), limit=600,
+                                    out=str(tmp_path / "run")))
+    summary = read_summary(tmp_path / "run")
+    assert (summary["data"], summary["train_images"], summary["valid_images"]) == ("MNIST", 600, 600)
+    assert [r["status"] for r in summary["rows"]] == ["ok", "ok"]
+    assert "not the published setting" in result.verdict
+
+
+def test_settings_of_torch_are_put_back(tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        small(tmp_path / "run", norms=("none",))
+        assert torch.get_num_threads() == 2
+        assert torch.backends.mkldnn.enabled
+    finally: torch.set_num_threads(threads)
+
+
+def test_diverged_and_refused_arms_are_rows(tmp_path, capsys):
+    result = small(tmp_path / "a", norms=("none", "RunningBatchNorm"), lr=1e20)
+    assert result.rows[0]["status"] == "diverged"
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["rows"][0]["valid_loss"] is None
+    # torch's batch norm refuses one value per channel, which the last map has at batch size 1.
+    result = small(tmp_path / "b", norms=("BatchNorm2d", "BatchNorm", "RunningBatchNorm"), batch_size=1)
+    assert [r["status"] for r in result.rows] == ["failed", "ok", "ok"]
+    assert "Expected more than 1 value per channel" in result.rows[0]["error"]
+    assert "BatchNorm2d failed: Expected more than 1 value" in capsys.readouterr().out
+    assert result.reproduced is None
+    assert "was not tested" in result.verdict
+
+
+# --- the verdict --------------------------------------------------------------------------------------------------
+
+def rows(**accuracies):
+    return [{"norm": n, "seed": s, "valid_accuracy": a} for n, accs in accuracies.items() for s, a in enumerate(accs)]
+
+
+def mnist_images():
+    images = load_data("digits", limit=1)
+    images.name = "MNIST"
+    return images
+
+
+@pytest.mark.parametrize(("accuracies", "settings", "expected"), [
+    ({"BatchNorm2d": [0.2], "BatchNorm": [0.3], "RunningBatchNorm": [0.90]}, {}, True),
+    ({"BatchNorm2d": [0.2], "RunningBatchNorm": [0.88]}, {}, False),                # 0.95 - 3 * 0.02 = 0.89
+    ({"BatchNorm2d": [0.2] * 4, "RunningBatchNorm": [0.91] * 4}, {}, False),        # 0.95 - 3 * 0.02 / 2 = 0.92
+    ({"BatchNorm2d": [0.2] * 4, "RunningBatchNorm": [0.93] * 4}, {}, True),
+    ({"BatchNorm2d": [0.2], "BatchNorm": [0.51], "RunningBatchNorm": [0.95]}, {}, False),
+    ({"BatchNorm2d": [None], "RunningBatchNorm": [0.95]}, {}, True),                # diverged counts as 0
+    ({"BatchNorm2d": [0.2], "RunningBatchNorm": [float("nan")]}, {}, False),
+    ({"BatchNorm2d": [0.2], "RunningBatchNorm": [0.6]}, {"limit": 100}, True),      # a gap of 0.3 elsewhere
+    ({"BatchNorm2d": [0.2], "RunningBatchNorm": [0.4]}, {"lr": 0.1}, False),
+    ({"BatchNorm2d": [0.2], "RunningBatchNorm": [0.95]}, {"batch_size": 4}, None),
+    ({"GroupNorm": [0.9], "RunningBatchNorm": [0.95]}, {}, None),
+    ({"BatchNorm": [0.2]}, {}, None)])
+def test_verdict(accuracies, settings, expected):
+    n = len(next(iter(accuracies.values())))
+    config = Config(epochs=1, seeds=tuple(range(n)), **settings)
+    reproduced, sentence = judge(rows(**accuracies), config, mnist_images())
+    assert reproduced is expected
+    assert ("NOT" in sentence) is (expected is False)
+    assert ("was not tested" in sentence) is (expected is None)
+
+
+def test_exit_status_follows_the_verdict(tmp_path, capsys):
+    argv = ["small-batch", "--data", "digits", "--limit", "20", "--epochs", "1", "--out"]
+    assert main([*argv, str(tmp_path / "a"), "--norms", "BatchNorm,RunningBatchNorm"]) == 1    # 10 steps show nothing
+    assert "The published effect is NOT visible" in capsys.readouterr().out
+    assert main([*argv, str(tmp_path / "b"), "--norms", "GroupNorm", "none"]) == 0
+
+
+# --- input that makes no sense ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("settings", "text"), [
+    ({"norms": ("BatchNorn",)}, "unknown norm 'BatchNorn': did you mean 'BatchNorm'"),
+    ({"norms": ("runingbatchnorm",)}, "did you mean 'RunningBatchNorm'"),
+    ({"norms": ()}, "norms is empty"), ({"norms": ("none", "None")}, "norms lists 'none' twice"),
+    ({"data": "minst"}, "unknown data set 'minst': did you mean 'mnist'"),
+    ({"batch_size": 0}, "batch size is 0; it must be a positive integer"), ({"batch_size": None}, "batch size is None"),
+    ({"lr": 0}, "lr is 0; it must be a positive number"), ({"lr": float("nan")}, "lr is nan"),
+    ({"lr": float("inf")}, "lr is inf"), ({"epochs": 0}, "epochs is 0"), ({"limit": -1}, "limit is -1"),
+    ({"seeds": (-1,)}, "seed -1 makes no sense"), ({"seeds": (2**40,)}, "seeds are integers from 0 to"),
+    ({"seeds": (1, 1)}, "seeds lists 1 twice"), ({"device": "gpu"}, "unknown device 'gpu'; use auto, cpu or cuda")])
+def test_settings_that_make_no_sense(settings, text):
+    with pytest.raises(InputError, match=text): Config(**settings)
+
+
+def test_names_are_taken_in_any_case():
+    assert Config(norms=("runningbatchnorm", "BATCHNORM2D")).norms == ("RunningBatchNorm", "BatchNorm2d")
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("1", (0,)), ("3", (0, 1, 2)), ("0,4", (0, 4)), ("7,", (7,))])
+def test_seeds_as_a_number_or_a_list(text, seeds): assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["0", "-2", "x", "1,b", ",", "1.5"])
+def test_seeds_that_make_no_sense(text):
+    with pytest.raises(InputError, match=r"give a number of seeds .* or a list such as 0,4 or 7,"): parse_seeds(text)
+
+
+def test_batch_size_beyond_the_data(tmp_path):
+    with pytest.raises(InputError, match="batch size is 64 and there are 40 training images; take a smaller batch"):
+        small(tmp_path / "run", batch_size=64)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
+def test_gpu_asked_for_and_not_there():
+    with pytest.raises(InputError, match="device 'cuda' was asked for and torch sees no GPU; use cpu, or auto"):
+        Config(device="cuda")
+
+
+def test_run_folder_that_holds_a_run_or_can_not_be_written(tmp_path):
+    small(tmp_path / "run", norms=("none",))
+    with pytest.raises(InputError, match=r"run' holds a run already and results are not overwritten; name another by"):
+        small(tmp_path / "run", norms=("none",))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/run' can't be written: Not a directory; name another by --out"):
+        small(tmp_path / "file" / "run", norms=("none",))
+
+
+def test_default_run_folders_never_collide(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = {RunFolder(None, "small-batch", Config(), {}).path for _ in range(3)}
+    assert len(folders) == 3
+    assert all(f.parts[:2] == ("runs", "small-batch") for f in folders)
+
+
+def test_records_hold_no_folder_of_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prog", "--data-dir", str(tmp_path / "secret" / "data"), f"--out={tmp_path}/run"])
+    folder = RunFolder(tmp_path / "run", "small-batch", Config(data_dir=str(tmp_path / "secret" / "data")), {})
+    text = (folder.path / "config.json").read_text()
+    assert str(tmp_path) not in text
+    assert json.loads(text)["argv"] == ["--data-dir", ".../data", "--out=.../run"]
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+def cli(*argv, **kwargs):
+    return subprocess.run([sys.executable, "-m", "experiments", *argv], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120, **kwargs)
+
+
+def test_listing_names_every_experiment_with_a_line_and_its_time():
+    for argv in ([], ["--help"], ["-h"]):
+        done = cli(*argv)
+        assert done.returncode == 0
+        for name, (_, what, usual) in (EXPERIMENTS | TOOLS).items():
+            assert re.search(rf"^  {name} +{re.escape(what)} \({usual}\)$", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", [*EXPERIMENTS, *TOOLS])
+def test_help_everywhere(name):
+    done = cli(name, "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: python -m experiments {name}")
+    if name == "small-batch":
+        for option in ("data", "data-dir", "norms", "batch-size", "lr", "epochs", "seeds", "limit", "out", "device"):
+            assert f"--{option} " in done.stdout
+
+
+def test_command_line_end_to_end(tmp_path):
+    done = cli("small-batch", "--data", "digits", "--limit", "60", "--norms", "GroupNorm", "RunningBatchNorm",
+               "--seeds", "2", "--epochs", "1", "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "\r" not in done.stdout
+    assert len(re.findall(r"^\[\d/4\] \w+, seed \d: epoch 1/1  train_loss ", done.stdout, re.MULTILINE)) == 4
+    assert len(read_summary(tmp_path / "run")["rows"]) == 4
+    shown = cli("table", str(tmp_path / "run"))
+    assert shown.returncode == 0
+    assert shown.stdout.startswith("| norm | published | valid accuracy |")
+
+
+@pytest.mark.parametrize(("argv", "text"), [
+    (["smal-batch"], "unknown experiment 'smal-batch': did you mean 'small-batch'"),
+    (["small-batch", "--norms", "batchnrm"], "unknown norm 'batchnrm': did you mean 'BatchNorm'"),
+    (["small-batch", "--data-dir", "nowhere"], "the folder 'nowhere' does not exist"),
+    (["table", "nowhere"], "can't read 'nowhere': No such file or directory; name a run folder, or a summary.json")])
+def test_bad_input_is_one_line_and_exit_status_2(argv, text, capsys):
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert text in err
+    assert err.count("\n") == 1
+
+
+def test_interrupted_run_keeps_the_finished_rows(tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-m", "experiments", "small-batch", "--data", "digits", "--out",
+                                str(folder), "--norms", "none", "BatchNorm2d", "RunningBatchNorm", "--epochs", "10"],
+                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    until = time.monotonic() + 100
+    while not (folder / "summary.json").exists() and time.monotonic() < until: time.sleep(0.1)
+    time.sleep(0.5)     # well into the second arm, which takes several
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == ""
+    assert "Interrupted: 1 of 3 arms had finished; their rows are in" in out
+    summary = read_summary(folder)
+    assert [r["norm"] for r in summary["rows"]] == ["none"]
+    assert summary["complete"] is False
+    assert (folder / "small_batch.png").exists()
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+def test_table_by_hand():
+    base = {"batch_size": 2, "valid_loss": 0.5, "seconds": 10.0, "status": "ok"}
+    _, lines = small_batch.table([
+        {**base, "norm": "RunningBatchNorm", "valid_accuracy": 0.94, "seed": 0},
+        {**base, "norm": "none", "valid_accuracy": 0.1, "valid_loss": None, "status": "diverged", "seed": 0},
+        {**base, "norm": "RunningBatchNorm", "valid_accuracy": 0.96, "valid_loss": 0.1, "seconds": 20.0, "seed": 1}])
+    assert lines == [["RunningBatchNorm", "0.9723 / 0.9730", "0.9500", "0.9400 to 0.9600", "0.3", "2", "15", "ok"],
+                     ["none", "-", "0.1000", "-", "nan", "1", "10", "diverged"]]
+    assert text_table(["a", "bb"], [["ccc", "1"]]) == "a    bb\nccc   1"
+
+
+def test_readme_table_is_generated_from_the_committed_record():
+    record = read_summary(ROOT / "experiments" / "results" / "small_batch.json")
+    readme = (ROOT / "README.md").read_text()
+    assert table.insert(readme, table.markdown(record)) == readme, (
+        "run: python -m experiments table experiments/results/small_batch.json --into README.md")
+    assert (record["data"], record["train_images"], record["complete"]) == ("MNIST", 50_000, True)
+    assert record["reproduced"] is True
+
+
+def test_table_goes_between_its_marks_and_nowhere_else(tmp_path):
+    begin, end = table.MARKS
+    assert table.insert(f"x\n{begin}\nold\n{end}\ny", "new") == f"x\n{begin}\nnew\n{end}\ny"
+    with pytest.raises(InputError, match="there is no place for the table"): table.insert("nothing", "new")
+
+
+def test_readme_opens_with_two_commands_and_ci_runs_the_second():
+    commands = re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(commands) == 2
+    assert commands[0].endswith("-m experiments small-batch")
+    assert commands[1].endswith("-m pytest")
+    assert commands[1].startswith("python3 -m venv .venv-test ")
+    ci = (ROOT / ".ci" / "run").read_text()
+    pattern = re.search(r"grep -m1 -E '(.*)' README.md", ci)[1]
+    assert [c for c in commands if re.match(pattern, c)] == [commands[1]]
+    assert "rm -rf .venv-test" in ci

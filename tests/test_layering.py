@@ -1,0 +1,56 @@
+"""Imports run one way: nbdev_style -> experiments -> {runner, norms}; heavy packages are loaded where they are used."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("norms", "runner", "experiments", "nbdev_style")
+MAY_IMPORT = {"norms": {"norms"}, "runner": {"runner"}, "experiments": {"norms", "runner", "experiments"},
+              "nbdev_style": set(PACKAGES)}
+ONLY_IN = {"matplotlib": "runner/plots.py", "fastprogress": "runner/progress.py"}
+
+
+def imports(file):
+    """Top-level names of every package that `file` imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import): yield from (a.name.split(".")[0] for a in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_run_one_way(package):
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for file in files:
+        name = file.relative_to(ROOT).as_posix()
+        found = set(imports(file))
+        assert found & set(PACKAGES) <= MAY_IMPORT[package], name
+        if package in ("norms", "runner"):
+            others = found - set(sys.stdlib_module_names) - {"torch", package}
+            assert others <= {heavy for heavy, home in ONLY_IN.items() if home == name}, name
+        for heavy, home in ONLY_IN.items(): assert heavy not in found or name == home, f"{name} imports {heavy}"
+
+
+def test_runner_takes_no_matplotlib_and_no_fastprogress_with_it():
+    code = ("import sys; from runner import *; from norms import *; import runner.progress\n"
+            "print([m for m in ('matplotlib', 'fastprogress', 'sklearn', 'torchvision') if m in sys.modules])")
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_are_typed(package):
+    assert (ROOT / package / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("package", ["norms", "runner"])
+def test_all_is_sorted_and_complete(package):
+    module = __import__(package)
+    assert sorted(module.__all__) == sorted(set(module.__all__))
+    assert all(hasattr(module, name) for name in module.__all__)
