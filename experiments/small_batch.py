@@ -182,7 +182,7 @@ def run(config):
             epochs, row, losses = train_arm(config, images, norm, seed, f"[{i + 1}/{len(arms)}] {norm}, seed {seed}")
             for r in epochs: folder.add_metrics(r)
             rows.append(row)
-            curves.setdefault(norm, losses)  # of the first seed
+            if seed == config.seeds[0]: curves[norm] = windows(losses)
             if "error" in row: print(f"  {norm} failed: {row['error']}")
             folder.write_json("summary.json", summary(config, images, rows, arms))
             spent = time.perf_counter() - start
@@ -192,6 +192,7 @@ def run(config):
     reproduced, verdict = judge(rows, config, images)
     result = Result(rows, reproduced, verdict, folder.path)
     if rows:
+        folder.write_json("curves.json", curves)
         draw(rows, curves, images, config, folder.path / "small_batch.png")
         print("\n" + text_table(*table(rows)))
     if interrupted:
@@ -265,7 +266,10 @@ def table(rows):
 
 
 def draw(rows, curves, images, config, path):
-    """The picture: validation accuracy per arm and seed beside the training loss of the first seed."""
+    """The picture: validation accuracy per arm and seed beside the training loss of the first seed.
+
+    `curves` maps each norm to `(steps, losses)`, as in `curves.json`.
+    """
     from runner import plots
     fig, (left, right) = plots.figure(2, width=6.5, height=4.2)
     groups = {norm: [r["valid_accuracy"] for r in rows if r["norm"] == norm] for norm in curves}
@@ -274,16 +278,15 @@ def draw(rows, curves, images, config, path):
                              f"{len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}, bar: mean",
                       title=f"batch size {config.batch_size}, lr {config.lr}, {images.name}")
     left.set_xlim(0, 1)
-    windows = {norm: _windows(losses) for norm, losses in curves.items() if losses}
     plots.plot_lines({norm + ("" if math.isfinite(ys[-1]) else " (diverged)"): (xs, ys)
-                      for norm, (xs, ys) in windows.items()}, right, yscale="log", xlabel="training step",
+                      for norm, (xs, ys) in curves.items() if ys}, right, yscale="log", xlabel="training step",
                      ylabel="training loss, mean of 1 % of the steps", title=f"seed {config.seeds[0]}")
     # Chance is a loss of 2.3. A run on its way to infinity would press all the others flat.
     right.set_ylim(top=min(right.get_ylim()[1], 10))
     plots.save(fig, path)
 
 
-def _windows(losses, n=100):
+def windows(losses, n=100):
     """Means of `losses` over `n` windows, with the step at the middle of each: `(steps, means)`."""
     size = max(1, len(losses) // n)
     starts = range(0, len(losses) - size + 1, size)

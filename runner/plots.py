@@ -40,13 +40,13 @@ def mark(ax, x, label):
 
 
 def plot_lines(series, ax=None, *, yscale="linear", xlabel="", ylabel="", title=""):
-    """Several lines with a legend; `series` maps each name to `(xs, ys)`. Values that are not finite leave gaps."""
+    """Several lines, the legend beside them; `series` maps each name to `(xs, ys)`. Non-finite values leave gaps."""
     ax = _axes(ax)
     for i, (name, (xs, ys)) in enumerate(series.items()):
         ax.plot(xs, [y if math.isfinite(y) else math.nan for y in ys], label=name, linewidth=1.4, **series_style(i))
     ax.set(yscale=yscale, xlabel=xlabel, ylabel=ylabel)
     ax.set_title(title, loc="left", fontsize="medium")
-    if series: ax.legend(frameon=False, fontsize="small")
+    if series: ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 

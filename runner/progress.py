@@ -92,7 +92,9 @@ class ProgressCallback(Callback):
             print(f"{self.label + ': ' if self.label else ''}epoch {epoch}/{self.epochs}  "
                   + "  ".join(f"{k} {v}" for k, v in cells.items()), flush=True)
             return
-        if not self.table: self.bars.write(list(cells), table=True)
+        if not self.table:
+            if self.label: self.bars.write(self.label)
+            self.bars.write(list(cells), table=True)
         self.table = True
         self.bars.write(list(cells.values()), table=True)
         self.bars.update(self.epoch + 1)

@@ -45,7 +45,8 @@ def test_run_folder_holds_all_that_is_promised(tmp_path, capsys):
     result = small(tmp_path / "run", epochs=2, seeds=(3, 4))
     out = capsys.readouterr().out
     folder = tmp_path / "run"
-    assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "summary.json", "small_batch.png"}
+    assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "summary.json", "curves.json",
+                                                     "small_batch.png"}
 
     summary = json.loads((folder / "summary.json").read_text())
     assert len(summary["rows"]) == len(result.rows) == 14
@@ -69,6 +70,9 @@ def test_run_folder_holds_all_that_is_promised(tmp_path, capsys):
                  "[14/14] RunningBatchNorm, seed 4: epoch 2/2", "0.9723 / 0.9730", "published"):
         assert text in out
     assert out.rstrip().endswith(result.verdict)
+    curves = json.loads((folder / "curves.json").read_text())
+    assert set(curves) == set(NORMS)
+    assert all(len(steps) == len(losses) == 40 for steps, losses in curves.values())     # 40 steps, each a window
     png = (folder / "small_batch.png").read_bytes()
     assert png.startswith(b"\x89PNG")
 

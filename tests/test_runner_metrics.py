@@ -192,6 +192,7 @@ def test_live_progress_draws_a_bar_and_a_table(capsys, monkeypatch):
     assert "\rmy run epoch 2/2 |" in out
     assert "50.00% [1/2" in out
     assert "\rmy run validation 1/2 |" in out
+    assert [line.split("\r")[-1] for line in out.split("\n")].count("my run") == 1      # above the table
     rows = [cells for line in out.split("\n") if len(cells := line.split("\r")[-1].split()) == 6]
     assert rows[0] == ["epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "time"]
     assert [r[0] for r in rows[1:]] == ["1", "2"]
