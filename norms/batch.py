@@ -2,7 +2,7 @@
 
 import torch
 
-from norms.channel import channel_moments, normalise_channels
+from norms.channel import channel_moments, in_backward, normalise_channels
 from norms.moments import Norm, check_channels, per_channel, scale_shift, wide
 
 
@@ -18,8 +18,9 @@ class BatchNorm(Norm):
         running_var  <- (1 - mom) running_var  + mom var n / (n - 1)        n = values per channel
 
     Output, gradients, buffers and state dict equal those of `torch.nn.BatchNorm1d/2d/3d`, and state dicts move
-    both ways. One difference: on one value per channel torch refuses to train; here the output is `bias`, the
-    running mean takes the value in, and the running variance stays, for one value says nothing of the spread.
+    both ways. Two differences: on one value per channel torch refuses to train; here the output is `bias`, the
+    running mean takes the value in, and the running variance stays, for one value says nothing of the spread. And a
+    forward pass that activation checkpointing does again counts once.
 
     The lesson's first version (fastai part 2 v3, notebook 07) detaches the batch statistics from the graph and
     normalises by the unbiased variance; this one, as torch's, does neither.
@@ -50,7 +51,7 @@ class BatchNorm(Norm):
         self.check_input(x, self.nf)
         if self.training:
             mean, var = channel_moments(x)                          # (C,) each
-            self.track(mean, var, x.numel() // self.nf)
+            if not in_backward(): self.track(mean, var, x.numel() // self.nf)
             return normalise_channels(x, self.weight, self.bias, mean, var, self.eps)
         mean, var, weight, bias = (per_channel(t, x.ndim) for t in (self.running_mean, self.running_var, self.weight,
                                                                     self.bias))

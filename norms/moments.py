@@ -40,7 +40,7 @@ def merge_moments(mean, var, batch_mean, batch_var, a):
 
     (T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating formulae and a pairwise algorithm for computing sample
     variances", 1979.) Equal to averaging x and x^2 and subtracting, without the cancellation; every term of
-    the variance is positive, so it can't turn negative. `a` is a scalar tensor of the moments' dtype.
+    the variance is positive, so it can't turn negative. `a` is a number, or a scalar tensor of the moments' dtype.
     """
     d = batch_mean - mean
     # var' regrouped: (1 - a) var + a (batch_var + (1 - a) d^2), half the operations at batch size 2.

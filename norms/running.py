@@ -1,10 +1,11 @@
 """Running batch normalization (fastai, "Deep Learning from the Foundations", 2019, part 2 v3, notebook 07)."""
 
 import math
+from collections import deque
 
 import torch
 
-from norms.channel import channel_moments, normalise_channels
+from norms.channel import channel_moments, eager_cpu, in_backward, normalise_channels
 from norms.moments import HALF, Norm, check_channels, merge_moments, per_channel, scale_shift, wide
 
 CLAMP_IMAGES, CLAMP_VAR = 20, 0.01  # the lesson's: variance at least 0.01 until 20 images have been seen
@@ -32,6 +33,16 @@ class RunningBatchNorm(Norm):
     The averages start at 0 and the lesson divides each by a debiasing weight for the first 100 steps; it cancels
     in both ratios. Here W starts at 0, so that a = 1 in the first step, which is plain batch norm.
 
+    The gradient is that of the current batch's share a (see `norms.channel`), with the means of g and g xhat over
+    the batch. With `average_backward=True` they are averaged over steps as the forward's are, with the same share:
+
+        G <- (1 - a) G + a mean(g)          D <- (1 - a) D + a mean(g xhat)
+        dL/dx = weight / s [g - G - xhat D]
+
+    which is no gradient of anything, but a steadier estimate of the one that many images would give. (J. Yan et al.,
+    "Towards stabilizing batch statistics in backward propagation of batch normalization", ICLR 2020, average the
+    backward's statistics too.)
+
     While fewer than 20 images have been seen the variance is taken as at least 0.01. Before any training the
     running statistics are mean 0 and variance 1, so evaluation is the affine map alone.
 
@@ -40,17 +51,20 @@ class RunningBatchNorm(Norm):
         mom: weight of the **new** batch at batch size 2, above 0 and at most 1.
         eps: added to the variance.
         rule: how `mom` turns into a batch's weight, "lesson" or "per_image".
+        average_backward: average the means in the gradient over steps. It keeps state in the backward pass, so second
+            derivatives and `torch.compile` are refused.
 
     Shapes: `(N, C)` or `(N, C, *spatial)` in and out; `weight`, `bias`, `running_mean`, `running_var` `(C,)`;
         `count` (W, values per channel) and `seen` (images) are scalars. All are tensors, so that a state dict
-        saved in mid-training continues bit for bit and a compiled step is not compiled again.
+        saved in mid-training continues bit for bit and a compiled step is not compiled again. With
+        `average_backward` also `grad_mean` and `grad_dot` (G and D) `(C,)`.
 
     Raises:
         ValueError: another channel count, fewer than two axes, an empty input, an unknown rule, `mom` out of range.
         TypeError: an integer input.
     """
 
-    def __init__(self, nf, mom=0.1, eps=1e-5, *, rule="lesson"):
+    def __init__(self, nf, mom=0.1, eps=1e-5, *, rule="lesson", average_backward=False):
         check_channels("RunningBatchNorm", nf)
         super().__init__((nf,), eps)
         if not 0 < mom <= 1:
@@ -58,11 +72,15 @@ class RunningBatchNorm(Norm):
                              "most 1, such as 0.1")
         if rule not in ("lesson", "per_image"):
             raise ValueError(f"RunningBatchNorm: rule is {rule!r}; choose 'lesson' or 'per_image'")
-        self.nf, self.mom, self.rule = nf, mom, rule
+        self.nf, self.mom, self.rule, self.average_backward = nf, mom, rule, average_backward
         self.register_buffer("running_mean", torch.zeros(nf))
         self.register_buffer("running_var", torch.ones(nf))
         self.register_buffer("count", torch.tensor(0.0))
         self.register_buffer("seen", torch.tensor(0))
+        if average_backward:
+            self.register_buffer("grad_mean", torch.zeros(nf))
+            self.register_buffer("grad_dot", torch.zeros(nf))
+        self.steps = deque(maxlen=16)                               # for `recall`; no part of the state
 
     def batch_weight(self, b):
         """alpha: the weight of a new batch of `b` images in the exponential averages."""
@@ -73,29 +91,57 @@ class RunningBatchNorm(Norm):
         self.check_input(x, self.nf)
         mean, var = self.running_mean, self.running_var             # (C,) each
         if self.training:
-            a = self.share(x)
             batch_mean, batch_var = (m.to(mean.dtype) for m in channel_moments(x))
-            mean, var = merge_moments(mean, var, batch_mean, batch_var, a)
-            self.running_mean.copy_(mean)
-            self.running_var.copy_(var)
-            return normalise_channels(x, self.weight, self.bias, mean, var, self.eps, a, self.floor())
-        mean, var, weight, bias = (per_channel(t, x.ndim) for t in (mean, var.clamp_min(self.floor()), self.weight,
-                                                                    self.bias))
+            mean, var, a, floor = self.recall(batch_mean) if in_backward() else self.track(x, batch_mean, batch_var)
+            averages = (self.grad_mean, self.grad_dot) if self.average_backward else None
+            return normalise_channels(x, self.weight, self.bias, mean, var, self.eps, a, floor, averages)
+        floor = self.floor(x)
+        if floor is not None: var = var.clamp_min(floor)
+        mean, var, weight, bias = (per_channel(t, x.ndim) for t in (mean, var, self.weight, self.bias))
         return scale_shift(wide(x) - mean, var, self.eps, weight, bias).to(x.dtype)
 
-    def floor(self):
-        """The least variance now, a scalar tensor: 0.01 until 20 images have been seen, then 0.
+    def track(self, x, batch_mean, batch_var):
+        """Take the batch in: the new running mean and variance, its share of them, and the least variance."""
+        a = self.share(x)
+        mean, var = merge_moments(self.running_mean, self.running_var, batch_mean, batch_var, a)
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(var)
+        step = mean, var, a, self.floor(x)
+        if not torch.compiler.is_compiling(): self.steps.append((batch_mean, step))
+        return step
 
-        A tensor and not an `if`, which would wait for the device and break a compiled graph.
+    def recall(self, batch_mean):
+        """What `track` returned for the batch with this mean, which activation checkpointing sends through again.
+
+        The latest first: a backward pass goes from the last forward to the first. What was recalled is forgotten.
         """
-        return CLAMP_VAR * (self.seen < CLAMP_IMAGES).to(self.running_var.dtype)
+        for i in reversed(range(len(self.steps))):
+            mean, step = self.steps[i]
+            if torch.allclose(mean, batch_mean, rtol=1e-5, atol=1e-7):
+                del self.steps[i]
+                return step
+        kept = self.steps.maxlen
+        raise RuntimeError(f"RunningBatchNorm met a forward pass inside a backward pass and none of its last {kept} "
+                           "training batches is this one; only a checkpointed forward may run there, with its backward "
+                           f"at most {kept} batches later")
 
     def share(self, x):
-        """Count the batch in and return a, its share of the running averages (a scalar tensor in 0 to 1)."""
+        """Count the batch in and return a, its share of the running averages, in 0 to 1.
+
+        A number where the state may be looked at, else a scalar tensor: to look would wait for a GPU, and a
+        compiler would make the number a constant and compile again at every step.
+        """
         alpha, n = self.batch_weight(x.shape[0]), x.numel() // self.nf
         self.seen.add_(x.shape[0])
-        self.count.mul_(1 - alpha).add_(alpha * n)
-        return alpha * n / self.count
+        count = self.count.item() if eager_cpu(x) else self.count
+        count = (1 - alpha) * count + alpha * n                     # W
+        self.count.fill_(count)
+        return alpha * n / count
+
+    def floor(self, x):
+        """The least variance: 0.01 until 20 images have been seen, then none; a scalar tensor as in `share`."""
+        if eager_cpu(x): return CLAMP_VAR if self.seen.item() < CLAMP_IMAGES else None
+        return CLAMP_VAR * (self.seen < CLAMP_IMAGES).to(self.running_var.dtype)
 
     def _apply(self, fn, recurse=True):
         """Move or cast the module; `half()` and `bfloat16()` leave the running statistics at their width."""
@@ -106,4 +152,5 @@ class RunningBatchNorm(Norm):
         return self
 
     def extra_repr(self):
-        return f"{self.nf}, mom={self.mom}, eps={self.eps}, rule={self.rule!r}"
+        more = ", average_backward=True" if self.average_backward else ""
+        return f"{self.nf}, mom={self.mom}, eps={self.eps}, rule={self.rule!r}{more}"

@@ -4,16 +4,19 @@ import pytest
 import torch
 from reference import LiteralRunningBatchNorm
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+import norms.channel
 import norms.running
 from norms import BatchNorm, RunningBatchNorm
 from norms.channel import normalise_channels, plain
 
 
-@pytest.mark.parametrize("path", ["fused", "plain"])
+@pytest.mark.parametrize("path", ["cpu", "elsewhere"])
 @pytest.mark.parametrize("rule", ["lesson", "per_image"])
 def test_equals_the_definition_over_ragged_steps(rule, path, monkeypatch):
-    if path == "plain": monkeypatch.setattr(norms.running, "normalise_channels", plain)
+    if path == "elsewhere":     # as on a GPU and in a compiled graph: state in tensors, the plain formula
+        for module in (norms.channel, norms.running): monkeypatch.setattr(module, "eager_cpu", lambda x: False)
     ours, literal = RunningBatchNorm(3, rule=rule).double(), LiteralRunningBatchNorm(3, rule=rule).double()
     # Spreads of 0.02 to 3, so that the clamp at 0.01 holds some channels in the first steps and not others.
     spread, centre = torch.tensor([0.02, 1, 3]).view(3, 1, 1), torch.tensor([0, 1, -2.0]).view(3, 1, 1)
@@ -38,9 +41,8 @@ def test_fused_equals_plain_and_passes_gradcheck(shape, held):
     x = (torch.randn(shape, dtype=torch.float64) * 0.05).requires_grad_()
     w, b = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     mean, var = torch.randn(3, dtype=torch.float64) * 0.01, torch.tensor([0.002, 0.004, 0.5], dtype=torch.float64)
-    a, floor = torch.tensor(0.3, dtype=torch.float64), torch.tensor(0.01 * held, dtype=torch.float64)
     g = torch.randn(shape, dtype=torch.float64)
-    for kwargs in ({}, {"a": a, "floor": floor}):
+    for kwargs in ({}, {"a": 0.3, "floor": 0.01 if held else None}):
         results = []
         for f in (normalise_channels, plain):
             y = f(x, w, b, mean, var, 1e-5, **kwargs)
@@ -58,8 +60,30 @@ def test_fused_equals_plain_and_passes_gradcheck(shape, held):
         m = RunningBatchNorm(3).double()
         m.load_state_dict(saved)
         return torch.func.functional_call(m, {"weight": w, "bias": b}, (x,))
-    assert torch.autograd.gradcheck(f, (x, w, b))
+    assert torch.autograd.gradcheck(f, (x, w, b), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(f, (x, w, b))
+
+
+@pytest.mark.parametrize("make", [BatchNorm, RunningBatchNorm])
+def test_func_transforms_equal_autograd(make):
+    """`torch.func` with the buffers handed in; left inside, torch refuses to write into them."""
+    m = make(3).double()
+    for _ in range(3): m(torch.randn(4, 3, 5, dtype=torch.float64) * 0.05)
+    params = {k: v.detach() for k, v in m.named_parameters()}
+    buffers = {k: v.clone() for k, v in m.named_buffers()}
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+
+    def loss(x, params):
+        fresh = {k: v.clone() for k, v in buffers.items()}
+        return torch.func.functional_call(m, (params, fresh), (x,)).pow(3).sum()
+    by_func = torch.func.grad(loss, argnums=(0, 1))(x, params)
+    leaves = x.clone().requires_grad_(), {k: v.clone().requires_grad_() for k, v in params.items()}
+    by_autograd = torch.autograd.grad(loss(*leaves), [leaves[0], *leaves[1].values()])
+    for a, b in zip([by_func[0], *by_func[1].values()], by_autograd, strict=True): torch.testing.assert_close(a, b)
+    _, tangent = torch.func.jvp(lambda x: loss(x, params), (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, by_autograd[0].sum())
+    with pytest.raises(RuntimeError, match="in-place operation"):
+        torch.func.grad(lambda x: torch.func.functional_call(m, params, (x,)).sum())(x)
 
 
 def test_first_step_is_batch_norm():
@@ -144,6 +168,79 @@ def test_two_forwards_then_one_backward_equal_the_definition():
         (first.pow(3).sum() + second.pow(3).sum()).backward()
         grads.append([x.grad for x in xs])
     for a, b in zip(*grads, strict=True): torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_checkpointed_forward_counts_once_and_keeps_the_gradient():
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    ends = []
+    for checkpointed in (False, True):
+        norms = nn.Sequential(BatchNorm(3), nn.Tanh(), RunningBatchNorm(3), nn.Linear(5, 5)).double()
+        nn.init.eye_(norms[3].weight)
+        nn.init.zeros_(norms[3].bias)
+
+        def run(x, norms=norms, checkpointed=checkpointed):
+            return checkpoint(norms, x, use_reentrant=False) if checkpointed else norms(x)
+        for _ in range(3): run(x.clone().requires_grad_()).sum().backward()
+        # Two forwards with the same input, then one backward: each recomputed forward must find its own step.
+        leaf = x.clone().requires_grad_()
+        (run(leaf).pow(3).sum() + run(leaf).pow(2).sum()).backward()
+        ends.append([leaf.grad, *(p.grad for p in norms.parameters()), *norms.state_dict().values()])
+    for a, b in zip(*ends, strict=True): assert torch.equal(a, b)
+
+
+def test_forward_in_a_backward_that_is_no_checkpoint():
+    m, x = RunningBatchNorm(3), torch.randn(4, 3, requires_grad=True)
+    y = m(x)
+    y.register_hook(lambda g: m(torch.randn(4, 3)))
+    with pytest.raises(RuntimeError, match="none of its last 16 training batches is this one; only a checkpointed"):
+        y.sum().backward()
+
+
+def test_averaged_backward_by_its_definition():
+    m = RunningBatchNorm(2, average_backward=True).double()
+    with torch.no_grad(): m.weight.copy_(torch.tensor([1.5, -0.5]))
+    mean, var, count, averages = torch.zeros(2), torch.ones(2), 0.0, [torch.zeros(2), torch.zeros(2)]
+    for b in (4, 2, 3, 2, 8, 2, 2, 5, 2, 2):
+        x = (torch.randn(b, 2, 3, dtype=torch.float64) + 1).requires_grad_()
+        g = torch.randn(b, 2, 3, dtype=torch.float64)
+        y = m(x)
+        grads = torch.autograd.grad(y, [x, m.weight, m.bias], g)
+
+        alpha = 1 - 0.9 / (b - 1) ** 0.5
+        count = (1 - alpha) * count + alpha * 3 * b
+        a = alpha * 3 * b / count
+        xd = x.detach()
+        second = (1 - a) * (var + mean ** 2) + a * (xd ** 2).mean((0, 2))
+        mean = (1 - a) * mean + a * xd.mean((0, 2))
+        var = second - mean ** 2
+        rstd = (var + 1e-5).rsqrt()
+        xhat = (xd - mean.view(2, 1)) * rstd.view(2, 1)
+        averages = [(1 - a) * averages[0] + a * g.mean((0, 2)), (1 - a) * averages[1] + a * (g * xhat).mean((0, 2))]
+        gx = (m.weight * rstd).view(2, 1) * (g - averages[0].view(2, 1) - xhat * averages[1].view(2, 1))
+        for ours, ref in zip(grads, (gx, (g * xhat).sum((0, 2)), g.sum((0, 2))), strict=True):
+            torch.testing.assert_close(ours, ref, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close([m.grad_mean, m.grad_dot], averages, rtol=1e-10, atol=1e-10)
+
+
+def test_averaged_backward_starts_as_batch_norm_and_refuses_what_it_can_not_do():
+    x, g = torch.randn(16, 3, 4, dtype=torch.float64, requires_grad=True), torch.randn(16, 3, 4, dtype=torch.float64)
+    both = RunningBatchNorm(3, average_backward=True), BatchNorm(3)
+    grads = [torch.autograd.grad(m.double()(x), x, g)[0] for m in both]
+    # 16 images: the clamp is on, but holds no channel of spread 1.
+    torch.testing.assert_close(*grads)
+    m = RunningBatchNorm(3, average_backward=True).double()
+    first, = torch.autograd.grad(m(x).pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"): first.sum().backward()
+    with pytest.raises(Exception, match="average_backward keeps state in the backward pass"):
+        torch.compile(m, backend="eager", fullgraph=True)(x)
+
+
+def test_averaged_backward_is_part_of_the_state():
+    m = RunningBatchNorm(3, average_backward=True)
+    m(torch.randn(4, 3, 2, requires_grad=True)).pow(2).sum().backward()
+    assert {"grad_mean", "grad_dot"} <= set(m.state_dict())
+    assert m.state_dict()["grad_dot"].abs().min() > 0
+    assert repr(m) == "RunningBatchNorm(3, mom=0.1, eps=1e-05, rule='lesson', average_backward=True)"
 
 
 def test_half_leaves_the_statistics_at_float32():
