@@ -89,25 +89,38 @@ class RunningBatchNorm(Norm):
 
     def forward(self, x):
         self.check_input(x, self.nf)
-        mean, var = self.running_mean, self.running_var             # (C,) each
         if self.training:
-            batch_mean, batch_var = (m.to(mean.dtype) for m in channel_moments(x))
+            batch_mean, batch_var = (m.to(self.running_mean.dtype) for m in channel_moments(x))     # (C,) each
             mean, var, a, floor = self.recall(batch_mean) if in_backward() else self.track(x, batch_mean, batch_var)
             averages = (self.grad_mean, self.grad_dot) if self.average_backward else None
             return normalise_channels(x, self.weight, self.bias, mean, var, self.eps, a, floor, averages)
-        floor = self.floor(x)
-        if floor is not None: var = var.clamp_min(floor)
-        mean, var, weight, bias = (per_channel(t, x.ndim) for t in (mean, var, self.weight, self.bias))
+        floor = self.floor(self.seen.item() if eager_cpu(x) else self.seen)
+        var = self.running_var if floor is None else self.running_var.clamp_min(floor)
+        mean, var, weight, bias = (per_channel(t, x.ndim) for t in (self.running_mean, var, self.weight, self.bias))
         return scale_shift(wide(x) - mean, var, self.eps, weight, bias).to(x.dtype)
 
     def track(self, x, batch_mean, batch_var):
-        """Take the batch in: the new running mean and variance, its share of them, and the least variance."""
-        a = self.share(x)
+        """Take the batch in: the new running mean and variance, its share of them, and the least variance.
+
+        `seen`, `count` and what follows from them are numbers where the state may be looked at, else scalar tensors:
+        to look would wait for a GPU, and a compiler would make the numbers constants and compile at every step.
+        """
+        b, n = x.shape[0], x.numel() // self.nf
+        alpha = self.batch_weight(b)
+        seen, count = (self.seen.item(), self.count.item()) if eager_cpu(x) else (self.seen, self.count)
+        seen, count = seen + b, (1 - alpha) * count + alpha * n
+        a = alpha * n / count
         mean, var = merge_moments(self.running_mean, self.running_var, batch_mean, batch_var, a)
-        self.running_mean.copy_(mean)
-        self.running_var.copy_(var)
-        step = mean, var, a, self.floor(x)
-        if not torch.compiler.is_compiling(): self.steps.append((batch_mean, step))
+        step = mean, var, a, self.floor(seen)
+        if torch.compiler.is_compiling():
+            # Not in place: a compiled backward may compute a or the mean once more, from what the forward read.
+            self.running_mean, self.running_var, self.seen, self.count = mean, var, seen, count
+        else:
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(var)
+            self.seen.fill_(seen)
+            self.count.fill_(count)
+            self.steps.append((batch_mean, step))
         return step
 
     def recall(self, batch_mean):
@@ -125,23 +138,10 @@ class RunningBatchNorm(Norm):
                            "training batches is this one; only a checkpointed forward may run there, with its backward "
                            f"at most {kept} batches later")
 
-    def share(self, x):
-        """Count the batch in and return a, its share of the running averages, in 0 to 1.
-
-        A number where the state may be looked at, else a scalar tensor: to look would wait for a GPU, and a
-        compiler would make the number a constant and compile again at every step.
-        """
-        alpha, n = self.batch_weight(x.shape[0]), x.numel() // self.nf
-        self.seen.add_(x.shape[0])
-        count = self.count.item() if eager_cpu(x) else self.count
-        count = (1 - alpha) * count + alpha * n                     # W
-        self.count.fill_(count)
-        return alpha * n / count
-
-    def floor(self, x):
-        """The least variance: 0.01 until 20 images have been seen, then none; a scalar tensor as in `share`."""
-        if eager_cpu(x): return CLAMP_VAR if self.seen.item() < CLAMP_IMAGES else None
-        return CLAMP_VAR * (self.seen < CLAMP_IMAGES).to(self.running_var.dtype)
+    def floor(self, seen):
+        """The least variance after `seen` images: 0.01 until there were 20, then none (0 where `seen` is a tensor)."""
+        if torch.is_tensor(seen): return CLAMP_VAR * (seen < CLAMP_IMAGES).to(self.running_var.dtype)
+        return CLAMP_VAR if seen < CLAMP_IMAGES else None
 
     def _apply(self, fn, recurse=True):
         """Move or cast the module; `half()` and `bfloat16()` leave the running statistics at their width."""
