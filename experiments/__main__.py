@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 
 from experiments.errors import InputError, pick
@@ -43,7 +44,12 @@ def main(argv=None):
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt: return 130
+    except KeyboardInterrupt as e:
+        if not e.args: print("\nInterrupted: nothing was kept.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
+        return 141
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -47,7 +47,8 @@ class RunFolder:
         now = datetime.now()
         self.path = Path(out) if out is not None else _unused(Path("runs") / experiment / f"{now:%Y%m%d-%H%M%S}")
         try:
-            if (self.path / "summary.json").exists():
+            if out == "": raise InputError("the run folder has no name; give --out one")
+            if any((self.path / f).exists() for f in ("config.json", "metrics.jsonl", "summary.json")):
                 raise InputError(f"the run folder {str(self.path)!r} holds a run already and results are not "
                                  "overwritten; name another by --out, or delete it")
             self.path.mkdir(parents=True, exist_ok=True)
@@ -115,10 +116,10 @@ def read_summary(path):
     try: summary = json.loads(file.read_text())
     except OSError as e:
         raise InputError(f"can't read {str(file)!r}: {e.strerror}; name a run folder, or a summary.json") from e
-    except json.JSONDecodeError as e:
+    except ValueError as e:
         raise InputError(f"{str(file)!r} is no JSON ({e}); name a run folder, or a summary.json") from e
-    if not isinstance(summary, dict) or "rows" not in summary:
-        raise InputError(f"{str(file)!r} has no rows; name a run folder, or a summary.json")
+    if not isinstance(summary, dict) or not {"rows", "verdict", "train_images"} <= set(summary):
+        raise InputError(f"{str(file)!r} is no summary of a run; name a run folder, or a summary.json")
     return summary
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from experiments.data import NAMES, load_data
+from experiments.data import NAMES, TRAIN_IMAGES, load_data
 from experiments.errors import InputError, pick
 from experiments.models import conv_layer, get_cnn_model, get_runner, init_alike
 from experiments.results import Result, RunFolder, text_table
@@ -65,7 +65,8 @@ class Config:
     """Settings of the run; the defaults are the published ones.
 
     `norms` are names in `NORMS`; `seeds` is a list; `epochs` None means 1 on MNIST and 5 on the digits; `limit` cuts
-    the training and validation images; `out` is the run folder; `device` is "auto", "cpu", "cuda", ...
+    the training and validation images; `out` is the run folder; `device` is "auto" (the GPU if there is one), "cpu",
+    "cuda" or "cuda:1".
 
     Raises:
         InputError: a value that makes no sense.
@@ -99,10 +100,14 @@ class Config:
         for seed in self.seeds:
             if not (_is_int(seed) and 0 <= seed < 2**32):
                 raise InputError(f"seed {seed!r} makes no sense; seeds are integers from 0 to 2^32 - 1")
-        try: device = torch.device("cpu" if self.device == "auto" else self.device)
-        except RuntimeError as e: raise InputError(f"unknown device {self.device!r}; use auto, cpu or cuda") from e
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise InputError(f"device {self.device!r} was asked for and torch sees no GPU; use cpu, or auto")
+        if self.device == "auto": self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        try: device = torch.device(self.device)
+        except RuntimeError: device = None
+        if device is None or device.type not in ("cpu", "cuda"):
+            raise InputError(f"unknown device {self.device!r}; use auto, cpu or cuda")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"device {self.device!r} was asked for and torch sees {torch.cuda.device_count()} GPUs; "
+                             "use cpu, or auto")
 
 
 def _is_int(v): return isinstance(v, int) and not isinstance(v, bool)
@@ -138,8 +143,7 @@ def cpu_backend(batch_size, device):
 
 def train_arm(config, images, norm, seed, label):
     """Train one norm from one seed: `(rows per epoch, final row, training losses)`."""
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(best if config.device == "auto" else config.device)
+    device = torch.device(config.device)
     order = torch.Generator().manual_seed(seed)
     data = DataBunch(*get_dls(images.train, images.valid, config.batch_size, drop_last=True, generator=order), images.c)
     model = build(norm, seed, images.c)
@@ -189,17 +193,16 @@ def run(config):
             left = spent / len(rows) * (len(arms) - len(rows))
             if left: print(f"  {format_time(spent)} so far, about {format_time(left)} to go", flush=True)
     except KeyboardInterrupt: interrupted = True
-    reproduced, verdict = judge(rows, config, images)
-    result = Result(rows, reproduced, verdict, folder.path)
     if rows:
         folder.write_json("curves.json", curves)
         draw(rows, curves, images, config, folder.path / "small_batch.png")
-        print("\n" + text_table(*table(rows)))
+        print("\n" + text_table(*table(summary(config, images, rows, arms))))
     if interrupted:
         kept = f"their rows are in {folder.path / 'summary.json'}" if rows else "there is nothing to keep"
         print(f"\nInterrupted: {len(rows)} of {len(arms)} arms had finished; {kept}.", flush=True)
-        raise KeyboardInterrupt
-    print(f"\n{folder.path / 'small_batch.png'} and summary.json lie in the run folder.\n{verdict}", flush=True)
+        raise KeyboardInterrupt("reported")
+    result = Result(rows, *judge(rows, config, images), folder.path)
+    print(f"\n{folder.path / 'small_batch.png'} and summary.json lie in the run folder.\n{result.verdict}", flush=True)
     return result
 
 
@@ -216,9 +219,11 @@ def header(config, images):
 
 def summary(config, images, rows, arms):
     """What `summary.json` holds: the verdict so far, the setting and one row per arm and seed."""
-    reproduced, verdict = judge(rows, config, images)
+    complete = len(rows) == len(arms)
+    reproduced, verdict = judge(rows, config, images) if complete else (
+        None, f"Not complete: {len(rows)} of {len(arms)} arms have finished.")
     return {"experiment": "small-batch", "data": images.name, "train_images": len(images.train),
-            "valid_images": len(images.valid), "complete": len(rows) == len(arms), "reproduced": reproduced,
+            "valid_images": len(images.valid), "complete": complete, "reproduced": reproduced,
             "verdict": verdict, "published": PUBLISHED, "rows": rows}
 
 
@@ -232,7 +237,7 @@ def judge(rows, config, images):
                       "BatchNorm2d or BatchNorm.")
     running, best = means["RunningBatchNorm"], max(batch.values())
     n = len(config.seeds)
-    published_setting = (images.name == "MNIST" and config.limit is None and config.lr == 0.4 and config.epochs == 1)
+    published_setting = comparable(rows) and len(images.train) == TRAIN_IMAGES
     floor = EXPECTED_MEAN - 3 * EXPECTED_STD / math.sqrt(n) if published_setting else best + VISIBLE_GAP
     found = (f"{' and '.join(f'{k} {v:.3f}' for k, v in batch.items())} (failed is below {FAILED}), RunningBatchNorm "
              f"{running:.3f} (at least {floor:.3f} needed), mean validation accuracy of {n} seed{'s' * (n > 1)}")
@@ -248,21 +253,32 @@ def _mean(values):
     return sum(v if v is not None and math.isfinite(v) else 0.0 for v in values) / len(values)
 
 
-def table(rows):
-    """Header and lines of the results table: one line per norm, published beside measured."""
-    lines = []
+def comparable(rows):
+    """Whether `rows` were trained as the published runs were, whatever the images."""
+    return all((r["batch_size"], r["lr"], r["epochs"]) == (2, 0.4, 1) for r in rows)
+
+
+def table(summary):
+    """Header and lines of the table of a `summary.json`: one line per norm, published beside measured.
+
+    Published figures are left out beside other settings; beside other images the heading says that they are MNIST's.
+    """
+    rows, lines = summary["rows"], []
+    whole = summary["train_images"] == TRAIN_IMAGES
+    published = PUBLISHED if all((r["batch_size"], r["lr"]) == (2, 0.4) for r in rows) else {}
     for norm in dict.fromkeys(r["norm"] for r in rows):
         arm = [r for r in rows if r["norm"] == norm]
         accs = [a for r in arm if (a := r["valid_accuracy"]) is not None and math.isfinite(a)]
         losses = [math.nan if r["valid_loss"] is None else r["valid_loss"] for r in arm]
         status = Counter(r["status"] for r in arm)
         lines.append([
-            norm, " / ".join(f"{p:.4f}" for p in PUBLISHED.get(norm, [])) or "-",
+            norm, " / ".join(f"{p:.4f}" for p in published.get(norm, [])) or "-",
             f"{sum(accs) / len(accs):.4f}" if accs else "-",
             f"{min(accs):.4f} to {max(accs):.4f}" if len(accs) > 1 else "-",
             f"{sum(losses) / len(losses):.4g}", str(len(arm)), f"{sum(r['seconds'] for r in arm) / len(arm):.0f}",
             ", ".join(f"{n} {s}" if len(status) > 1 else s for s, n in status.items())])
-    return ["norm", "published", "valid accuracy", "range", "valid loss", "seeds", "seconds", "status"], lines
+    heading = "published" if whole else "published on MNIST"
+    return ["norm", heading, "valid accuracy", "range", "valid loss", "seeds", "seconds", "status"], lines
 
 
 def draw(rows, curves, images, config, path):
@@ -273,7 +289,8 @@ def draw(rows, curves, images, config, path):
     from runner import plots
     fig, (left, right) = plots.figure(2, width=6.5, height=4.2)
     groups = {norm: [r["valid_accuracy"] for r in rows if r["norm"] == norm] for norm in curves}
-    plots.plot_groups(groups, left, reference=PUBLISHED if images.name == "MNIST" else None,
+    as_published = comparable(rows) and len(images.train) == TRAIN_IMAGES
+    plots.plot_groups(groups, left, reference=PUBLISHED if as_published else None,
                       xlabel=f"validation accuracy after {config.epochs} epoch{'s' * (config.epochs > 1)}, "
                              f"{len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}, bar: mean",
                       title=f"batch size {config.batch_size}, lr {config.lr}, {images.name}")
@@ -299,7 +316,7 @@ def parse_seeds(text):
     """'3' is the seeds 0, 1, 2; '0,4' is these two; '7,' is the seed 7 alone."""
     try: numbers = [int(t) for t in text.split(",") if t.strip()]
     except ValueError: numbers = []
-    if not numbers or ("," not in text and numbers[0] < 1):
+    if not numbers or ("," not in text and not 1 <= numbers[0] <= 1000):
         raise InputError(f"seeds is {text!r}; give a number of seeds (3 means 0, 1 and 2) or a list such as 0,4 or 7,")
     return tuple(numbers) if "," in text else tuple(range(numbers[0]))
 
@@ -325,7 +342,8 @@ def add_arguments(parser):
 
 
 def main(args):
-    """Run with parsed options; the exit status: 1 if the effect was looked for and not found, else 0."""
+    """Run with parsed options; the exit status: 1 if the effect was looked for and not found, or no arm ran, else 0."""
     options = dict(vars(args), seeds=parse_seeds(args.seeds),
                    norms=[n for word in args.norms for n in word.split(",") if n])
-    return 1 if run(Config(**options)).reproduced is False else 0
+    result = run(Config(**options))
+    return 1 if result.reproduced is False or all(r["status"] == "failed" for r in result.rows) else 0

@@ -12,7 +12,7 @@ MARKS = "<!-- results: small-batch -->", "<!-- end of results -->"
 
 def markdown(summary):
     """The table of a small-batch `summary.json` with its verdict under it."""
-    return f"{markdown_table(*small_batch.table(summary['rows']))}\n\n{summary['verdict']}"
+    return f"{markdown_table(*small_batch.table(summary))}\n\n{summary['verdict']}"
 
 
 def insert(text, table):

@@ -28,19 +28,30 @@ FASTAI_V2 = {
 
 
 class CancelException(Exception):
-    """Base of the three exceptions by which a callback leaves a level of the loop."""
+    """Base of the three exceptions by which a callback leaves a level of the loop; `level` grows with what is left."""
+
+    level = 0
 
 
 class CancelBatchException(CancelException):
-    """Leave the batch: `after_cancel_batch`, `after_batch`, then the next batch."""
+    """Leave the batch, from `begin_batch` to `after_step`: `after_cancel_batch`, `after_batch`, then the next batch."""
+
+    level = 1
 
 
 class CancelEpochException(CancelException):
-    """Leave this pass over a loader: `after_cancel_epoch`; after a training pass validation follows."""
+    """Leave this pass over a loader: `after_cancel_epoch`; after a training pass validation follows.
+
+    It may come from `begin_epoch` or `begin_validate`, or from any event of a batch.
+    """
+
+    level = 2
 
 
 class CancelTrainException(CancelException):
-    """Leave the fit: `after_cancel_train`, then `after_fit`."""
+    """Leave the fit, from any event but `after_fit`: `after_cancel_train`, then `after_fit`."""
+
+    level = 3
 
 
 def listify(o):
@@ -72,7 +83,7 @@ class Callback:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        for method in [k for k, v in vars(cls).items() if callable(v) and not k.startswith("_") and k not in EVENTS]:
+        for method in [k for k in dir(cls) if not k.startswith("_") and k not in EVENTS and callable(getattr(cls, k))]:
             meant = FASTAI_V2.get(method) or next(iter(difflib.get_close_matches(method, EVENTS, 1, 0.85)), None)
             if meant:
                 raise TypeError(f"{cls.__name__}.{method} is no event and would never be called; rename it to "
@@ -91,6 +102,7 @@ class Callback:
         # Only reached when ordinary look-up fails. `run` itself and special names must end here, or a copy
         # or an unpickled callback, which has no `run` yet, would look for it for ever.
         run = self.__dict__.get("run")
+        if hasattr(type(self), name): return object.__getattribute__(self, name)  # a property failed: let it say why
         if run is not None and not name.startswith("__"):
             try: return getattr(run, name)
             except AttributeError: pass
@@ -203,7 +215,7 @@ class Runner:
     def all_batches(self, begin, dl):
         """One pass over `dl`, unless a callback returns True from the event `begin`."""
         try:
-            self.iters = len(dl)
+            self.iters = 0 if dl is None else len(dl)
             if self(begin): return
             if not self.iters: raise ValueError(_no_batches(begin))
             for xb, yb in dl: self.one_batch(xb, yb)
@@ -212,7 +224,8 @@ class Runner:
     def one_batch(self, xb, yb):
         """One batch: forward and loss; in training also backward and the optimizer's step.
 
-        A batch cancelled in `after_backward` keeps its gradients, so the next one adds to them.
+        A batch cancelled in `after_backward` keeps its gradients, so the next one adds to them; after a step they are
+        cleared whatever happens.
         """
         self.xb, self.yb = xb, yb
         with _Always(self, "after_batch"):
@@ -226,8 +239,8 @@ class Runner:
                 self.loss.backward()
                 self("after_backward")
                 self.opt.step()
-                self("after_step")
-                self.opt.zero_grad()
+                try: self("after_step")
+                finally: self.opt.zero_grad()
             except CancelBatchException: self("after_cancel_batch")
 
     def __call__(self, event):
@@ -252,7 +265,7 @@ class Runner:
     def data(self): return self._of_learner("data")
 
     def _of_learner(self, name):
-        if self.learn is None: raise AttributeError(f"the runner has no {name!r} before its first fit")
+        if self.learn is None: raise AttributeError(f"the runner has no {name!r} without a learner: call fit first")
         return getattr(self.learn, name)
 
     # --- callbacks --------------------------------------------------------------------------------------------
@@ -306,7 +319,8 @@ class _Always:
     """Dispatches `event` when its block is left, however it is left, and loses no exception.
 
     Every callback is called even if one before it raises. What the user sees is the first exception; one raised
-    while another is on its way is added to that as a note. A cancel exception yields to a real one.
+    while another is on its way is added to that as a note. A cancel exception yields to a real one, and to one that
+    leaves more.
     """
 
     __slots__ = ("event", "run")
@@ -320,10 +334,14 @@ class _Always:
         for answer in self.run._answers[self.event]:
             try: answer()
             except BaseException as e:
-                if first is None or (isinstance(first, CancelException) and not isinstance(e, CancelException)):
-                    first = e
+                if first is None or _weight(e) > _weight(first): first = e
                 elif hasattr(first, "add_note"): first.add_note(f"then {self.event} raised {type(e).__name__}: {e}")
         if first is not err: raise first
+
+
+def _weight(e):
+    """What an exception leaves: a cancel its level, a real error more than any."""
+    return e.level if isinstance(e, CancelException) else 4
 
 
 def _no_batches(begin):

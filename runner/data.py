@@ -1,14 +1,19 @@
 """Data for the runner: `Dataset`, `DataBunch`, `get_dls`."""
 
-from torch.utils.data import DataLoader
+import operator
+
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 
 
 class Dataset:
-    """Inputs `x` and targets `y` in step, indexed by anything their tensors take: an int, a slice, a list.
-
-    `__getitems__` is torch's hook for fetching many items at once: the loader hands over a batch's indices and
-    gets the batch, so no batch is ever put together image by image.
-    """
+    """Inputs `x` and targets `y` in step, indexed by anything that they take: an int, a slice, a list of ints."""
 
     def __init__(self, x, y):
         if len(x) != len(y):
@@ -18,8 +23,6 @@ class Dataset:
     def __len__(self): return len(self.x)
 
     def __getitem__(self, i): return self.x[i], self.y[i]
-
-    def __getitems__(self, indices): return self.x[indices], self.y[indices]
 
 
 class DataBunch:
@@ -35,17 +38,28 @@ class DataBunch:
     def valid_ds(self): return self.valid_dl.dataset
 
 
+def takes_lists(ds):
+    """Whether `ds[[4, 7]]` is the batch of these items: a `Dataset` or `TensorDataset` of arrays, or a part of one."""
+    if isinstance(ds, Subset): return takes_lists(ds.dataset)
+    if isinstance(ds, Dataset): return all(hasattr(t, "shape") for t in (ds.x, ds.y))
+    return isinstance(ds, TensorDataset)
+
+
 def whole_batch(batch):
-    """The collate function of a data set that already returns whole batches: the batch itself."""
+    """The collate function where the data set has put the batch together: the batch itself."""
     return batch
 
 
 def get_dls(train_ds, valid_ds, bs, *, drop_last=False, generator=None, **kwargs):
     """A shuffled training loader of batch size `bs` and a validation loader, in order, of `2 * bs`.
 
+    Where a data set can be indexed by a list, the loader's sampler yields the indices of a batch and the data set
+    returns the batch: no image is ever fetched by itself. (`batch_size=None` is torch's way to say so; such a loader's
+    `batch_size` is None.)
+
     Args:
-        train_ds, valid_ds: `Dataset`s, fetched a whole batch at a time; any other map-style data set works too,
-            item by item.
+        train_ds, valid_ds: `Dataset`s or `TensorDataset`s, or `Subset`s of them; any other map-style data set works
+            too, item by item.
         bs: training batch size.
         drop_last: leave out the last training batch if it is smaller than `bs`.
         generator: a `torch.Generator` that decides the order of the training images; torch's global one if None.
@@ -55,6 +69,8 @@ def get_dls(train_ds, valid_ds, bs, *, drop_last=False, generator=None, **kwargs
         ValueError: a batch size that is not a positive integer, an empty data set, a training set smaller than `bs`
             with `drop_last`.
     """
+    try: bs = operator.index(bs)
+    except TypeError: pass
     if not isinstance(bs, int) or isinstance(bs, bool) or bs < 1:
         raise ValueError(f"batch size is {bs!r}; it must be a positive integer")
     for which, ds in (("training", train_ds), ("validation", valid_ds)):
@@ -63,9 +79,11 @@ def get_dls(train_ds, valid_ds, bs, *, drop_last=False, generator=None, **kwargs
         raise ValueError(f"batch size is {bs} and the training set has {len(train_ds)} items; with drop_last no batch "
                          f"is left: take a batch size of at most {len(train_ds)}")
 
-    def loader(ds, bs, **more):
-        collate = {"collate_fn": whole_batch} if hasattr(ds, "__getitems__") else {}
-        return DataLoader(ds, batch_size=bs, **collate, **more, **kwargs)
+    def loader(ds, sampler, bs, drop_last, generator):
+        if not takes_lists(ds):
+            return DataLoader(ds, bs, sampler=sampler, drop_last=drop_last, generator=generator, **kwargs)
+        whole = {"collate_fn": whole_batch, **kwargs}
+        return DataLoader(ds, None, sampler=BatchSampler(sampler, bs, drop_last), generator=generator, **whole)
 
-    return (loader(train_ds, bs, shuffle=True, drop_last=drop_last, generator=generator),
-            loader(valid_ds, 2 * bs))
+    return (loader(train_ds, RandomSampler(train_ds, generator=generator), bs, drop_last, generator),
+            loader(valid_ds, SequentialSampler(valid_ds), 2 * bs, False, None))

@@ -48,6 +48,11 @@ class Hooks(list):
 
     def clear(self): del self[:]
 
+    def pop(self, i=-1):
+        hook = self[i]
+        del self[i]
+        return hook
+
     def remove(self, hook=None):
         """Take every hook off its module; with an argument, take that one off and out of the list."""
         if hook is None:

@@ -3,7 +3,9 @@
 Nothing here brings a number to the host inside a batch: sums stay on the device until they are asked for.
 """
 
+import numbers
 import time
+from itertools import count
 
 import torch
 
@@ -24,21 +26,20 @@ class AvgStats:
         metrics: functions `f(pred, yb)` that return one number, the mean over the batch.
         in_train: whether this is the training pass; it only names the result.
 
+    `names` are "loss" and the metrics' names, a second metric of one name with "_2" after it.
     The sums are float64 (float32 on MPS, which lacks the other): 25,000 float32 additions would lose four digits.
     """
 
     def __init__(self, metrics, in_train):
         self.metrics, self.in_train = listify(metrics), in_train
+        self.names = ["loss"]
+        for m in self.metrics:
+            name = getattr(getattr(m, "func", m), "__name__", type(m).__name__)     # `func`: of a partial
+            self.names.append(next(n for k in count(1) if (n := name if k == 1 else f"{name}_{k}") not in self.names))
         self.reset()
 
     def reset(self):
         self.sums, self.count = None, 0
-
-    @property
-    def names(self):
-        """'loss' and the metrics' names."""
-        return ["loss", *(getattr(m, "__name__", None) or getattr(getattr(m, "func", m), "__name__", type(m).__name__)
-                          for m in self.metrics)]
 
     @property
     def all_stats(self):
@@ -62,11 +63,12 @@ class AvgStats:
             dtype = torch.float32 if run.loss.device.type == "mps" else torch.float64
             self.sums = [torch.zeros((), dtype=dtype, device=run.loss.device) for _ in values]
         for i, v in enumerate(values):
-            if torch.is_tensor(v) and v.ndim:
+            if torch.is_tensor(v): fault = f"a tensor of shape {tuple(v.shape)}" if v.ndim else None
+            else: fault = None if isinstance(v, numbers.Number) else f"{v!r} ({type(v).__name__})"
+            if fault:
                 what = "the loss function" if i == 0 else f"the metric {self.names[i]!r}"
-                raise ValueError(f"{what} returned a tensor of shape {tuple(v.shape)}; it must return one number per "
-                                 "batch: end it with .mean()")
-            self.sums[i].add_(v, alpha=n)
+                raise ValueError(f"{what} returned {fault}; it must return one number per batch: end it with .mean()")
+            self.sums[i].add_(v if torch.is_tensor(v) else float(v), alpha=n)
         self.count += n
 
     def __repr__(self):
@@ -85,6 +87,7 @@ class AvgStatsCallback(Callback):
     """
 
     def __init__(self, metrics=None):
+        metrics = listify(metrics)  # once: a generator can be read only once
         self.train_stats, self.valid_stats = AvgStats(metrics, True), AvgStats(metrics, False)
         self.history = []
 
@@ -129,7 +132,7 @@ class Recorder(Callback):
     def after_loss(self):
         run = self.run
         if not run.in_train: return
-        for group, lrs in zip(run.opt.param_groups, self.lrs, strict=True): lrs.append(group["lr"])
+        for group, lrs in zip(run.opt.param_groups, self.lrs, strict=True): lrs.append(float(group["lr"]))
         self._waiting.append(run.loss.detach())
 
     def after_epoch(self): self._fetch()

@@ -75,12 +75,12 @@ def combine_scheds(pcts, scheds):
     def _inner(pos):
         if not -1e-6 <= pos <= 1 + 1e-6:
             raise ValueError(f"the schedule was asked for position {pos!r}; positions lie in 0 (start) to 1 (end)")
+        pos = max(pos, 0.0)
         # Among phases that start at the same place all but the last are empty; bisect finds the last. At the very
         # end an empty last phase still has nothing to say, so stay in the last one that has a length.
         i = bisect_right(starts, pos) - 1
-        while i > 0 and pcts[i] == 0: i -= 1
-        i = max(i, 0)
-        return scheds[i](min(max((pos - starts[i]) / pcts[i], 0.0), 1.0))
+        while pcts[i] == 0: i -= 1
+        return scheds[i](min((pos - starts[i]) / pcts[i], 1.0))
     return _inner
 
 
@@ -128,26 +128,25 @@ class ParamScheduler(Callback):
 class LR_Find(Callback):
     """Trains with a rate that grows from `min_lr` to `max_lr`, then puts everything back as it was.
 
-        lr_i = min_lr (max_lr / min_lr)^(i / steps)
+        lr_i = min_lr (max_lr / min_lr)^(i / (steps - 1))
 
     It ends the fit after `max_iter` steps (or the fit's own, if fewer), or once the loss is not finite, or its
     running average above 4 times the lowest that it had from the 10th step on (at batch size 2 single losses, and
-    averages of a few, say nothing). Then weights, buffers, gradients, training mode, optimizer and random
-    states (torch's, Python's, numpy's, the loaders' own generators) are what they were, so that training afterwards is
-    bit for bit the training without it.
+    averages of a few, say nothing). Then weights, buffers, training mode, optimizer and random states (torch's,
+    Python's, numpy's, the loaders' generators) are what they were and the gradients are cleared, so that training
+    afterwards is bit for bit the training without it. It sets the rate after every other callback.
 
         finder = LR_Find()
         run.fit(1, learn, cbs=finder)
         finder.suggestion, finder.plot()
 
-    `lrs` and `losses` are lists of floats. `suggestion` is the rate at which the smoothed loss falls fastest per
-    decade, before its minimum. (L. N. Smith, "Cyclical learning rates for training neural networks", 2015; the
-    steepest point is fastai's.)
+    `lrs` and `losses` are lists of floats. At small batches a single loss is mostly noise: take `max_iter` up, to 1,000
+    at batch size 2. (The range test is L. N. Smith's, "Cyclical learning rates for training neural networks", 2015.)
 
     One loss is brought to the host at the end of each batch: the decision to stop needs it.
     """
 
-    _order = 1
+    _order = 50
     name = "lr_find"
 
     def __init__(self, max_iter=100, min_lr=1e-6, max_lr=10):
@@ -162,18 +161,19 @@ class LR_Find(Callback):
     def begin_fit(self):
         self.lrs, self.losses, self._smooth, self._best = [], [], 0.0, math.inf
         self.steps = max(2, min(self.max_iter, self.epochs * len(self.data.train_dl)))
-        self._restore = snapshot(self.model, self.opt, self.data)
+        self._restore = snapshot(self.model, self.loss_func, self.opt, self.data)
+        self.reached = False
 
     def begin_batch(self):
         if not self.in_train: return
         self.lr = self.min_lr * (self.max_lr / self.min_lr) ** (self.n_iter / (self.steps - 1))
         for group in self.opt.param_groups: group["lr"] = self.lr
-        self.reached = False
 
     def after_loss(self): self.reached = True
 
     def after_batch(self):
         if not (self.in_train and self.reached): return
+        self.reached = False
         loss = self.loss.item()
         self.lrs.append(self.lr)
         self.losses.append(loss)
@@ -192,52 +192,64 @@ class LR_Find(Callback):
 
     @property
     def suggestion(self):
-        """The suggested learning rate, a float.
+        """The rate at which the loss has fallen half of its way, the last time before its minimum: a float.
+
+        For a smooth fall that is its steepest point, and noise moves it less. The losses are smoothed over an eighth
+        of the steps; the fall counts from the first quarter's mean.
 
         Raises:
-            RuntimeError: before a search, or after one with fewer than four finite losses.
+            RuntimeError: before a search, or when the fall doesn't stand out of the noise (3 standard errors).
         """
-        finite = [(lr, loss) for lr, loss in zip(self.lrs, self.losses, strict=True) if math.isfinite(loss)]
-        if len(finite) < 4:
-            raise RuntimeError(f"LR_Find has {len(finite)} finite losses and needs at least 4 for a suggestion: call "
+        finite = [(math.log10(lr), loss) for lr, loss in zip(self.lrs, self.losses, strict=True) if math.isfinite(loss)]
+        if len(finite) < 8:
+            raise RuntimeError(f"LR_Find has {len(finite)} finite losses and needs at least 8 for a suggestion: call "
                                "run.fit(1, learn, cbs=finder) first, with a smaller min_lr if the loss diverged")
-        logs = [math.log10(lr) for lr, _ in finite]
-        losses = _smoothed([loss for _, loss in finite], beta=0.8)
-        low = max(3, losses.index(min(losses)))
-        slopes = [(losses[i + 1] - losses[i - 1]) / (logs[i + 1] - logs[i - 1]) for i in range(1, low)]
-        return 10 ** logs[1 + slopes.index(min(slopes))]
+        logs, losses = zip(*finite, strict=True)
+        width = max(3, len(losses) // 8)
+        smooth = _smoothed(losses, width)
+        first = losses[:len(losses) // 4]
+        top = sum(first) / len(first)
+        low = min(range(len(smooth)), key=smooth.__getitem__)
+        noise = math.sqrt(sum((v - top) ** 2 for v in first) / len(first) * (1 / width + 1 / len(first)))
+        if top - smooth[low] < 3 * noise:
+            raise RuntimeError(f"LR_Find saw the loss fall by {top - smooth[low]:.3g}, which does not stand out of its "
+                               f"noise ({3 * noise:.3g}): take more steps than {len(losses)} (max_iter and epochs) or "
+                               "larger batches")
+        half = (top + smooth[low]) / 2
+        return 10 ** logs[max(i for i in range(low + 1) if smooth[i] >= half or i == 0)]
 
     def plot(self, skip_last=0, ax=None):
-        """Loss against rate (log axis) with the suggestion marked; returns the axes."""
+        """Loss against rate (log axis) with the suggestion, if there is one, marked; returns the axes."""
         from runner import plots
         n = len(self.losses) - skip_last
         ax = plots.plot_line(self.losses[:n], self.lrs[:n], ax=ax, xscale="log", xlabel="learning rate",
                              ylabel="training loss")
-        return plots.mark(ax, self.suggestion, f"suggestion {self.suggestion:.2g}")
+        try: return plots.mark(ax, self.suggestion, f"suggestion {self.suggestion:.2g}")
+        except RuntimeError: return ax
 
 
-def _smoothed(values, beta):
-    """Exponential averages forwards and backwards, debiased and then averaged, so that nothing is delayed."""
-    def one_way(vs):
-        avg, out = 0.0, []
-        for i, v in enumerate(vs):
-            avg = beta * avg + (1 - beta) * v
-            out.append(avg / (1 - beta ** (i + 1)))
-        return out
-    return [(a + b) / 2 for a, b in zip(one_way(values), one_way(values[::-1])[::-1], strict=True)]
+def _smoothed(values, width):
+    """Means over `width` neighbours, fewer at the ends."""
+    sums, half = [0.0, *accumulate(values)], width // 2
+    spans = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[b] - sums[a]) / (b - a) for a, b in spans]
 
 
-def snapshot(model, opt, data):
-    """Copy all that training changes; returns a function that puts it back in place.
+def snapshot(model, loss_func, opt, data):
+    """Copy all that training changes; returns a function that puts it back and clears the gradients.
 
-    That is parameters, buffers (the unsaved ones too), gradients, training modes, the optimizer, and the random
-    states of torch (every device), Python, numpy (if it is in use) and the loaders' generators.
+    That is parameters and buffers of the model, of a loss that is a module and of the optimizer, the unsaved ones and
+    those that a module replaces instead of changing; training modes; the optimizer's state; and the random states of
+    torch (every device), Python, numpy (if it is in use) and the loaders' generators.
     """
-    tensors = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
-    grads = [(p, None if p.grad is None else p.grad.detach().clone()) for p in model.parameters()]
-    modes = [(m, m.training) for m in model.modules()]
+    modules = [m for top in (model, loss_func) if isinstance(top, torch.nn.Module) for m in top.modules()]
+    tensors = [(slots, k, t, None if t is None else t.detach().clone()) for m in modules
+               for slots in (m._parameters, m._buffers) for k, t in slots.items()]
+    others = [(p, p.detach().clone()) for group in opt.param_groups for p in group["params"]]
+    modes = [(m, m.training) for m in modules]
     optim = copy.deepcopy(opt.state_dict())
     generators = [(g, g.get_state()) for g in _generators(data)]
+    iterators = [(dl, dl._iterator) for dl in (data.train_dl, data.valid_dl) if hasattr(dl, "_iterator")]
     cpu, python = torch.get_rng_state(), random.getstate()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     numpy = sys.modules.get("numpy")
@@ -245,11 +257,15 @@ def snapshot(model, opt, data):
 
     def restore():
         with torch.no_grad():
-            for t, was in tensors: t.copy_(was)
-        for p, grad in grads: p.grad = grad
+            for slots, k, t, was in tensors:
+                slots[k] = t
+                if t is not None: t.copy_(was)
+            for p, was in others: p.copy_(was)
         for m, training in modes: m.training = training
         opt.load_state_dict(optim)
+        opt.zero_grad()
         for g, state in generators: g.set_state(state)
+        for dl, iterator in iterators: dl._iterator = iterator  # persistent workers would not draw their seed again
         torch.set_rng_state(cpu)
         random.setstate(python)
         if numpy_state is not None: numpy.random.set_state(numpy_state)
@@ -258,10 +274,11 @@ def snapshot(model, opt, data):
 
 
 def _generators(data):
-    """The `torch.Generator`s that the loaders and their samplers draw from, each once."""
-    found = {}
-    for dl in (data.train_dl, data.valid_dl):
-        for owner in (dl, getattr(dl, "sampler", None), getattr(getattr(dl, "batch_sampler", None), "sampler", None)):
-            g = getattr(owner, "generator", None)
-            if isinstance(g, torch.Generator): found[id(g)] = g
+    """The `torch.Generator`s that the loaders and their samplers, however nested, draw from, each once."""
+    found, todo = {}, [data.train_dl, data.valid_dl]
+    while todo:
+        owner = todo.pop()
+        g = getattr(owner, "generator", None)
+        if isinstance(g, torch.Generator): found[id(g)] = g
+        todo += [s for name in ("sampler", "batch_sampler") if (s := getattr(owner, name, None)) is not None]
     return list(found.values())

@@ -66,8 +66,8 @@ def test_run_folder_holds_all_that_is_promised(tmp_path, capsys):
     assert config["versions"]["torch"] == torch.__version__
     assert str(tmp_path) not in (folder / "config.json").read_text() + (folder / "summary.json").read_text()
 
-    for text in ("data:    digits", "62,090 parameters", "batch size 2, lr 0.4, 2 epochs, seeds 3, 4", "to go",
-                 "[14/14] RunningBatchNorm, seed 4: epoch 2/2", "0.9723 / 0.9730", "published"):
+    for text in ("data:    digits", "62,090 parameters", "batch size 2, lr 0.4, 2 epochs, seeds 3, 4, device cpu",
+                 "to go", "[14/14] RunningBatchNorm, seed 4: epoch 2/2", "0.9723 / 0.9730", "published on MNIST"):
         assert text in out
     assert out.rstrip().endswith(result.verdict)
     curves = json.loads((folder / "curves.json").read_text())
@@ -83,8 +83,8 @@ def test_same_seed_same_rows_and_same_batches_for_every_norm(tmp_path, monkeypat
 
     def spy(train, valid, bs, **kwargs):
         dls = real(train, valid, bs, **kwargs)
-        orders.append([tuple(i) for i in real(train, valid, bs, **{**kwargs, "generator": torch.Generator().manual_seed(
-            kwargs["generator"].initial_seed())})[0].batch_sampler])
+        again = {**kwargs, "generator": torch.Generator().manual_seed(kwargs["generator"].initial_seed())}
+        orders.append([tuple(i) for i in real(train, valid, bs, **again)[0].sampler])
         return dls
     monkeypatch.setattr(small_batch, "get_dls", spy)
     a, b = (small(tmp_path / n, norms=("none", "BatchNorm", "RunningBatchNorm"), seeds=(1,)) for n in "ab")
@@ -127,13 +127,14 @@ def test_diverged_and_refused_arms_are_rows(tmp_path, capsys):
 
 # --- the verdict --------------------------------------------------------------------------------------------------
 
-def rows(**accuracies):
-    return [{"norm": n, "seed": s, "valid_accuracy": a} for n, accs in accuracies.items() for s, a in enumerate(accs)]
+def rows(batch_size=2, lr=0.4, **accuracies):
+    return [{"norm": n, "seed": s, "valid_accuracy": a, "batch_size": batch_size, "lr": lr, "epochs": 1}
+            for n, accs in accuracies.items() for s, a in enumerate(accs)]
 
 
-def mnist_images():
+def mnist_images(n):
     images = load_data("digits", limit=1)
-    images.name = "MNIST"
+    images.name, images.train = "MNIST", range(n)
     return images
 
 
@@ -153,7 +154,8 @@ def mnist_images():
 def test_verdict(accuracies, settings, expected):
     n = len(next(iter(accuracies.values())))
     config = Config(epochs=1, seeds=tuple(range(n)), **settings)
-    reproduced, sentence = judge(rows(**accuracies), config, mnist_images())
+    given = {k: v for k, v in settings.items() if k != "limit"}
+    reproduced, sentence = judge(rows(**given, **accuracies), config, mnist_images(settings.get("limit") or 50_000))
     assert reproduced is expected
     assert ("NOT" in sentence) is (expected is False)
     assert ("was not tested" in sentence) is (expected is None)
@@ -177,7 +179,8 @@ def test_exit_status_follows_the_verdict(tmp_path, capsys):
     ({"lr": 0}, "lr is 0; it must be a positive number"), ({"lr": float("nan")}, "lr is nan"),
     ({"lr": float("inf")}, "lr is inf"), ({"epochs": 0}, "epochs is 0"), ({"limit": -1}, "limit is -1"),
     ({"seeds": (-1,)}, "seed -1 makes no sense"), ({"seeds": (2**40,)}, "seeds are integers from 0 to"),
-    ({"seeds": (1, 1)}, "seeds lists 1 twice"), ({"device": "gpu"}, "unknown device 'gpu'; use auto, cpu or cuda")])
+    ({"seeds": (1, 1)}, "seeds lists 1 twice"), ({"device": "gpu"}, "unknown device 'gpu'; use auto, cpu or cuda"),
+    ({"device": "meta"}, "unknown device 'meta'")])
 def test_settings_that_make_no_sense(settings, text):
     with pytest.raises(InputError, match=text): Config(**settings)
 
@@ -190,7 +193,7 @@ def test_names_are_taken_in_any_case():
 def test_seeds_as_a_number_or_a_list(text, seeds): assert parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["0", "-2", "x", "1,b", ",", "1.5"])
+@pytest.mark.parametrize("text", ["0", "-2", "x", "1,b", ",", "1.5", "10000000000"])
 def test_seeds_that_make_no_sense(text):
     with pytest.raises(InputError, match=r"give a number of seeds .* or a list such as 0,4 or 7,"): parse_seeds(text)
 
@@ -203,8 +206,9 @@ def test_batch_size_beyond_the_data(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
 def test_gpu_asked_for_and_not_there():
-    with pytest.raises(InputError, match="device 'cuda' was asked for and torch sees no GPU; use cpu, or auto"):
+    with pytest.raises(InputError, match="device 'cuda' was asked for and torch sees 0 GPUs; use cpu, or auto"):
         Config(device="cuda")
+    assert Config().device == "cpu"
 
 
 def test_run_folder_that_holds_a_run_or_can_not_be_written(tmp_path):
@@ -214,6 +218,7 @@ def test_run_folder_that_holds_a_run_or_can_not_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file/run' can't be written: Not a directory; name another by --out"):
         small(tmp_path / "file" / "run", norms=("none",))
+    with pytest.raises(InputError, match="the run folder has no name; give --out one"): small("", norms=("none",))
 
 
 def test_default_run_folders_never_collide(tmp_path, monkeypatch):
@@ -266,7 +271,7 @@ def test_command_line_end_to_end(tmp_path):
     assert len(read_summary(tmp_path / "run")["rows"]) == 4
     shown = cli("table", str(tmp_path / "run"))
     assert shown.returncode == 0
-    assert shown.stdout.startswith("| norm | published | valid accuracy |")
+    assert shown.stdout.startswith("| norm | published on MNIST | valid accuracy |")
 
 
 @pytest.mark.parametrize(("argv", "text"), [
@@ -298,20 +303,41 @@ def test_interrupted_run_keeps_the_finished_rows(tmp_path):
     assert "Interrupted: 1 of 3 arms had finished; their rows are in" in out
     summary = read_summary(folder)
     assert [r["norm"] for r in summary["rows"]] == ["none"]
-    assert summary["complete"] is False
+    assert (summary["complete"], summary["reproduced"]) == (False, None)
+    assert summary["verdict"] == "Not complete: 1 of 3 arms have finished."
     assert (folder / "small_batch.png").exists()
+
+
+def test_output_cut_off_by_a_pipe_is_no_traceback(tmp_path):
+    command = (f"{sys.executable} -m experiments small-batch --data digits --limit 20 --epochs 1 --norms none "
+               f"--out {tmp_path}/run | head -1")
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("data:    digits")
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b"[]", b'{"rows": []}'])
+def test_table_of_something_that_is_no_summary(content, tmp_path, capsys):
+    (tmp_path / "summary.json").write_bytes(content)
+    assert main(["table", str(tmp_path)]) == 2
+    assert "name a run folder, or a summary.json" in capsys.readouterr().err
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
 
 def test_table_by_hand():
-    base = {"batch_size": 2, "valid_loss": 0.5, "seconds": 10.0, "status": "ok"}
-    _, lines = small_batch.table([
+    base = {"batch_size": 2, "lr": 0.4, "valid_loss": 0.5, "seconds": 10.0, "status": "ok"}
+    made = [
         {**base, "norm": "RunningBatchNorm", "valid_accuracy": 0.94, "seed": 0},
         {**base, "norm": "none", "valid_accuracy": 0.1, "valid_loss": None, "status": "diverged", "seed": 0},
-        {**base, "norm": "RunningBatchNorm", "valid_accuracy": 0.96, "valid_loss": 0.1, "seconds": 20.0, "seed": 1}])
+        {**base, "norm": "RunningBatchNorm", "valid_accuracy": 0.96, "valid_loss": 0.1, "seconds": 20.0, "seed": 1}]
+    header, lines = small_batch.table({"rows": made, "train_images": 50_000})
+    assert header[:3] == ["norm", "published", "valid accuracy"]
     assert lines == [["RunningBatchNorm", "0.9723 / 0.9730", "0.9500", "0.9400 to 0.9600", "0.3", "2", "15", "ok"],
                      ["none", "-", "0.1000", "-", "nan", "1", "10", "diverged"]]
+    other = [{**row, "batch_size": 4} for row in made]
+    header, lines = small_batch.table({"rows": other, "train_images": 1197})
+    assert [header[1], *(line[1] for line in lines)] == ["published on MNIST", "-", "-"]
     assert text_table(["a", "bb"], [["ccc", "1"]]) == "a    bb\nccc   1"
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_runner_loop import make_learn
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from runner import (
     BatchTransformXCallback,
@@ -31,7 +31,9 @@ def test_dataset_takes_ints_slices_and_lists():
 
 def test_loaders_fetch_whole_batches_and_never_items():
     class Watched(Dataset):
-        def __getitem__(self, i): pytest.fail("an item was fetched by itself")
+        def __getitem__(self, i):
+            assert isinstance(i, list), "an item was fetched by itself"
+            return super().__getitem__(i)
     x = torch.arange(10.0)
     train, valid = get_dls(Watched(x, x), Watched(x, x), 3, generator=torch.Generator().manual_seed(0))
     batches = [xb for xb, yb in train]
@@ -40,7 +42,7 @@ def test_loaders_fetch_whole_batches_and_never_items():
     assert torch.cat(batches).tolist() != x.tolist()
     assert [xb.tolist() for xb, yb in valid] == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9]]      # in order, twice the size
     assert all(torch.equal(xb, yb) for xb, yb in train)
-    assert train.batch_size == 3
+    assert (len(train), len(valid)) == (4, 2)
 
 
 def test_order_follows_the_generator_alone():
@@ -65,6 +67,25 @@ def test_other_datasets_and_loader_options_work():
     x = torch.arange(10.0)
     train, _ = get_dls(TensorDataset(x, x), TensorDataset(x, x), 5, num_workers=1)
     assert [len(xb) for xb, _ in train] == [5, 5]
+
+
+def test_parts_of_data_sets_and_lists_work():
+    x = torch.arange(12.0)
+    for ds in (Dataset(x, x), TensorDataset(x, x), Dataset(x.tolist(), x.tolist()), Items()):
+        part, rest = random_split(ds, [8, 4], generator=torch.Generator().manual_seed(0))
+        train, valid = get_dls(part, rest, 2)
+        batches = list(train)
+        assert [tuple(b.shape for b in batch) for batch in batches] == [((2,), (2,))] * 4
+        assert sorted(torch.cat([xb for xb, _ in (*batches, *valid)]).tolist()) == x.tolist()
+    assert next(iter(DataLoader(Dataset(x, x), batch_size=4)))[0].tolist() == [0, 1, 2, 3]     # torch's own, too
+
+
+class Items(torch.utils.data.Dataset):
+    """A data set that knows single items only."""
+
+    def __len__(self): return 12
+
+    def __getitem__(self, i): return torch.tensor(float(i + 0)), i + 0
 
 
 def test_data_bunch_shows_its_data_sets():
@@ -161,7 +182,7 @@ def test_hooks_are_a_list():
     assert isinstance(hooks, list)
     del hooks[0]
     del hooks[1:3]
-    hooks.remove(hooks[0])
+    hooks.pop(0)
     assert [bool(m._forward_hooks) for m in model] == [False, False, False, False, True]
     hooks.clear()
     assert not any(m._forward_hooks for m in model)

@@ -87,6 +87,9 @@ ORDERS = {
         "after_fit"]),
     "fit cancelled in a batch": ({"after_loss": EP}, [
         "begin_fit", "begin_epoch", *TRAIN[:3], "after_batch", "after_cancel_train", "after_fit"]),
+    "batch cancelled after its step": ({"after_step": BT}, [
+        "begin_fit", "begin_epoch", *[*TRAIN[:5], "after_cancel_batch", "after_batch"] * 2, "begin_validate", *VALID,
+        "after_epoch", "after_fit"]),
     "fit cancelled after an epoch": ({"after_epoch": EP}, ["begin_fit", *EPOCH, "after_cancel_train", "after_fit"]),
     "fit cancelled at its begin": ({"begin_fit": EP}, ["begin_fit", "after_cancel_train", "after_fit"]),
 }
@@ -188,6 +191,20 @@ class Renamed(Callback):
 def test_real_error_wins_over_a_cancel():
     run = Runner([Log({"after_loss": CancelEpochException(), "after_batch": KeyError("real")})])
     with pytest.raises(KeyError, match="real"): run.fit(1, make_learn())
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_widest_cancel_wins(order):
+    one, two = Log({"after_batch": CancelEpochException()}), Log({"after_batch": CancelTrainException()})
+    Runner([one, Renamed(two)][::order]).fit(3, make_learn())
+    assert one.events == ["begin_fit", "begin_epoch", *TRAIN, "after_cancel_train", "after_fit"]
+
+
+def test_batch_cancelled_after_its_step_is_not_stepped_again():
+    learn, twin = make_learn(), make_learn()
+    Runner(Log({"after_step": CancelBatchException()})).fit(1, learn)
+    Runner().fit(1, twin)
+    for a, b in zip(learn.model.parameters(), twin.model.parameters(), strict=True): assert torch.equal(a, b)
 
 
 def test_every_callback_gets_after_fit_even_if_an_earlier_one_fails():
@@ -324,6 +341,19 @@ def test_misspelt_event_is_refused_when_the_class_is_defined(wrong, right):
         type("Mine", (Callback,), {wrong: lambda self: None})
 
 
+def test_misspelt_event_of_a_mixin_is_refused():
+    class Mixin:
+        def after_bacth(self): pass
+    with pytest.raises(TypeError, match="after_bacth is no event"): type("Mine", (Mixin, Callback), {})
+
+
+def test_failing_property_says_why():
+    class Mine(Callback):
+        @property
+        def thing(self): return self.modle
+    with pytest.raises(AttributeError, match="Mine has no attribute 'modle'"): _ = Mine().thing
+
+
 def test_ordinary_helper_methods_are_accepted():
     for name in ("batch", "plot_loss", "reset", "fit_line", "_after_bacth"):
         type("Mine", (Callback,), {name: lambda self: None})
@@ -356,7 +386,8 @@ def test_missing_attribute_is_named():
     Runner(cb).fit(1, make_learn())
     with pytest.raises(AttributeError, match="Recorder has no attribute 'nonsense', and neither has its runner"):
         _ = cb.nonsense
-    with pytest.raises(AttributeError, match="the runner has no 'model' before its first fit"): _ = Runner().model
+    with pytest.raises(AttributeError, match="the runner has no 'model' without a learner: call fit first"):
+        _ = Runner().model
 
 
 def test_hiding_an_attribute_of_the_runner_warns():
@@ -370,6 +401,13 @@ def test_hiding_an_attribute_of_the_runner_warns():
         class Good(Callback):
             def begin_batch(self): self.run.xb = self.xb * 2
         Runner(Good()).fit(1, make_learn())
+
+
+def test_missing_validation_loader_may_be_skipped():
+    learn = make_learn()
+    learn.data.valid_dl = None
+    Runner(Log({"begin_validate": True})).fit(1, learn)
+    with pytest.raises(ValueError, match="the validation loader has no batches"): Runner().fit(1, learn)
 
 
 def test_empty_loader():

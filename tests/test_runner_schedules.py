@@ -14,6 +14,7 @@ from torch import nn
 from norms import RunningBatchNorm
 from runner import (
     Callback,
+    CancelBatchException,
     DataBunch,
     Dataset,
     Learner,
@@ -183,18 +184,74 @@ def test_finder_sweeps_the_range_and_stops_when_the_loss_explodes():
     assert len(wild.losses) < 500
 
 
-def test_finder_suggests_the_steepest_point():
-    finder = LR_Find()
-    logs = [-5 + i / 10 for i in range(60)]
+def fake_search(noise, steps=200):
+    """A finder that saw the loss fall from 2.3 by 2 with its steepest point at 1e-2 and rise above 1e-1."""
+    finder, g = LR_Find(), torch.Generator().manual_seed(0)
+    logs = [-5 + 5 * i / steps for i in range(steps)]
     finder.lrs = [10 ** v for v in logs]
-    finder.losses = [2 - 1.5 / (1 + math.exp(-6 * (v + 2))) + (0 if v < -0.5 else 3 * (v + 0.5)) for v in logs]
-    assert math.log10(finder.suggestion) == pytest.approx(-2, abs=0.15)
+    finder.losses = [2.3 - 2 / (1 + math.exp(-6 * (v + 2))) + (0 if v < -1 else 4 * (v + 1)) + noise
+                     * torch.randn((), generator=g).item() for v in logs]
+    return finder
 
 
-def test_finder_without_a_search_has_no_suggestion():
-    text = r"has 0 finite losses and needs at least 4.*run\.fit\(1, learn, cbs=finder\)"
-    with pytest.raises(RuntimeError, match=text):
-        _ = LR_Find().suggestion
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.8])
+def test_finder_suggests_the_middle_of_the_fall(noise):
+    finder = fake_search(noise)
+    assert math.log10(finder.suggestion) == pytest.approx(-2, abs=0.15 + noise / 2)
+    assert finder.plot().get_legend().get_texts()[0].get_text() == f"suggestion {finder.suggestion:.2g}"
+
+
+def test_finder_without_a_fall_says_so():
+    flat = fake_search(0.5)
+    flat.losses = [2.3 + 0.5 * torch.randn(()).item() for _ in flat.losses]
+    with pytest.raises(RuntimeError, match=r"does not stand out of its noise .*: take more steps than 200"):
+        _ = flat.suggestion
+    assert flat.plot().get_legend() is None     # the picture comes without the mark
+    text = r"has 0 finite losses and needs at least 8.*run\.fit\(1, learn, cbs=finder\)"
+    with pytest.raises(RuntimeError, match=text): _ = LR_Find().suggestion
+
+
+def test_finder_restores_what_modules_replace_and_losses_hold():
+    class Rebinding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("state", torch.zeros(6))
+
+        def forward(self, x):
+            if self.training: self.state = 0.9 * self.state + 0.1 * x.detach().mean(0)
+            return x - self.state
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, pred, yb): return F.cross_entropy(pred * self.scale, yb)
+    ends = []
+    for find in (False, True):
+        learn = noisy_learn()
+        learn.model.insert(0, Rebinding())
+        learn.loss_func = Scaled()
+        learn.opt = torch.optim.Adam([*learn.model.parameters(), *learn.loss_func.parameters()], lr=0.01)
+        learn.data = DataBunch(*get_dls(learn.data.train_ds, learn.data.valid_ds, 4, num_workers=1,
+                                        persistent_workers=True), 2)
+        if find: Runner().fit(2, learn, cbs=LR_Find())
+        torch.manual_seed(5)
+        run = Runner(Recorder())
+        run.fit(1, learn)
+        ends.append((run.recorder.losses, learn.loss_func.scale.item(), learn.model[0].state.tolist()))
+    assert ends[0] == ends[1]
+
+
+def test_finder_leaves_out_cancelled_batches_and_rules_over_a_scheduler():
+    class SkipThird(Callback):
+        def begin_batch(self):
+            if self.n_iter == 2: raise CancelBatchException
+    run, finder = Runner([Recorder(), SkipThird(), ParamScheduler("lr", sched_no(0.5, 0.5))]), LR_Find(max_iter=8)
+    run.fit(1, noisy_learn(), cbs=finder)
+    assert finder.lrs == run.recorder.lrs[0]
+    assert finder.losses == run.recorder.losses
+    assert len(set(finder.lrs)) == len(finder.lrs)
 
 
 @pytest.mark.parametrize(("kwargs", "text"), [
