@@ -15,9 +15,11 @@ norm                  one mean and variance per              state kept for eval
 """
 
 from norms.batch import BatchNorm
+from norms.convert import convert_norms
 from norms.group import GroupNorm
 from norms.instance import InstanceNorm
 from norms.layer import LayerNorm
+from norms.recalibration import recalibrate
 from norms.running import RunningBatchNorm
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RunningBatchNorm"]
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RunningBatchNorm", "convert_norms", "recalibrate"]

@@ -1,0 +1,169 @@
+"""Take the evaluation statistics of a trained model's batch norms anew, layer by layer."""
+
+from dataclasses import dataclass
+
+import torch
+
+from norms.channel import channel_moments
+from norms.convert import BATCH, CARRIED_COUNT
+from norms.moments import merge_moments
+from norms.running import CLAMP_IMAGES, RunningBatchNorm
+
+
+@dataclass(frozen=True)
+class Recalibration:
+    """What `recalibrate` did: the layers' names in order of execution, the number of images, the metric's values."""
+
+    layers: tuple
+    images: int
+    before: float | None = None
+    after: float | None = None
+
+
+@torch.no_grad()
+def recalibrate(model, loader, n_images, *, metric=None):
+    """Take the evaluation statistics of all batch norms and running batch norms of `model` anew from images.
+
+    The running averages of training cover few images (mom=0.1 at batch size 2: about 38), seen by a network that
+    changed in between. Here every layer's statistics are the mean and the variance of all values that reach it from
+    `n_images` images, in evaluation mode, when all layers before it have theirs already. So they come layer by layer,
+    in order of execution, at the cost of one pass over the images per layer, each only up to that layer: for L layers
+    about L / 2 evaluations of the images, and with a `metric` two more.
+
+    BatchNorm and torch's get the unbiased variance, as in training; their `num_batches_tracked` is the number of
+    batches. RunningBatchNorm gets the biased one, as in training, and `seen` is the number of images (at least 20,
+    so that nothing is clamped); its `count` stays, for it describes the batches of its training, and is at least
+    `CARRIED_COUNT`.
+
+    A layer that runs several times in one evaluation gets a pass for each: statistics over its runs up to that one, of
+    which the earlier ones use the statistics of the pass before. A layer that doesn't run is left as it is.
+
+    Modes and hooks are restored, torch's random state is kept, and after an error so are the statistics.
+
+    Args:
+        model: the trained model.
+        loader: any iterable of `xb` or `(xb, yb)`, best over the training images. It is read once: the images are
+            kept in memory, the same for every layer, and moved to the model's device batch by batch. To transform
+            them, give `((tfm(xb), yb) for xb, yb in loader)`.
+        n_images: how many images to take. If `loader` has fewer, all are taken; the result says how many.
+        metric: `f(pred, yb)`, a mean over the batch such as `runner.accuracy`; its sample-weighted mean over the
+            same images is reported from before and after.
+
+    Returns:
+        `Recalibration(layers, images, before, after)`; the last two are None without a `metric`.
+
+    Raises:
+        ValueError: no such norm in `model`, or none that runs; no image; an `n_images` that isn't a positive integer;
+            a `metric` without `yb`; a layer whose input is one value per channel or not finite.
+        TypeError: batches that aren't tensors.
+    """
+    if not isinstance(n_images, int) or isinstance(n_images, bool) or n_images < 1:
+        raise ValueError(f"recalibrate got n_images={n_images!r}; it needs a positive integer, such as 5000")
+    names = {m: name for name, m in model.named_modules() if isinstance(m, BATCH) and m.running_mean is not None}
+    if not names:
+        raise ValueError(f"recalibrate found no norm with running statistics in {type(model).__name__}; only BatchNorm "
+                         "and RunningBatchNorm have any: other norms evaluate as they train and need no recalibration")
+    device = next(iter((*model.parameters(), *model.buffers()))).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        batches = take_images(loader, n_images, metric)
+        images = sum(len(xb) for xb, _ in batches)
+        modes = [(m, m.training) for m in model.modules()]
+        statistics = [(b, b.clone()) for m in names for b in m.buffers()]
+        try:
+            model.eval()
+            before = metric and mean_metric(model, batches, metric, device)
+            runs = order_of_runs(model, names, batches[0][0].to(device))
+            for i, norm in enumerate(runs):
+                set_statistics(norm, names[norm], images,
+                               *pooled_moments(model, norm, runs[:i + 1].count(norm), batches, device))
+            after = metric and mean_metric(model, batches, metric, device)
+        except BaseException:
+            for b, old in statistics: b.copy_(old)
+            raise
+        finally:
+            for m, training in modes: m.training = training
+    return Recalibration(tuple(names[m] for m in dict.fromkeys(runs)), images, before, after)
+
+
+def take_images(loader, n_images, metric):
+    """The first `n_images` of `loader` as a list of `(xb, yb)`, the last one cut to fit; `yb` may be None."""
+    batches, left = [], n_images
+    for batch in loader:
+        xb, yb = (*batch, None)[:2] if isinstance(batch, (tuple, list)) else (batch, None)
+        if not isinstance(xb, torch.Tensor):
+            raise TypeError(f"recalibrate got a batch of {type(xb).__name__}; the loader must give tensors xb or pairs "
+                            "(xb, yb): wrap it, as in ((b['image'], b['label']) for b in loader)")
+        if yb is None and metric is not None:
+            raise ValueError("recalibrate got a metric and a loader without labels; let the loader give (xb, yb)")
+        if len(xb): batches.append((xb[:left], None if yb is None else yb[:left]))
+        left -= len(xb)
+        if left <= 0: return batches
+    if not batches:
+        raise ValueError("recalibrate got no image from the loader; give one that isn't empty (or used up: a generator "
+                         "runs only once)")
+    return batches
+
+
+def mean_metric(model, batches, metric, device):
+    """The sample-weighted mean of `metric` over `batches`, a plain float."""
+    total = sum(float(metric(model(xb.to(device)), yb.to(device))) * len(xb) for xb, yb in batches)
+    return total / sum(len(xb) for xb, _ in batches)
+
+
+def order_of_runs(model, norms, xb):
+    """The `norms` in the order in which an evaluation of `xb` runs them, each as often as it runs."""
+    runs = []
+    handles = [m.register_forward_pre_hook(lambda m, args: runs.append(m)) for m in norms]
+    try: model(xb)
+    finally:
+        for handle in handles: handle.remove()
+    if not runs:
+        raise ValueError(f"recalibrate saw none of the {len(norms)} norms of {type(model).__name__} run; if it is "
+                         "compiled, pass the model as it was before torch.compile")
+    return runs
+
+
+class _Reached(Exception):
+    """The values are in; the rest of the evaluation isn't needed."""
+
+
+def pooled_moments(model, norm, runs, batches, device):
+    """Mean and biased variance of all that enters `norm` in its first `runs` runs of every evaluation of `batches`.
+
+    Returns:
+        Both `(C,)` in float64 on the CPU, the number of values per channel, and the number of runs.
+    """
+    mean = var = torch.zeros((), dtype=torch.float64)
+    n = taken = left = 0
+
+    def take(module, args, kwargs):
+        nonlocal mean, var, n, taken, left
+        x = next(iter((*args, *kwargs.values())))                               # (N, C, *spatial)
+        n, taken, left = n + x.numel() // x.shape[1], taken + 1, left - 1
+        share = torch.tensor(x.numel() // x.shape[1] / n, dtype=torch.float64)
+        mean, var = merge_moments(mean, var, *(m.to("cpu", torch.float64) for m in channel_moments(x)), share)
+        if not left: raise _Reached
+    handle = norm.register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        for xb, _ in batches:
+            left = runs
+            try: model(xb.to(device))
+            except _Reached: pass
+    finally: handle.remove()
+    return mean, var, n, taken
+
+
+def set_statistics(norm, name, images, mean, var, n, runs):
+    """Make `mean` and the biased `var`, each over `n` values from `runs` batches, the statistics of `norm`."""
+    if n == 1 or not (mean.isfinite().all() and var.isfinite().all()):
+        raise ValueError(f"recalibrate: layer {name!r} ({type(norm).__name__}) gets "
+                         + ("one value per channel, which has no spread: take more images" if n == 1 else
+                            "values that are not finite: check the images, and the weights of the layers before it"))
+    norm.running_mean.copy_(mean)
+    if isinstance(norm, RunningBatchNorm):
+        norm.running_var.copy_(var)
+        norm.count.clamp_(min=CARRIED_COUNT)
+        norm.seen.fill_(max(images, CLAMP_IMAGES))
+    else:
+        norm.running_var.copy_(var * (n / (n - 1)))
+        norm.num_batches_tracked.fill_(runs)

@@ -1,0 +1,535 @@
+"""`check_norm` on the project's norms, torch's, the published RunningBatchNorm, and norms broken in one way each."""
+
+import math
+import threading
+
+import pytest
+import torch
+from reference import LiteralRunningBatchNorm
+from torch import nn
+
+from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
+from norms.testing import CHECKS, check_norm
+
+
+def named(words):
+    """The checks whose names contain the `words`, a check each."""
+    found = {w: [name for name in CHECKS if w in name] for w in words}
+    assert all(len(names) == 1 for names in found.values()), found
+    return {names[0] for names in found.values()}
+
+
+def names(report, status): return {r.name for r in report.results if r.status == status}
+
+
+class AnyBatchNorm(nn.BatchNorm2d):
+    """torch's batch norm for 2 to 5 axes."""
+
+    def _check_input_dim(self, x): pass
+
+
+STATELESS = {"buffers as inputs"}
+# norm, arguments of check_norm, the checks that fail, the checks that aren't for this norm
+NORMS = {
+    "running": (RunningBatchNorm, {"reference": LiteralRunningBatchNorm}, set(), set()),
+    "running per image": (lambda nf: RunningBatchNorm(nf, rule="per_image"),
+                          {"reference": lambda nf: LiteralRunningBatchNorm(nf, rule="per_image")},
+                          set(), set()),
+    "batch": (BatchNorm, {"reference": AnyBatchNorm}, set(), set()),
+    "running, averaged backward": (lambda nf: RunningBatchNorm(nf, average_backward=True), {},
+                                   # its backward is no gradient, and has a state of its own
+                                   {"numeric derivative", "compiles once", "deepcopy", "two forwards",
+                                    "buffers as inputs"}, {"the reference"}),
+    "group": (lambda nf: GroupNorm(2, nf), {"reference": lambda nf: nn.GroupNorm(2, nf)}, set(), STATELESS),
+    "group, many channels": (lambda nf: GroupNorm(8, nf), {"nf": 32}, set(), {"the reference", *STATELESS}),
+    "group, no affine": (lambda nf: GroupNorm(2, nf, affine=False), {}, set(),
+                         {"the reference", "current affine", *STATELESS}),
+    "instance": (InstanceNorm, {"dims": (3, 4, 5)}, set(), {"the reference", *STATELESS}),
+    "instance, torch's eps": (lambda nf: InstanceNorm(nf, eps=1e-5),
+                              {"dims": [3, 4, 5], "reference": lambda nf: nn.InstanceNorm2d(nf, affine=True)}, set(),
+                              STATELESS),
+    "layer": (lambda nf: LayerNorm(), {}, set(), {"the reference", "wrong channel", *STATELESS}),
+    "layer, channel affine": (lambda nf: LayerNorm(shape=(nf, 1, 1)),
+                              {"dims": (4,), "reference": lambda nf: nn.GroupNorm(1, nf)}, set(), STATELESS),
+    # torch takes empty batches, and counts a batch in num_batches_tracked before it refuses it.
+    "torch batch 2d": (nn.BatchNorm2d, {"dims": (4,), "reference": BatchNorm},
+                       {"one element", "empty batch", "counts a batch once", "wrong channel", "integer"}, set()),
+    "torch group": (lambda nf: nn.GroupNorm(2, nf), {}, {"empty batch", "integer"}, {"the reference", *STATELESS}),
+}
+
+
+@pytest.mark.parametrize("case", list(NORMS))
+def test_what_holds_for_this_norm(case):
+    factory, kwargs, failing, other = NORMS[case]
+    report = check_norm(factory, **kwargs)
+    assert names(report, "FAIL") == named(failing), report
+    assert names(report, "-") == named(other), report
+    assert [r.name for r in report.results] == list(CHECKS)
+    assert report.ok == bool(report) == (not failing)
+
+
+class PublishedRunningBatchNorm(nn.Module):
+    """The published norm by its formulas, with the averages in buffers that are written in place."""
+
+    def __init__(self, nf, mom=0.1, eps=1e-5):
+        super().__init__()
+        self.mom, self.eps = mom, eps
+        self.weight, self.bias = nn.Parameter(torch.ones(nf, 1, 1)), nn.Parameter(torch.zeros(nf, 1, 1))
+        for k in ("sums", "sqrs"): self.register_buffer(k, torch.zeros(1, nf, 1, 1))
+        for k in ("count", "dbias", "steps", "images"): self.register_buffer(k, torch.tensor(0.0))
+
+    def forward(self, x):
+        if self.training: self.update(x)
+        sums, sqrs, count = self.sums, self.sqrs, self.count
+        if self.steps < 100: sums, sqrs, count = sums / self.dbias, sqrs / self.dbias, count / self.dbias
+        mean = sums / count
+        var = sqrs / count - mean * mean
+        if self.images < 20: var = var.clamp_min(0.01)
+        return (x - mean) / (var + self.eps).sqrt() * self.weight + self.bias
+
+    def update(self, x):
+        alpha = self.count.new_tensor(1 - (1 - self.mom) / math.sqrt(x.shape[0] - 1))
+        self.sums.detach_().lerp_(x.sum((0, 2, 3), keepdim=True), alpha)
+        self.sqrs.detach_().lerp_((x * x).sum((0, 2, 3), keepdim=True), alpha)
+        self.count.lerp_(self.count.new_tensor(x.numel() / self.weight.numel()), alpha)
+        self.dbias.lerp_(torch.ones_like(self.dbias), alpha)
+        self.steps.add_(1)
+        self.images.add_(x.shape[0])
+
+
+def test_every_defect_of_the_published_norm_is_reported():
+    report = check_norm(PublishedRunningBatchNorm, dims=(4,), reference=LiteralRunningBatchNorm)
+    texts = {
+        # known ones, and the digits lost by sqrs / count - mean^2
+        "deepcopy": "Only Tensors created explicitly by the user",
+        "before training": "the output is not finite",
+        "two forwards": "modified by an inplace operation",
+        "counts a batch once": "sums is off by",
+        "keeps the gradient": "input's gradient is off by",
+        "one image": "ZeroDivisionError",
+        "one element": "ZeroDivisionError",
+        "half-precision": "expected dtype",
+        "autocast": "expected dtype",
+        "large mean": "the output is off by",
+        # found by check_norm
+        "2-D": "refused in training by IndexError",
+        "3-D": "refused in training by IndexError",
+        "5-D": "a ValueError is due",
+        "empty batch": "doesn't say what it got: ValueError: math domain error",
+        "compiles once": "Unsupported",
+        "wrong channel": "took an input of shape (4, 1, 5, 3)",
+        "integer": "took an input of shape (4, 4, 5, 3) and torch.int64 in evaluation",
+    }
+    assert names(report, "FAIL") == named(texts)
+    for words, text in texts.items():
+        (name,) = named([words])
+        assert text in report.failed[name], name
+
+
+def recomputing(): return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class Sound(nn.Module):
+    """A batch norm with nothing wrong, in pieces that the norms below replace."""
+
+    eps = 1e-5
+
+    def __init__(self, nf):
+        super().__init__()
+        self.nf = nf
+        self.weight, self.bias = nn.Parameter(torch.ones(nf)), nn.Parameter(torch.zeros(nf))
+        self.register_buffer("mean", torch.zeros(nf))
+        self.register_buffer("var", torch.ones(nf))
+
+    def forward(self, x):
+        self.check(x)
+        mean, var = self.measure(self.widen(x)) if self.training else (self.mean, self.var)
+        if self.training and not recomputing(): self.track(mean.detach(), var.detach())
+        return self.scale(self.widen(x), mean, var).to(x.dtype)
+
+    def check(self, x):
+        if not x.is_floating_point(): raise TypeError(f"got {x.dtype}, needs floats")
+        if x.ndim < 2: raise ValueError(f"got {x.ndim}-D input")
+        if x.shape[1] != self.nf: raise ValueError(f"got {x.shape[1]} channels, needs {self.nf}")
+        if x.numel() == 0: raise ValueError("got an empty batch")
+
+    def widen(self, x): return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def measure(self, x):
+        dims = (0, *range(2, x.ndim))
+        mean = x.mean(dims)
+        return mean, (x - self.view(mean, x)).square().mean(dims)
+
+    def track(self, mean, var):
+        self.mean.lerp_(mean.to(self.mean.dtype), 0.1)
+        self.var.lerp_(var.to(self.var.dtype), 0.1)
+
+    def scale(self, x, mean, var):
+        scale = torch.rsqrt(var + self.eps) * self.weight
+        return (x - self.view(mean, x)) * self.view(scale, x) + self.view(self.bias, x)
+
+    @staticmethod
+    def view(t, x): return t.view(1, -1, *[1] * (x.ndim - 2))
+
+
+class BiasedBatchNorm(BatchNorm):
+    """The project's, with the biased variance in the running average as `Sound` has it."""
+
+    def track(self, mean, var, n): super().track(mean, var * (n - 1) / n, n)
+
+
+def test_a_sound_norm_passes_everything():
+    report = check_norm(Sound, reference=BiasedBatchNorm)
+    assert names(report, "ok") == set(CHECKS)
+
+
+class NoRank3(Sound):
+    def check(self, x):
+        super().check(x)
+        if x.ndim == 3: raise NotImplementedError("only images")
+
+
+class OtherEps(Sound): eps = 1e-3
+
+
+class DetachedMean(Sound):
+    def measure(self, x):
+        mean, var = super().measure(x)
+        return mean.detach(), var
+
+
+class MisreadsChannelsLast(Sound):
+    def widen(self, x):
+        last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        return super().widen(x.permute(0, 2, 3, 1).reshape(x.shape) if last and not x.is_contiguous() else x)
+
+
+class ViewsMemory(Sound):
+    def measure(self, x): return super().measure(x.view(*x.shape[:2], -1))
+
+
+class WritesInput(Sound):
+    def forward(self, x):
+        y = super().forward(x)
+        if not self.training: x.data.zero_()
+        return y
+
+
+class SquaresMinusSquare(Sound):
+    def measure(self, x):
+        dims = (0, *range(2, x.ndim))
+        mean = x.mean(dims)
+        return mean, x.square().mean(dims) - mean.square()
+
+
+class NarrowFloat16(Sound):
+    def widen(self, x): return x if x.dtype == torch.float16 else super().widen(x)
+
+
+class NarrowBuffers(Sound):
+    def track(self, mean, var):
+        self.mean.lerp_(mean, 0.1)
+        self.var.lerp_(var, 0.1)
+
+
+class ReturnsFloat32(Sound):
+    def forward(self, x): return self.widen(super().forward(x))
+
+
+class MeanByMatmul(Sound):
+    def measure(self, x):
+        flat = x.movedim(1, 0).flatten(1)
+        mean = (flat @ torch.ones(flat.shape[1], dtype=x.dtype) / flat.shape[1]).to(x.dtype)
+        return mean, super().measure(x)[1]
+
+
+class RefusesOneImage(Sound):
+    def check(self, x):
+        super().check(x)
+        if x.shape[0] == 1 < x[:, 0].numel(): raise ValueError("one image is no batch")
+
+
+class UnbiasedVariance(Sound):
+    def measure(self, x):
+        mean, var = super().measure(x)
+        n = x.numel() / self.nf
+        return mean, var * n / (n - 1) if n > 1 else var / 0
+
+
+class FirstBatchSizeOnly(Sound):
+    n = None
+
+    def check(self, x):
+        super().check(x)
+        if torch.compiler.is_compiling(): return
+        self.n = self.n or len(x)
+        if self.training and self.n != len(x): raise RuntimeError("another batch size")
+
+
+class TakesEmpty(Sound):
+    def check(self, x):
+        if x.numel(): super().check(x)
+
+
+class HidesNaN(Sound):
+    def widen(self, x): return super().widen(x).nan_to_num()
+
+
+class RefusesNaN(Sound):
+    def check(self, x):
+        super().check(x)
+        if not torch.compiler.is_compiling() and not x.isfinite().all(): raise ValueError("NaN")
+
+
+class HoldsALock(Sound):
+    def __init__(self, nf):
+        super().__init__(nf)
+        self.lock = threading.Lock()
+
+
+class SharesBuffersWithCopy(Sound):
+    def __deepcopy__(self, memo):
+        twin = type(self)(self.nf)
+        twin.load_state_dict(self.state_dict())
+        twin.mean = self.mean
+        return twin
+
+
+class ForgetsItsVariance(Sound):
+    def __init__(self, nf):
+        super().__init__(nf)
+        self.register_buffer("var", torch.ones(nf), persistent=False)
+
+
+class DividesByZeroSteps(Sound):
+    def __init__(self, nf):
+        super().__init__(nf)
+        self.mean.zero_(), self.var.zero_()
+        self.register_buffer("total", torch.zeros(()))
+
+    def track(self, mean, var):
+        super().track(mean, var)
+        self.total.lerp_(torch.ones_like(self.total), 0.1)
+
+    def scale(self, x, mean, var):
+        if not self.training: mean, var = mean / self.total, var / self.total
+        return super().scale(x, mean, var)
+
+
+class TracksInEvaluation(Sound):
+    def forward(self, x):
+        y = super().forward(x)
+        if not self.training: self.track(*super().measure(self.widen(x.detach())))
+        return y
+
+
+class FreezesAffine(Sound):
+    """Keeps the first evaluation's weights for the next ones; the gradient passes through."""
+
+    kept = None
+
+    def train(self, mode=True):
+        self.kept = None
+        return super().train(mode)
+
+    def scale(self, x, mean, var):
+        if self.training or torch.compiler.is_compiling(): return super().scale(x, mean, var)
+        if self.kept is None: self.kept = self.weight.detach().clone()
+        return super().scale(x, mean, var) * self.view(self.kept / self.weight.detach(), x)
+
+
+class WarmsUpInPlace(Sound):
+    """Its output grows with a buffer that autograd saves and the next step overwrites."""
+
+    def __init__(self, nf):
+        super().__init__(nf)
+        self.register_buffer("warm", torch.tensor(0.5))
+
+    def scale(self, x, mean, var):
+        if self.training and not recomputing(): self.warm.mul_(0.9).add_(0.1)
+        return super().scale(x, mean, var) * self.warm
+
+
+class CountsInPython(Sound):
+    def __init__(self, nf):
+        super().__init__(nf)
+        self.steps = 1.0
+
+    def track(self, mean, var):
+        self.steps = self.steps * 1.5
+        self.mean.lerp_(mean.to(self.mean.dtype), 1 / self.steps)
+
+    def get_extra_state(self): return self.steps
+
+    def set_extra_state(self, steps): self.steps = steps
+
+
+class BreaksTheGraph(Sound):
+    def check(self, x):
+        super().check(x)
+        if self.mean.sum().item() == 1e10: raise ValueError("diverged")
+
+
+class OldFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+
+    @staticmethod
+    def backward(ctx, g): return g
+
+
+class NeedsOldFunction(Sound):
+    def scale(self, x, mean, var): return OldFunction.apply(super().scale(x, mean, var))
+
+
+class NeedsOldFunctionInTraining(Sound):
+    def scale(self, x, mean, var):
+        y = super().scale(x, mean, var)
+        return OldFunction.apply(y) if self.training else y
+
+
+class CountsRecomputed(Sound):
+    def check(self, x):
+        super().check(x)
+        if recomputing(): self.mean.mul_(0.9)
+
+
+class ScalesByThePast(Sound):
+    """Divides by the variance before this batch, which a recomputed forward finds changed."""
+
+    def measure(self, x): return super().measure(x)[0], self.var.clone()
+
+    def track(self, mean, var):
+        self.mean.lerp_(mean.to(self.mean.dtype), 0.1)
+        self.var.mul_(0.9)
+
+
+class TakesAnyChannels(Sound):
+    def check(self, x):
+        if not x.is_floating_point() or x.numel() == 0 or x.ndim < 2: super().check(x)
+
+
+class CountsRefused(Sound):
+    def __init__(self, nf):
+        super().__init__(nf)
+        self.register_buffer("batches", torch.tensor(0))
+
+    def check(self, x):
+        if self.training and not recomputing(): self.batches.add_(1)
+        super().check(x)
+
+
+class TakesIntegers(Sound):
+    def check(self, x): super().check(x.float() if not x.is_floating_point() else x)
+
+    def forward(self, x): return super().forward(x) if x.is_floating_point() else super().forward(x.float())
+
+
+class MumblesAboutIntegers(Sound):
+    def check(self, x):
+        if not x.is_floating_point(): raise TypeError("wrong input")
+        super().check(x)
+
+
+# the norm, the only checks that fail, and words of the first one's message
+BROKEN = [
+    (NoRank3, ["3-D input", "numeric derivative", "non-contiguous", "one element"], "NotImplementedError: only images"),
+    (OtherEps, ["the reference"], "off"),
+    (DetachedMean, ["numeric derivative"], "2-D, in training: Jacobian mismatch"),
+    (MisreadsChannelsLast, ["channels_last"], "off"),
+    (ViewsMemory, ["non-contiguous"], "view size is not compatible"),
+    (WritesInput, ["left as it was"], "the input is off"),
+    (SquaresMinusSquare, ["large mean"], "off"),
+    (NarrowFloat16, ["half-precision"], "off"),
+    (NarrowBuffers, ["cast to half"], "dtype"),
+    (ReturnsFloat32, ["half-precision", "cast to half", "autocast"], "turned torch.float16 into torch.float32"),
+    (MeanByMatmul, ["autocast"], "off"),
+    (RefusesOneImage, ["one image"], "one image is no batch"),
+    (UnbiasedVariance, ["one element"], "finite"),
+    (FirstBatchSizeOnly, ["ragged"], "another batch size"),
+    (TakesEmpty, ["empty"], "took an input of shape (0, 4, 5, 3)"),
+    (HidesNaN, ["NaN"], "a NaN went in"),
+    (RefusesNaN, ["NaN"], "ValueError: NaN"),
+    (HoldsALock, ["deepcopy"], "cannot pickle"),
+    (SharesBuffersWithCopy, ["deepcopy"], "mean is off"),
+    (ForgetsItsVariance, ["state dict"], "off"),
+    (DividesByZeroSteps, ["before training"], "the output is not finite"),
+    (TracksInEvaluation, ["leaves the state alone", "torch.func.grad equals", "compiles once"], "mean is off"),
+    (FreezesAffine, ["current affine"], "off"),
+    (WarmsUpInPlace, ["two forwards", "compiles once"], "modified by an inplace operation"),
+    (CountsInPython, ["compiles once"], "compiled"),
+    (BreaksTheGraph, ["compiles once"], "data-dependent"),
+    (NeedsOldFunction, ["torch.func.grad equals", "buffers as inputs"], "setup_context"),
+    (NeedsOldFunctionInTraining, ["buffers as inputs"], "setup_context"),
+    (CountsRecomputed, ["counts a batch once"], "mean is off"),
+    (ScalesByThePast, ["keeps the gradient", "compiles once"], "off"),
+    (TakesAnyChannels, ["wrong channel"], "(4, 1, 5, 3)"),
+    (CountsRefused, ["wrong channel", "integer", "empty"], "batches is off by 1"),
+    (TakesIntegers, ["integer"], "took an input"),
+    (MumblesAboutIntegers, ["integer"], "doesn't say what it got"),
+]
+
+
+@pytest.mark.parametrize(("norm", "failing", "text"), BROKEN, ids=[b[0].__name__ for b in BROKEN])
+def test_a_broken_norm_is_caught_by_its_check_alone(norm, failing, text):
+    report = check_norm(norm, reference=BiasedBatchNorm if norm is OtherEps else None)
+    assert names(report, "FAIL") == named(failing)
+    (name,) = named(failing[:1])
+    assert text in report.failed[name]
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4, 5])
+def test_a_changed_shape_is_caught_at_its_rank(rank):
+    class AddsAnAxis(Sound):
+        def forward(self, x): return super().forward(x).reshape(*x.shape, *[1] * (x.ndim == rank))
+    report = check_norm(AddsAnAxis)
+    assert names(report, "FAIL") == named([f"{rank}-D input"] + ["ragged"] * (rank == 4))
+    assert "turned the shape" in report.failed[f"{rank}-D input"]
+
+
+def test_ranks_that_are_not_declared_must_be_refused():
+    report = check_norm(Sound, dims=(3, 4))
+    assert report.failed == {
+        "2-D input": "took an input of shape (4, 4) and torch.float32 in training",
+        "5-D input": "took an input of shape (4, 4, 5, 3, 2) and torch.float32 in training"}
+
+
+def test_a_reference_of_other_parameters_is_named():
+    report = check_norm(lambda nf: nn.GroupNorm(2, nf), reference=lambda nf: nn.GroupNorm(2, nf, affine=False))
+    assert report.failed[next(iter(named(["the reference"])))] == "the norm has 2 parameters, the reference 0"
+
+
+def test_report_is_printed_and_strict_raises_it(capsys):
+    report = check_norm(lambda nf: nn.GroupNorm(2, nf))
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert out == f"{report}\n"
+    assert lines[0] == repr(nn.GroupNorm(2, 4))
+    assert lines[1] == "ok    2-D input"
+    assert "-     values and gradients equal the reference's: not for this norm: no reference= was given" in lines
+    assert ("FAIL  an empty batch is refused in training: took an input of shape (0, 4, 5, 3) and torch.float32 in "
+            "training") in lines
+    assert lines[-1] == "27 of 31 hold, 2 failed, 2 not for this norm"
+    with pytest.raises(AssertionError, match=r"not everything holds(.|\n)*FAIL  an empty batch"):
+        check_norm(lambda nf: nn.GroupNorm(2, nf), strict=True)
+    assert check_norm(InstanceNorm, dims=(3, 4, 5), strict=True).ok
+
+
+def test_random_state_is_left_alone():
+    before = torch.get_rng_state()
+    check_norm(Sound)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("args", "kwargs", "error", "text"), [
+    ([nn.BatchNorm2d(4)], {}, TypeError, "got BatchNorm2d.*needs a function from the channel count to a module"),
+    ([BatchNorm], {"reference": BatchNorm(4)}, TypeError, "got BatchNorm.*pass the class, or lambda"),
+    ([None], {}, TypeError, "got None; it needs a function"),
+    ([lambda nf: torch.relu], {}, TypeError, "the factory gave .*relu.* for 4 channels; it needs to give a module"),
+    ([BatchNorm], {"dims": 4}, ValueError, r"got dims=4; it needs some of \(2, 3, 4, 5\).*such as dims=\(4,\)"),
+    ([BatchNorm], {"dims": (4, 6)}, ValueError, r"got dims=\(4, 6\)"),
+    ([BatchNorm], {"dims": ()}, ValueError, r"got dims=\(\)"),
+    ([BatchNorm], {"nf": 1}, ValueError, "got nf=1; it needs an integer of at least 2"),
+])
+def test_wrong_arguments_are_refused(args, kwargs, error, text):
+    with pytest.raises(error, match=text): check_norm(*args, **kwargs)
