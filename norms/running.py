@@ -120,7 +120,8 @@ class RunningBatchNorm(Norm):
             self.running_var.copy_(var)
             self.seen.fill_(seen)
             self.count.fill_(count)
-            self.steps.append((batch_mean, step))
+            # Under torch.func these are wrappers that die with the transform.
+            if not torch._C._are_functorch_transforms_active(): self.steps.append((batch_mean, step))
         return step
 
     def recall(self, batch_mean):

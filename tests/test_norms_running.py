@@ -1,5 +1,7 @@
 """RunningBatchNorm against the literal definition, by hand, and where the definition gives out."""
 
+import copy
+
 import pytest
 import torch
 from reference import LiteralRunningBatchNorm
@@ -82,6 +84,7 @@ def test_func_transforms_equal_autograd(make):
     for a, b in zip([by_func[0], *by_func[1].values()], by_autograd, strict=True): torch.testing.assert_close(a, b)
     _, tangent = torch.func.jvp(lambda x: loss(x, params), (x,), (torch.ones_like(x),))
     torch.testing.assert_close(tangent, by_autograd[0].sum())
+    assert copy.deepcopy(m)(x).shape == x.shape     # nothing of the transforms has stayed behind
     with pytest.raises(RuntimeError, match="in-place operation"):
         torch.func.grad(lambda x: torch.func.functional_call(m, params, (x,)).sum())(x)
 

@@ -10,10 +10,12 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 def test_python_examples_run(capsys):
     examples = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 4
     names = {}
     for example in examples: exec(compile(example, "README.md", "exec"), names)
     assert names["run"].n_iter == 50
     assert len(names["means"]) == 599       # 1,197 images in batches of 2
     assert "valid_accuracy" in capsys.readouterr().out
     plt.close("all")
+    printed, = re.findall(r"^```text\n(.*?)\n^```", README, re.MULTILINE | re.DOTALL)
+    assert str(names["report"]) == printed
