@@ -1,5 +1,9 @@
 import os
+import tempfile
 from pathlib import Path
+
+# Hypothesis keeps what it learns in a folder, by default here: tests write to their own temporary folders only.
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "runnernorms-hypothesis"))
 
 import matplotlib
 import pytest
