@@ -1,46 +1,56 @@
-"""Print the results table of a run as Markdown, or put it into the README between its two marks."""
+"""Print the results table of one or several runs as Markdown, or put it into a file between two marks."""
 
-import re
 from pathlib import Path
 
 from experiments import small_batch
 from experiments.errors import InputError
 from experiments.results import markdown_table, read_summary
 
-MARKS = "<!-- results: small-batch -->", "<!-- end of results -->"
+END = "<!-- end of results -->"
 
 
-def markdown(summary):
-    """The table of a small-batch `summary.json` with its verdict under it."""
-    return f"{markdown_table(*small_batch.table(summary))}\n\n{summary['verdict']}"
+def begin(name):
+    """The mark before the results called `name`."""
+    return f"<!-- results: {name} -->"
 
 
-def insert(text, table):
-    """`text` with `table` between the two marks.
+def markdown(summaries):
+    """The table of all rows of `summaries`, runs of small-batch on the same data, and the verdict on them."""
+    data = {(s["data"], s["train_images"]) for s in summaries}
+    if len(data) > 1: raise InputError(f"these runs are of different data, {sorted(data)}; name runs of one")
+    rows = [row for s in summaries for row in s["rows"]]
+    if not rows: raise InputError("these runs have no rows, for no arm had finished; name others")
+    _, verdict = small_batch.judge(rows, *data.pop())
+    return f"{markdown_table(*small_batch.table({**summaries[0], 'rows': rows}))}\n\n{verdict}"
+
+
+def insert(text, table, name):
+    """`text` with `table` between the mark of the results called `name` and the next end mark.
 
     Raises:
         InputError: `text` has no such marks.
     """
-    begin, end = MARKS
-    if not re.search(f"{begin}.*{end}", text, re.DOTALL):
-        raise InputError(f"there is no place for the table; the file must have the lines {begin} and {end}")
-    before, rest = text.split(begin, 1)
-    return f"{before}{begin}\n{table}\n{end}{rest.split(end, 1)[1]}"
+    before, found, rest = text.partition(begin(name))
+    _, ended, after = rest.partition(END)
+    if not (found and ended):
+        raise InputError(f"there is no place for the table; the file must have the lines {begin(name)} and {END}")
+    return f"{before}{found}\n{table}\n{ended}{after}"
 
 
 def add_arguments(parser):
     """Declare the options of `python -m experiments table`."""
-    parser.add_argument("run", help="run folder, or a summary.json")
-    parser.add_argument("--into", metavar="FILE", help=f"write it into FILE, between {MARKS[0]} and {MARKS[1]}")
+    parser.add_argument("run", nargs="+", help="run folders, or summary.json files; their rows come into one table")
+    parser.add_argument("--into", metavar="FILE", help=f"write it into FILE, between <!-- results: NAME --> and {END}")
+    parser.add_argument("--name", default="small-batch", metavar="NAME", help="the mark's NAME (default: small-batch)")
 
 
 def main(args):
     """Print or insert the table; the exit status."""
-    table = markdown(read_summary(args.run))
+    table = markdown([read_summary(run) for run in args.run])
     if args.into is None:
         print(table)
         return 0
     file = Path(args.into)
-    try: file.write_text(insert(file.read_text(), table))
+    try: file.write_text(insert(file.read_text(), table, args.name))
     except OSError as e: raise InputError(f"can't write {args.into!r}: {e.strerror}; name a text file") from e
     return 0
