@@ -134,11 +134,11 @@ def cpu_backend(batch_size, device):
     onednn, threads = torch.backends.mkldnn.enabled, torch.get_num_threads()
     try:
         if device.type == "cpu" and batch_size < 8:
-            torch.backends.mkldnn.enabled = False
+            torch.backends.mkldnn.set_flags(False)  # setting the attribute fails after `disable_global_flags`
             torch.set_num_threads(1)
         yield
     finally:
-        torch.backends.mkldnn.enabled = onednn
+        torch.backends.mkldnn.set_flags(onednn)
         torch.set_num_threads(threads)
 
 
