@@ -52,8 +52,8 @@ BATCH_NORMS = ("BatchNorm2d", "BatchNorm")
 # the notebook's last saved run, whose 18 seconds match its batch-32 run and not a batch-2 run: trust the first.
 PUBLISHED = {"BatchNorm2d": [0.2604, 0.2348], "RunningBatchNorm": [0.9723, 0.9730]}
 
-# RunningBatchNorm's mean over 8 seeds of the course's own code, run elsewhere (0.917 to 0.975, test images): not ours, or
-# the criterion could not see a defect of ours. The standard deviation is that of the 12 seeds in the records
+# RunningBatchNorm's mean over 8 seeds of the course's own code, run elsewhere (0.917 to 0.975, test images): not ours,
+# or the criterion could not see a defect of ours. The standard deviation is that of the 12 seeds in the records
 # experiments/results/running_*.json. A mean of n seeds may lie 3 standard errors lower.
 EXPECTED_MEAN, EXPECTED_STD = 0.950, 0.036
 FAILED = 0.5                # a batch norm arm below this has failed
