@@ -2,8 +2,8 @@
 
 import torch
 
-from norms.channel import channel_moments, in_backward, normalise_channels
-from norms.moments import Norm, check_channels, per_channel, scale_shift, wide
+from norms.channel import channel_moments, evaluate_channels, in_backward, normalise_channels, plain
+from norms.moments import Norm, check_channels
 
 
 class BatchNorm(Norm):
@@ -50,18 +50,24 @@ class BatchNorm(Norm):
     def forward(self, x):
         self.check_input(x, self.nf)
         if self.training:
-            mean, var = channel_moments(x)                          # (C,) each
-            if not in_backward(): self.track(mean, var, x.numel() // self.nf)
-            return normalise_channels(x, self.weight, self.bias, mean, var, self.eps)
-        mean, var, weight, bias = (per_channel(t, x.ndim) for t in (self.running_mean, self.running_var, self.weight,
-                                                                    self.bias))
-        return scale_shift(wide(x) - mean, var, self.eps, weight, bias).to(x.dtype)
+            mean, var = channel_moments(x)                              # (C,) each
+            n = x.numel() // self.nf
+            if not in_backward(): self.track(mean, var, n)
+            stats = mean, var, None, None
+            # Of one value the output is exactly `bias`, which the fused kernel's rounding would spoil.
+            if n == 1: return plain(x, self.weight, self.bias, *stats, self.eps)
+            return normalise_channels(x, self.weight, self.bias, stats, self.eps)
+        return evaluate_channels(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
 
     def track(self, mean, var, n):
         """Take the batch's `mean` and biased `var`, each `(C,)` over `n` values, into the running averages."""
-        self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.mom)
-        if n > 1: self.running_var.lerp_(var.to(self.running_var.dtype) * (n / (n - 1)), self.mom)
+        state = self._buffers                                       # an attribute is 10 times as slow
+        state["num_batches_tracked"].add_(1)
+        running_mean, running_var = state["running_mean"], state["running_var"]
+        if mean.dtype != running_mean.dtype: mean, var = mean.to(running_mean.dtype), var.to(running_var.dtype)
+        running_mean.lerp_(mean, self.mom)
+        # + mom (var n / (n - 1) - running_var), in two steps that need no multiple of var
+        if n > 1: running_var.lerp_(var, self.mom).add_(var, alpha=self.mom / (n - 1))
 
     def extra_repr(self):
         return f"{self.nf}, mom={self.mom}, eps={self.eps}"

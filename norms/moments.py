@@ -42,9 +42,10 @@ def merge_moments(mean, var, batch_mean, batch_var, a):
     variances", 1979.) Equal to averaging x and x^2 and subtracting, without the cancellation; every term of
     the variance is positive, so it can't turn negative. `a` is a number, or a scalar tensor of the moments' dtype.
     """
-    d = batch_mean - mean
-    # var' regrouped: (1 - a) var + a (batch_var + (1 - a) d^2), half the operations at batch size 2.
-    return torch.lerp(mean, batch_mean, a), torch.lerp(var, torch.addcmul(batch_var, (1 - a) * d, d), a)
+    d, share = batch_mean - mean, a * (1 - a)
+    var = torch.lerp(var, batch_var, a)
+    var = var.addcmul_(d, d, value=share) if isinstance(a, float) else var + share * d * d
+    return torch.lerp(mean, batch_mean, a), var
 
 
 def scale_shift(centred, var, eps, weight=None, bias=None):
@@ -81,6 +82,8 @@ class Norm(nn.Module):
 
     def check_input(self, x, channels=None, min_dims=2):
         """Raise an error that says what came, what is needed and what to do, unless `x` is fit for this norm."""
+        fits = x.is_floating_point() and x.ndim >= min_dims and x.numel()
+        if fits and (channels is None or x.shape[1] == channels): return
         name, shape = type(self).__name__, tuple(x.shape)
         if not x.is_floating_point():
             raise TypeError(f"{name} got an input of {x.dtype}; it needs a floating-point one: convert it by x.float()")

@@ -5,8 +5,15 @@ from collections import deque
 
 import torch
 
-from norms.channel import channel_moments, eager_cpu, in_backward, normalise_channels
-from norms.moments import HALF, Norm, check_channels, merge_moments, per_channel, scale_shift, wide
+from norms.channel import (
+    channel_moments,
+    checkpointing,
+    eager_cpu,
+    evaluate_channels,
+    in_backward,
+    normalise_channels,
+)
+from norms.moments import HALF, Norm, check_channels, merge_moments
 
 CLAMP_IMAGES, CLAMP_VAR = 20, 0.01  # the lesson's: variance at least 0.01 until 20 images have been seen
 
@@ -89,27 +96,49 @@ class RunningBatchNorm(Norm):
 
     def forward(self, x):
         self.check_input(x, self.nf)
-        if self.training:
-            batch_mean, batch_var = (m.to(self.running_mean.dtype) for m in channel_moments(x))     # (C,) each
-            mean, var, a, floor = self.recall(batch_mean) if in_backward() else self.track(x, batch_mean, batch_var)
-            averages = (self.grad_mean, self.grad_dot) if self.average_backward else None
-            return normalise_channels(x, self.weight, self.bias, mean, var, self.eps, a, floor, averages)
-        floor = self.floor(self.seen.item() if eager_cpu(x) else self.seen)
-        var = self.running_var if floor is None else self.running_var.clamp_min(floor)
-        mean, var, weight, bias = (per_channel(t, x.ndim) for t in (self.running_mean, var, self.weight, self.bias))
-        return scale_shift(wide(x) - mean, var, self.eps, weight, bias).to(x.dtype)
+        if not self.training:
+            floor = self.floor(self.seen.item() if eager_cpu(x) else self.seen)
+            return evaluate_channels(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps, floor)
+        host = eager_cpu(x)
+        batch_mean, batch_var = channel_moments(x, host)                # (C,) each
+        if in_backward(): step = self.recall(batch_mean)
+        else: step = (self.track if host else self.track_tensors)(x, batch_mean, batch_var)
+        averages = (self.grad_mean, self.grad_dot) if self.average_backward else None
+        return normalise_channels(x, self.weight, self.bias, step, self.eps, averages, host)
 
     def track(self, x, batch_mean, batch_var):
         """Take the batch in: the new running mean and variance, its share of them, and the least variance.
 
-        `seen`, `count` and what follows from them are numbers where the state may be looked at, else scalar tensors:
-        to look would wait for a GPU, and a compiler would make the numbers constants and compile at every step.
+        Here `seen`, `count` and what follows from them are numbers. The new mean and variance take the buffers'
+        places: the old ones are left as they are, the new ones are kept by the graph of this step. (Modules that
+        hold buffers by reference, as DistributedDataParallel does, look them up again.)
         """
+        state = self._buffers                                           # attributes would take ten times as long
+        old_mean, old_var, seen, count = state["running_mean"], state["running_var"], state["seen"], state["count"]
         b, n = x.shape[0], x.numel() // self.nf
         alpha = self.batch_weight(b)
-        seen, count = (self.seen.item(), self.count.item()) if eager_cpu(x) else (self.seen, self.count)
-        seen, count = seen + b, (1 - alpha) * count + alpha * n
-        a = alpha * n / count
+        images, values = seen.item() + b, (1 - alpha) * count.item() + alpha * n
+        seen.fill_(images)
+        count.fill_(values)
+        a = alpha * n / values
+        dtype = old_mean.dtype
+        if batch_mean.dtype is not dtype: batch_mean, batch_var = batch_mean.to(dtype), batch_var.to(dtype)
+        mean, var = merge_moments(old_mean, old_var, batch_mean, batch_var, a)
+        state["running_mean"], state["running_var"] = mean, var
+        step = mean, var, a, CLAMP_VAR if images < CLAMP_IMAGES else None
+        if checkpointing(): self.steps.append((batch_mean, step))
+        return step
+
+    def track_tensors(self, x, batch_mean, batch_var):
+        """`track` with `seen`, `count` and what follows from them as scalar tensors.
+
+        To look at a number would wait for a GPU, and a compiler would make it a constant and compile at every step.
+        """
+        alpha = self.batch_weight(x.shape[0])
+        seen = self.seen + x.shape[0]
+        count = (1 - alpha) * self.count + alpha * (x.numel() // self.nf)
+        a = alpha * (x.numel() // self.nf) / count
+        batch_mean, batch_var = batch_mean.to(self.running_mean.dtype), batch_var.to(self.running_var.dtype)
         mean, var = merge_moments(self.running_mean, self.running_var, batch_mean, batch_var, a)
         step = mean, var, a, self.floor(seen)
         if torch.compiler.is_compiling():
@@ -118,10 +147,11 @@ class RunningBatchNorm(Norm):
         else:
             self.running_mean.copy_(mean)
             self.running_var.copy_(var)
-            self.seen.fill_(seen)
-            self.count.fill_(count)
+            self.seen.copy_(seen)
+            self.count.copy_(count)
             # Under torch.func these are wrappers that die with the transform.
-            if not torch._C._are_functorch_transforms_active(): self.steps.append((batch_mean, step))
+            if checkpointing() and not torch._C._are_functorch_transforms_active():
+                self.steps.append((batch_mean, step))
         return step
 
     def recall(self, batch_mean):

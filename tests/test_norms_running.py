@@ -44,10 +44,9 @@ def test_fused_equals_plain_and_passes_gradcheck(shape, held):
     w, b = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     mean, var = torch.randn(3, dtype=torch.float64) * 0.01, torch.tensor([0.002, 0.004, 0.5], dtype=torch.float64)
     g = torch.randn(shape, dtype=torch.float64)
-    for kwargs in ({}, {"a": 0.3, "floor": 0.01 if held else None}):
+    for share in ((None, None), (0.3, 0.01 if held else None)):
         results = []
-        for f in (normalise_channels, plain):
-            y = f(x, w, b, mean, var, 1e-5, **kwargs)
+        for y in (normalise_channels(x, w, b, (mean, var, *share), 1e-5), plain(x, w, b, mean, var, *share, 1e-5)):
             results.append([y, *torch.autograd.grad(y, [x, w, b], g)])
         for p, q in zip(*results, strict=True): torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-11)
 
