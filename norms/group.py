@@ -1,6 +1,7 @@
 """Group normalization (Y. Wu, K. He, 2018, https://arxiv.org/abs/1803.08494)."""
 
-from norms.moments import Norm, check_channels, moments, scale_shift, wide
+from norms.images import normalise_groups
+from norms.moments import Norm, check_channels
 
 
 class GroupNorm(Norm):
@@ -36,13 +37,7 @@ class GroupNorm(Norm):
 
     def forward(self, x):
         self.check_input(x, self.num_channels)
-        xs = wide(x).unflatten(1, (self.num_groups, -1))            # (N, G, C/G, *spatial), a view
-        _, var, centred = moments(xs, tuple(range(2, xs.ndim)))    # (N, G, 1, 1, 1) for var
-        weight, bias = self.weight, self.bias
-        if weight is not None:
-            groups = (1, self.num_groups, -1, *[1] * (x.ndim - 2))
-            weight, bias = weight.view(groups), bias.view(groups)   # (1, G, C/G, 1, 1) each
-        return scale_shift(centred, var, self.eps, weight, bias).flatten(1, 2).to(x.dtype)
+        return normalise_groups(x, self.num_groups, self.eps, self.weight, self.bias)
 
     def extra_repr(self):
         return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.weight is not None}"

@@ -1,6 +1,7 @@
 """Instance normalization (D. Ulyanov, A. Vedaldi, V. Lempitsky, 2016, https://arxiv.org/abs/1607.08022)."""
 
-from norms.moments import Norm, check_channels, moments, per_channel, scale_shift, wide
+from norms.images import normalise_groups
+from norms.moments import Norm, check_channels
 
 
 class InstanceNorm(Norm):
@@ -34,10 +35,7 @@ class InstanceNorm(Norm):
 
     def forward(self, x):
         self.check_input(x, self.nf, min_dims=3)
-        xs = wide(x)                                                # (N, C, *spatial), float32 or wider
-        _, var, centred = moments(xs, tuple(range(2, x.ndim)))    # (N, C, 1, 1) for var
-        weight, bias = per_channel(self.weight, x.ndim), per_channel(self.bias, x.ndim)
-        return scale_shift(centred, var, self.eps, weight, bias).to(x.dtype)
+        return normalise_groups(x, self.nf, self.eps, self.weight, self.bias)
 
     def extra_repr(self):
         return f"{self.nf}, eps={self.eps}"

@@ -1,6 +1,7 @@
 """Layer normalization (J. L. Ba, J. R. Kiros, G. E. Hinton, 2016, https://arxiv.org/abs/1607.06450)."""
 
-from norms.moments import Norm, moments, scale_shift, wide
+from norms.images import normalise_groups
+from norms.moments import Norm
 
 
 class LayerNorm(Norm):
@@ -33,10 +34,11 @@ class LayerNorm(Norm):
 
     def forward(self, x):
         self.check_input(x)
-        if self.weight.ndim: self.check_affine(x)
-        xs = wide(x)                                                # (N, C, *spatial), float32 or wider
-        _, var, centred = moments(xs, tuple(range(1, x.ndim)))    # (N, 1, 1, 1) for var
-        return scale_shift(centred, var, self.eps, self.weight, self.bias).to(x.dtype)
+        weight, bias = self.weight, self.bias
+        if weight.ndim:
+            self.check_affine(x)
+            if weight.shape != x.shape[1:]: weight, bias = weight.expand(x.shape[1:]), bias.expand(x.shape[1:])
+        return normalise_groups(x, 1, self.eps, weight, bias)
 
     def check_affine(self, x):
         """Raise unless `weight` broadcasts against one image of `x` without enlarging it."""
