@@ -13,6 +13,7 @@ EXPERIMENTS = {
                     "5 min on MNIST, 40 s on the digits"),
 }
 TOOLS = {
+    "bench": ("experiments.bench", "what the norms, the runner, hooks and an epoch cost, as ratios", "ten minutes"),
     "table": ("experiments.table", "print the results table of a run folder as Markdown", "at once"),
 }
 

@@ -84,6 +84,29 @@ def plot_groups(groups, ax=None, *, reference=None, reference_label="published",
     return ax
 
 
+def plot_ratios(rows, ax=None, *, title=""):
+    """One row per ratio; `rows` are `(name, ratio, (low, high), target or None)`.
+
+    A dot with a bar from `low` to `high`, the target as a tick that should lie right of the dot, and a line at 1.
+    """
+    ax = _axes(ax)
+    for i, (_, ratio, (low, high), target) in enumerate(rows):
+        ax.plot([low, high], [i, i], color=COLOURS[0], linewidth=2)
+        ax.plot(ratio, i, MARKERS[0], color=COLOURS[0])
+        if target is not None:
+            ax.plot([target] * 2, [i - 0.35, i + 0.35], color=COLOURS[1], linewidth=2, label="target")
+        ax.annotate(f"{ratio:.2f}", (1.01, i), xycoords=("axes fraction", "data"), va="center", fontsize="small")
+    ax.axvline(1, color="#888888", linewidth=0.8, linestyle="--")
+    handles, labels = ax.get_legend_handles_labels()
+    if labels: ax.legend(handles[:1], labels[:1], frameon=False, fontsize="small", loc="lower right",
+                         bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    ax.set_yticks(range(len(rows)), [name for name, *_ in rows])
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set(xlabel="time, as a ratio: median and middle half")
+    ax.set_title(title, loc="left", fontsize="medium")
+    return ax
+
+
 def figure(ncols=1, *, width=6.0, height=4.0):
     """A new figure with `ncols` panels side by side: `(fig, axes)`, `axes` a list."""
     fig, axes = plt.subplots(1, ncols, figsize=(width * ncols, height), squeeze=False, layout="constrained")

@@ -1,0 +1,119 @@
+"""What things cost, as ratios within one run.
+
+Every part times its arms in turn on this machine and prints each arm's ratio to the one that it is compared with: the
+median over the repetitions, the middle half, and milliseconds for orientation. On one thread unless the part says
+otherwise; nothing else should run meanwhile. Writes bench.json and bench.png into the run folder.
+"""
+
+import importlib
+import math
+import os
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from experiments.errors import InputError, pick
+from experiments.results import RunFolder, text_table
+
+# part: (module, what it compares)
+PARTS = {
+    "norms": ("experiments.bench.norms", "a training step with each norm, against torch's own norm"),
+}
+
+
+@dataclass
+class Config:
+    """Which parts, how many repetitions, and the run folder (None: runs/bench/<date>-<time>).
+
+    Raises:
+        InputError: an unknown part, or a number of repetitions that is not a positive integer.
+    """
+
+    parts: tuple = tuple(PARTS)
+    repetitions: int = 15
+    data: str = "auto"
+    data_dir: str | None = None
+    out: str | None = None
+
+    def __post_init__(self):
+        self.parts = tuple(dict.fromkeys(pick(p, PARTS, "part") for p in self.parts)) or tuple(PARTS)
+        if not isinstance(self.repetitions, int) or self.repetitions < 1:
+            raise InputError(f"repetitions is {self.repetitions!r}; it must be a positive integer such as 15")
+
+    def rng(self):
+        """A generator for the parts' random batches, always the same."""
+        return torch.Generator().manual_seed(0)
+
+
+def machine():
+    """The machine in words: processor, cores, and what of it torch uses."""
+    return (f"{_processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__} "
+            f"({torch.backends.cpu.get_cpu_capability()})")
+
+
+def _processor():
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration): return platform.processor() or platform.machine()
+
+
+def table(rows):
+    """Header and lines of the table of one part."""
+    lines = []
+    for r in rows:
+        compared = r["against"] is not None
+        low, high = r.get("ratio_quartiles", (math.nan,) * 2)
+        lines.append([f"{r['arm']}, {r['setting']}", f"{r['ratio']:.3f}" if compared else "-",
+                      f"{low:.3f} to {high:.3f}" if compared else "-", r["against"] or "-",
+                      f"{r['target']:g}" if r.get("target") else "-", f"{r['ms']:.3f}", r.get("note", "")])
+    return ["arm", "ratio", "middle half", "to", "target", "ms", ""], lines
+
+
+def run(config):
+    """Time the parts: prints their tables, writes the record and the picture, returns the rows."""
+    folder = RunFolder(config.out, "bench", config, {"machine": machine()})
+    print(machine(), flush=True)
+    rows = []
+    for part in config.parts:
+        module = importlib.import_module(PARTS[part][0])
+        print(f"\n{part}: {PARTS[part][1]}, {config.repetitions} repetitions", flush=True)
+        found = module.rows(config)
+        rows += found
+        print(text_table(*table(found)), flush=True)
+        folder.write_json("bench.json", {"machine": machine(), "rows": rows})
+    draw(rows, folder.path / "bench.png")
+    print(f"\nbench.json and bench.png lie in {folder.path}.")
+    return rows
+
+
+def draw(rows, path):
+    """The picture: every ratio with its middle half, its target as a tick, one panel per part."""
+    from runner import plots
+    compared = [r for r in rows if r["against"] is not None]
+    parts = list(dict.fromkeys(r["part"] for r in compared))
+    if not parts: return
+    fig, axes = plots.figure(len(parts), width=5.5, height=1.2 + 0.28 * max(
+        sum(r["part"] == p for r in compared) for p in parts))
+    for part, ax in zip(parts, axes, strict=True):
+        plots.plot_ratios([(f"{r['arm']}, {r['setting']}", r["ratio"], r["ratio_quartiles"], r["target"])
+                           for r in compared if r["part"] == part], ax, title=part)
+    plots.save(fig, path)
+
+
+def add_arguments(parser):
+    """Declare the options of `python -m experiments bench`."""
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"parts (default: all of {', '.join(PARTS)})")
+    parser.add_argument("--repetitions", type=int, default=15, metavar="N",
+                        help="repetitions of each arm (default: 15)")
+    parser.add_argument("--data", default="auto", metavar="NAME",
+                        help="for the parts that train: mnist, digits or auto")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder that holds MNIST/raw/")
+    parser.add_argument("--out", metavar="DIR", help="run folder to make (default: runs/bench/<date>-<time>)")
+
+
+def main(args):
+    """Run with parsed options; the exit status is 0: a time is no pass or failure."""
+    run(Config(**vars(args)))
+    return 0

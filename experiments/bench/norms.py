@@ -1,0 +1,80 @@
+"""A training step of the five-layer network with each norm, against the same step with torch's own norm.
+
+Forward, cross entropy, backward, SGD, at batch size 2 without oneDNN and at 512 with it, one thread.
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from experiments.bench.timing import interleave, row, settings
+from experiments.models import conv_layer, get_cnn_model, init_alike
+from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
+
+CHANNELS, SIZES = [8, 16, 32, 64, 64], [14, 7, 4, 2, 1]
+
+
+class _Instance(nn.InstanceNorm2d):
+    """torch's, which refuses the last layer's 1x1 maps in training; its kernel doesn't mind them."""
+
+    def forward(self, x):
+        return torch.instance_norm(x, self.weight, self.bias, None, None, True, self.momentum, self.eps, False)
+
+
+def _layer(make):
+    """A factory of layer norms with an affine parameter per value: each call is told the next map's size."""
+    sizes = iter(SIZES)
+    return lambda nf: make((nf, *[next(sizes)] * 2))
+
+
+# arm: (factory, the arm to compare it with, target at batch size 2, target at 512)
+def arms():
+    """The norms compared, made anew for every network: `{name: (factory, against, targets)}`."""
+    return {
+        "no norm": (None, None, None),
+        "nn.BatchNorm2d": (nn.BatchNorm2d, None, None),
+        "BatchNorm": (BatchNorm, "nn.BatchNorm2d", (1.25, 1.1)),
+        "RunningBatchNorm": (RunningBatchNorm, "nn.BatchNorm2d", (1.25, 1.05)),
+        "nn.GroupNorm": (lambda nf: nn.GroupNorm(4, nf), None, None),
+        "GroupNorm": (lambda nf: GroupNorm(4, nf), "nn.GroupNorm", (1.4, 1.15)),
+        "nn.LayerNorm": (_layer(nn.LayerNorm), None, None),
+        "LayerNorm": (_layer(lambda shape: LayerNorm(shape=shape)), "nn.LayerNorm", (1.4, 1.15)),
+        "LayerNorm, scalar affine": (lambda nf: LayerNorm(), "nn.LayerNorm", (1.4, 1.15)),
+        "nn.InstanceNorm2d": (lambda nf: _Instance(nf, affine=True), None, None),
+        "InstanceNorm": (InstanceNorm, "nn.InstanceNorm2d", (1.4, 1.15)),
+    }
+
+
+def network(norm, seed=0):
+    """The five-layer network with `norm`, the same weights for every norm."""
+    model = get_cnn_model(argparse.Namespace(c=10), CHANNELS, conv_layer, norm=norm)
+    init_alike(model, seed)
+    return model
+
+
+def step(norm, xb, yb, lr=0.01):
+    """A function that does one training step on this batch."""
+    model = network(norm)
+    opt = torch.optim.SGD(model.parameters(), lr=lr)
+
+    def run():
+        F.cross_entropy(model(xb), yb).backward()
+        opt.step()
+        opt.zero_grad()
+    return run
+
+
+def rows(config):
+    """The part's rows."""
+    found = []
+    for i, size in enumerate((2, 512)):
+        xb, yb = torch.randn(size, 1, 28, 28, generator=config.rng()), torch.arange(size) % 10
+        compared = arms()
+        with settings(onednn=size > 8):
+            times = interleave({name: step(norm, xb, yb) for name, (norm, _, _) in compared.items()},
+                               config.repetitions, 0.05 if size == 2 else 0.2)
+        found += [row("norms", f"batch {size}", name, against, times, targets and targets[i])
+                  for name, (_, against, targets) in compared.items()]
+    return found
