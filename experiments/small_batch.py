@@ -12,7 +12,6 @@ import argparse
 import math
 import time
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,7 @@ from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNor
 from runner import (
     AvgStatsCallback,
     BatchTransformXCallback,
+    CPUBackendCallback,
     CudaCallback,
     DataBunch,
     ProgressCallback,
@@ -46,6 +46,8 @@ NORMS = {
     "GroupNorm": lambda nf: GroupNorm(4, nf),
     "RunningBatchNorm": RunningBatchNorm,
 }
+# Convolutions on a CPU: (whether oneDNN's, threads); None is measured before the first batch.
+BACKENDS = {"auto": (None, None), "onednn": (True, None), "own": (False, 1)}
 BATCH_NORMS = ("BatchNorm2d", "BatchNorm")
 
 # Validation accuracy as published, at batch size 2, lr 0.4, one epoch. RunningBatchNorm's second figure stands in
@@ -67,7 +69,7 @@ class Config:
 
     `norms` are names in `NORMS`; `seeds` is a list; `epochs` None means 1 on MNIST and 5 on the digits; `limit` cuts
     the training and validation images; `out` is the run folder; `device` is "auto" (the GPU if there is one), "cpu",
-    "cuda" or "cuda:1".
+    "cuda" or "cuda:1"; `backend` is what convolutions run on a CPU, a name in `BACKENDS`.
 
     Raises:
         InputError: a value that makes no sense.
@@ -83,10 +85,12 @@ class Config:
     limit: int | None = None
     out: str | None = None
     device: str = "auto"
+    backend: str = "auto"
 
     def __post_init__(self):
         self.data = pick(self.data, NAMES, "data set")
         self.norms = tuple(pick(n, NORMS, "norm") for n in self.norms)
+        self.backend = pick(self.backend, BACKENDS, "backend")
         self.seeds = tuple(self.seeds)
         for name, values in (("norms", self.norms), ("seeds", self.seeds)):
             if not values: raise InputError(f"{name} is empty; name at least one")
@@ -123,42 +127,24 @@ def build(norm, seed, c=10):
     return model
 
 
-@contextmanager
-def cpu_backend(batch_size, device):
-    """Below batch size 8 on a CPU: one thread, and torch's own convolutions in the place of oneDNN's.
-
-    At batch size 2 a step of this network takes 0.9 ms with torch's own and 1.7 ms with oneDNN, whose set-up per
-    call outweighs the work; at 16 it is 3.8 against 2.6. A second thread gains nothing at batch size 2 and costs
-    dearly when another process wants its core. The user's settings are put back at the end.
-    """
-    onednn, threads = torch.backends.mkldnn.enabled, torch.get_num_threads()
-    try:
-        if device.type == "cpu" and batch_size < 8:
-            torch.backends.mkldnn.set_flags(False)  # setting the attribute fails after `disable_global_flags`
-            torch.set_num_threads(1)
-        yield
-    finally:
-        torch.backends.mkldnn.set_flags(onednn)
-        torch.set_num_threads(threads)
-
-
 def train_arm(config, images, norm, seed, label):
     """Train one norm from one seed: `(rows per epoch, final row, training losses)`."""
     device = torch.device(config.device)
     order = torch.Generator().manual_seed(seed)
     data = DataBunch(*get_dls(images.train, images.valid, config.batch_size, drop_last=True, generator=order), images.c)
     model = build(norm, seed, images.c)
+    backend = CPUBackendCallback(*BACKENDS[config.backend])
     cbs = [Recorder(), AvgStatsCallback(accuracy), CudaCallback(device), BatchTransformXCallback(view_tfm(1, 28, 28)),
-           ProgressCallback(label)]
+           backend, ProgressCallback(label)]
     learn, run = get_runner(model, data, config.lr, cbs)
     row = {"norm": norm, "batch_size": config.batch_size, "lr": config.lr, "seed": seed, "epochs": config.epochs,
            "parameters": sum(p.numel() for p in model.parameters())}
     start = time.perf_counter()
     error = None
-    with cpu_backend(config.batch_size, device):
-        # A norm that refuses its input (torch's batch norm does, one value per channel) is a row, not a crash.
-        try: run.fit(config.epochs, learn)
-        except ValueError as e: error = str(e)
+    # A norm that refuses its input (torch's batch norm does, one value per channel) is a row, not a crash.
+    try: run.fit(config.epochs, learn)
+    except ValueError as e: error = str(e)
+    if device.type == "cpu": row["backend"] = backend.choice
     epochs = [{"norm": norm, "seed": seed, **r} for r in run.avg_stats.history]
     names = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
     row.update({n: epochs[-1][n] if epochs else math.nan for n in names})
@@ -343,6 +329,8 @@ def add_arguments(parser):
                         "validation images (default: all)")
     parser.add_argument("--out", metavar="DIR", help="run folder to make (default: runs/small-batch/<date>-<time>)")
     parser.add_argument("--device", default="auto", metavar="DEV", help="auto (default), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="convolutions on a CPU: onednn, own (torch's "
+                        "own, one thread), or auto (default): whichever is faster on the first batch")
 
 
 def main(args):

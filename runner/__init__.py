@@ -4,6 +4,7 @@ Importing this package imports torch and neither matplotlib nor fastprogress: `r
 `ProgressCallback` load them when they draw.
 """
 
+from runner.backend import CPUBackendCallback
 from runner.callbacks import BatchTransformXCallback, CudaCallback, view_tfm
 from runner.core import (
     EVENTS,
@@ -34,9 +35,9 @@ from runner.schedules import (
 )
 
 __all__ = [
-    "EVENTS", "AvgStats", "AvgStatsCallback", "BatchTransformXCallback", "Callback", "CancelBatchException",
-    "CancelEpochException", "CancelException", "CancelTrainException", "CudaCallback", "DataBunch", "Dataset", "Hook",
-    "Hooks", "LR_Find", "Learner", "ParamScheduler", "ProgressCallback", "Recorder", "Runner", "TrainEvalCallback",
-    "accuracy", "annealer", "append_stats", "camel2snake", "combine_scheds", "get_dls", "listify", "sched_cos",
-    "sched_exp", "sched_lin", "sched_no", "view_tfm",
+    "EVENTS", "AvgStats", "AvgStatsCallback", "BatchTransformXCallback", "CPUBackendCallback", "Callback",
+    "CancelBatchException", "CancelEpochException", "CancelException", "CancelTrainException", "CudaCallback",
+    "DataBunch", "Dataset", "Hook", "Hooks", "LR_Find", "Learner", "ParamScheduler", "ProgressCallback", "Recorder",
+    "Runner", "TrainEvalCallback", "accuracy", "annealer", "append_stats", "camel2snake", "combine_scheds", "get_dls",
+    "listify", "sched_cos", "sched_exp", "sched_lin", "sched_no", "view_tfm",
 ]

@@ -250,10 +250,7 @@ def snapshot(model, loss_func, opt, data):
     optim = copy.deepcopy(opt.state_dict())
     generators = [(g, g.get_state()) for g in _generators(data)]
     iterators = [(dl, dl._iterator) for dl in (data.train_dl, data.valid_dl) if hasattr(dl, "_iterator")]
-    cpu, python = torch.get_rng_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    numpy = sys.modules.get("numpy")
-    numpy_state = None if numpy is None else numpy.random.get_state()
+    restore_random = random_states()
 
     def restore():
         with torch.no_grad():
@@ -266,6 +263,18 @@ def snapshot(model, loss_func, opt, data):
         opt.zero_grad()
         for g, state in generators: g.set_state(state)
         for dl, iterator in iterators: dl._iterator = iterator  # persistent workers would not draw their seed again
+        restore_random()
+    return restore
+
+
+def random_states():
+    """Copy the random states of torch (every device), Python and numpy (if in use); a function that puts them back."""
+    cpu, python = torch.get_rng_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    numpy = sys.modules.get("numpy")
+    numpy_state = None if numpy is None else numpy.random.get_state()
+
+    def restore():
         torch.set_rng_state(cpu)
         random.setstate(python)
         if numpy_state is not None: numpy.random.set_state(numpy_state)

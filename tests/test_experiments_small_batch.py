@@ -112,6 +112,13 @@ def test_settings_of_torch_are_put_back(tmp_path):
     finally: torch.set_num_threads(threads)
 
 
+def test_the_backend_of_the_convolutions_is_recorded(tmp_path):
+    row = small(tmp_path / "run", norms=("none",), backend="own").rows[0]
+    assert row["backend"] == {"onednn": False, "threads": 1}
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["backend"] == "own"
+    with pytest.raises(InputError, match="unknown backend 'onedn': did you mean 'onednn'"): Config(backend="onedn")
+
+
 def test_diverged_and_refused_arms_are_rows(tmp_path, capsys):
     result = small(tmp_path / "a", norms=("none", "RunningBatchNorm"), lr=1e20)
     assert result.rows[0]["status"] == "diverged"

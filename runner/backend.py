@@ -1,0 +1,128 @@
+"""Which convolutions a CPU should use: oneDNN's or torch's own, on how many threads. Measured, not guessed."""
+
+import copy
+import statistics
+import time
+from collections import OrderedDict
+from contextlib import contextmanager
+
+import torch
+
+from runner.core import Callback
+from runner.schedules import random_states
+
+SHARE = 0.01    # of the fit's training batches may go into the measurement
+MOST = 20       # steps of each setting
+FEWEST = 3      # below this many there is nothing to measure, and the settings stay
+GAIN = 0.9      # another setting must take at most this much of the time of the user's own
+
+
+class CPUBackendCallback(Callback):
+    """Chooses the convolution backend and the number of threads for the length of a fit on a CPU.
+
+    torch hands convolutions to oneDNN, whose set-up per call outweighs the work of a small batch: a step of the
+    lesson's network at batch size 2 takes about half the time with torch's own; from batch size 16 on oneDNN is the
+    faster one. So before the first training batch forward and backward are timed with each setting, in turn, on a copy
+    of the model and this batch; the settings stay unless another takes at most 0.9 of the time. Weights, buffers,
+    hooks and random state are as they were; the measurement takes about 1 % of the fit's training batches and is left
+    out where that is too few to tell. After the fit the user's settings are back.
+
+    The choice comes with rounding of its own. To repeat a fit bit for bit, give the choice of the first.
+
+    Args:
+        onednn, threads: the setting to use, unmeasured; None is measured (if both are) or left as it is.
+
+    `choice` is `{"onednn": bool, "threads": int}` once a fit has begun, `times` maps `(onednn, threads)` to the median
+    milliseconds measured, and `reason` says in words why.
+    """
+
+    _order = 100  # after whatever changes the batch
+
+    def __init__(self, onednn=None, threads=None):
+        if threads is not None and not (isinstance(threads, int) and threads >= 1):
+            raise ValueError(f"threads is {threads!r}; it must be a positive integer, or None to have it measured")
+        self.onednn, self.threads = onednn, threads
+        self.choice, self.times, self.reason, self._before = None, {}, "no fit has begun", None
+
+    def begin_fit(self):
+        self._before = torch.backends.mkldnn.enabled, torch.get_num_threads()
+        self.choice, self.times, self._settled = None, {}, False
+        if self.onednn is None and self.threads is None: return
+        onednn, threads = self._before
+        self._use(onednn if self.onednn is None else bool(self.onednn), self.threads or threads, "as given")
+
+    def begin_batch(self):
+        if self._settled or not self.run.in_train: return
+        now = self._before
+        onednn = (True, False) if torch.backends.mkldnn.is_available() else (now[0],)
+        settings = list(dict.fromkeys([now, *((o, t) for o in onednn for t in (now[1], 1))]))
+        steps = min(MOST, int(SHARE * self.iters * (self.epochs - self.epoch) / len(settings)))
+        device = getattr(self.xb, "device", None)
+        if device is None or device.type != "cpu": return self._use(*now, "the batch is no tensor on a CPU")
+        if len(settings) == 1: return self._use(*now, "there is nothing to choose from")
+        if steps < FEWEST: return self._use(*now, "too few batches to be worth a measurement")
+        try: times = self._measure(settings, steps)
+        # What is wrong with the model the fit itself will say; one that can't be copied may be a good one.
+        except Exception as e: return self._use(*now, f"a copy of the model failed ({type(e).__name__}: {e})")
+        finally: _set(*now)
+        self.times = {s: statistics.median(t) * 1e3 for s, t in times.items()}
+        best = min(self.times, key=self.times.get)
+        if self.times[best] > GAIN * self.times[now]: best = now
+        self._use(*best, "measured: " + ", ".join(f"{_words(*s)} {ms:.2f} ms" for s, ms in self.times.items()))
+
+    def after_fit(self):
+        if self._before is not None: _set(*self._before)
+        self._before = None
+
+    def _use(self, onednn, threads, reason):
+        self.choice, self.reason, self._settled = {"onednn": onednn, "threads": threads}, reason, True
+        _set(onednn, threads)
+
+    def _measure(self, settings, steps):
+        """Seconds of `steps` forward and backward passes with each of `settings`, in turn, after one uncounted each.
+
+        A setting whose median is twice the best's is out of the next round.
+        """
+        restore = random_states()
+        try:
+            with _without_hooks(self.model, self.loss_func):
+                model, loss_func = copy.deepcopy((self.model, self.loss_func))
+            xb, yb = self.xb.clone(), self.yb
+
+            def seconds(setting):
+                _set(*setting)
+                start = time.perf_counter()
+                loss_func(model(xb), yb).backward()
+                return time.perf_counter() - start
+            for s in settings: seconds(s)
+            times, alive = {s: [] for s in settings}, settings
+            for _ in range(steps):
+                for s in alive: times[s].append(seconds(s))
+                best = min(statistics.median(times[s]) for s in alive)
+                alive = [s for s in alive if statistics.median(times[s]) < 2 * best]
+            return times
+        finally: restore()
+
+
+def _set(onednn, threads):
+    torch.backends.mkldnn.set_flags(onednn)  # setting the attribute fails after `disable_global_flags`
+    if torch.get_num_threads() != threads: torch.set_num_threads(threads)
+
+
+def _words(onednn, threads):
+    return f"{'oneDNN' if onednn else 'own convolutions'} on {threads} thread{'s' * (threads > 1)}"
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@contextmanager
+def _without_hooks(*tops):
+    """The modules' hooks set aside: copied along they would write into what they write into, or copy a whole run."""
+    modules = [m for top in tops if isinstance(top, torch.nn.Module) for m in top.modules()]
+    saved = [(m, name, m.__dict__[name]) for m in modules for name in _HOOKS if m.__dict__.get(name)]
+    try:
+        for m, name, _ in saved: m.__dict__[name] = OrderedDict()
+        yield
+    finally:
+        for m, name, hooks in saved: m.__dict__[name] = hooks
