@@ -2,7 +2,7 @@
 
 Every part times its arms in turn on this machine and prints each arm's ratio to the one that it is compared with: the
 median over the repetitions, the middle half, and milliseconds for orientation. On one thread unless the part says
-otherwise; nothing else should run meanwhile. Writes bench.json and bench.png into the run folder.
+otherwise; nothing else should run meanwhile. Writes bench.json and a picture per part into the run folder.
 """
 
 import importlib
@@ -14,11 +14,15 @@ from dataclasses import dataclass
 import torch
 
 from experiments.errors import InputError, pick
-from experiments.results import RunFolder, text_table
+from experiments.results import RunFolder, text_table, versions
 
 # part: (module, what it compares)
 PARTS = {
     "norms": ("experiments.bench.norms", "a training step with each norm, against torch's own norm"),
+    "runner": ("experiments.bench.runner", "an epoch by the Runner, against a loop written out by hand"),
+    "hooks": ("experiments.bench.hooks", "the Runner with statistics of all layers, against the Runner without"),
+    "epoch": ("experiments.bench.epoch", "the main job at batch size 2, against the lesson's way of doing it"),
+    "growth": ("experiments.bench.growth", "a step at batch sizes 1 to 512, against the network without a norm"),
 }
 
 
@@ -67,7 +71,7 @@ def table(rows):
         low, high = r.get("ratio_quartiles", (math.nan,) * 2)
         lines.append([f"{r['arm']}, {r['setting']}", f"{r['ratio']:.3f}" if compared else "-",
                       f"{low:.3f} to {high:.3f}" if compared else "-", r["against"] or "-",
-                      f"{r['target']:g}" if r.get("target") else "-", f"{r['ms']:.3f}", r.get("note", "")])
+                      f"{r['target']:.3g}" if r.get("target") else "-", f"{r['ms']:.3f}", r.get("note", "")])
     return ["arm", "ratio", "middle half", "to", "target", "ms", ""], lines
 
 
@@ -82,23 +86,20 @@ def run(config):
         found = module.rows(config)
         rows += found
         print(text_table(*table(found)), flush=True)
-        folder.write_json("bench.json", {"machine": machine(), "rows": rows})
-    draw(rows, folder.path / "bench.png")
-    print(f"\nbench.json and bench.png lie in {folder.path}.")
+        folder.write_json("bench.json", {"machine": machine(), "versions": versions(), "rows": rows})
+        (module.draw if hasattr(module, "draw") else draw)(found, folder.path / f"{part}.png")
+    print(f"\nbench.json and a picture per part lie in {folder.path}.")
     return rows
 
 
 def draw(rows, path):
-    """The picture: every ratio with its middle half, its target as a tick, one panel per part."""
+    """The picture of a part: every ratio with its middle half, its target as a tick."""
     from runner import plots
     compared = [r for r in rows if r["against"] is not None]
-    parts = list(dict.fromkeys(r["part"] for r in compared))
-    if not parts: return
-    fig, axes = plots.figure(len(parts), width=5.5, height=1.2 + 0.28 * max(
-        sum(r["part"] == p for r in compared) for p in parts))
-    for part, ax in zip(parts, axes, strict=True):
-        plots.plot_ratios([(f"{r['arm']}, {r['setting']}", r["ratio"], r["ratio_quartiles"], r["target"])
-                           for r in compared if r["part"] == part], ax, title=part)
+    fig, (ax,) = plots.figure(1, width=7.5, height=1.2 + 0.28 * len(compared))
+    plots.plot_ratios([(f"{r['arm']}, {r['setting']}", r["ratio"], r["ratio_quartiles"], r["target"])
+                       for r in compared], ax, title=f"to {compared[0]['against']}" if len(
+                           {r["against"] for r in compared}) == 1 else "to torch's own")
     plots.save(fig, path)
 
 

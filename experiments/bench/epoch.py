@@ -1,0 +1,60 @@
+"""The main job's training at batch size 2, with validation and all callbacks, against the lesson's way of doing it.
+
+Ours is what `small-batch` runs, its choice of the convolution backend included. The lesson's way is in
+`lesson_form.py`, with torch's default convolutions, as the lesson ran. A shortened epoch of 2,000 steps and a fifth as
+many validation images as training images, as in the whole one; one thread. Milliseconds per training step, of which
+MNIST has 25,000 an epoch.
+"""
+
+import contextlib
+import io
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from experiments import small_batch
+from experiments.bench.lesson_form import LessonRunningBatchNorm, fit
+from experiments.bench.norms import network
+from experiments.bench.timing import interleave, row, settings
+from experiments.data import load_data
+
+STEPS = 2000
+
+
+def rows(config):
+    """The part's rows."""
+    images = load_data(config.data, config.data_dir)
+    n = min(2 * STEPS, len(images.train))
+    m = min(n // 5, len(images.valid))
+    train, valid = ((ds.x[:k], ds.y[:k]) for ds, k in ((images.train, n), (images.valid, m)))
+    images.train, images.valid = type(images.train)(*train), type(images.valid)(*valid)
+
+    def ours(norm, backend):
+        settings_of = small_batch.Config(norms=(norm,), epochs=1, device="cpu", backend=backend)
+
+        def run():
+            with contextlib.redirect_stdout(io.StringIO()):
+                small_batch.train_arm(settings_of, images, norm, 0, norm)
+        return run
+
+    def lesson(norm):
+        def run():
+            model = network(norm)
+            fit(model, torch.optim.SGD(model.parameters(), lr=0.4), F.cross_entropy, train, valid, 2)
+        return run
+    arms = {"lesson's way, RunningBatchNorm": lesson(LessonRunningBatchNorm),
+            "lesson's way, nn.BatchNorm2d": lesson(nn.BatchNorm2d),
+            "ours, RunningBatchNorm": ours("RunningBatchNorm", "auto"),
+            "ours, nn.BatchNorm2d": ours("BatchNorm2d", "auto"),
+            "ours, RunningBatchNorm, torch's default convolutions": ours("RunningBatchNorm", "onednn")}
+    with settings():
+        times = interleave(arms, max(3, config.repetitions // 3), 0.1, warm_up=0.0)
+    times = {name: [ms / (n // 2) for ms in values] for name, values in times.items()}
+    first = next(iter(arms))
+    found = [row("epoch", images.name, name, None if name == first else first, times,
+                 1 / 3 if name == "ours, RunningBatchNorm" else None) for name in arms]
+    for r in found: r["note"] = f"25,000 steps: {r['ms'] * 25:.0f} s"
+    found.append(row("epoch", images.name, "ours, RunningBatchNorm",
+                     "ours, RunningBatchNorm, torch's default convolutions", times, 1 / 1.6))
+    return found
