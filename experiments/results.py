@@ -118,7 +118,8 @@ def read_summary(path):
         raise InputError(f"can't read {str(file)!r}: {e.strerror}; name a run folder, or a summary.json") from e
     except ValueError as e:
         raise InputError(f"{str(file)!r} is no JSON ({e}); name a run folder, or a summary.json") from e
-    if not isinstance(summary, dict) or not {"rows", "verdict", "train_images"} <= set(summary):
+    kinds = ({"rows", "verdict", "train_images"}, {"rows", "machine"})      # an experiment's, a bench's
+    if not isinstance(summary, dict) or not any(kind <= set(summary) for kind in kinds):
         raise InputError(f"{str(file)!r} is no summary of a run; name a run folder, or a summary.json")
     return summary
 

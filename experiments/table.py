@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments import small_batch
+from experiments import bench, small_batch
 from experiments.errors import InputError
 from experiments.results import markdown_table, read_summary
 
@@ -15,7 +15,10 @@ def begin(name):
 
 
 def markdown(summaries):
-    """The table of all rows of `summaries`, runs of small-batch on the same data, and the verdict on them."""
+    """The table of all rows of `summaries`, runs of small-batch on the same data, and the verdict; or a bench's."""
+    if any("machine" in s for s in summaries):
+        if len(summaries) > 1: raise InputError("a bench's ratios hold within one run; name that run alone")
+        return bench.markdown(summaries[0])
     data = {(s["data"], s["train_images"]) for s in summaries}
     if len(data) > 1: raise InputError(f"these runs are of different data, {sorted(data)}; name runs of one")
     rows = [row for s in summaries for row in s["rows"]]

@@ -102,13 +102,15 @@ def test_the_command_writes_record_and_pictures(tmp_path, monkeypatch, capsys):
         timing.row("runner", "batch 2", "by hand", None, {"by hand": [1.0, 1.1]}),
         timing.row("runner", "batch 2", "Runner", "by hand", {"by hand": [1.0, 1.1], "Runner": [1.02, 1.12]}, 1.05)])
     assert main(["bench", "runner", "--repetitions", "2", "--out", str(tmp_path / "b")]) == 0
-    record = json.loads((tmp_path / "b" / "bench.json").read_text())
+    record = json.loads((tmp_path / "b" / "summary.json").read_text())
     assert [r["arm"] for r in record["rows"]] == ["by hand", "Runner"]
     assert "torch" in record["versions"]
     assert "cores" in record["machine"]
     assert (tmp_path / "b" / "runner.png").stat().st_size > 5000
     out = capsys.readouterr().out
     assert re.search(r"Runner, batch 2 +1\.019 ", out)
+    assert main(["table", str(tmp_path / "b")]) == 0
+    assert "| runner | Runner, batch 2 | by hand | **1.02** | " in capsys.readouterr().out
     assert str(tmp_path) not in (tmp_path / "b" / "config.json").read_text()
 
 

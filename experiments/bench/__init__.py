@@ -2,7 +2,7 @@
 
 Every part times its arms in turn on this machine and prints each arm's ratio to the one that it is compared with: the
 median over the repetitions, the middle half, and milliseconds for orientation. On one thread unless the part says
-otherwise; nothing else should run meanwhile. Writes bench.json and a picture per part into the run folder.
+otherwise; nothing else should run meanwhile. Writes summary.json and a picture per part into the run folder.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from experiments.errors import InputError, pick
-from experiments.results import RunFolder, text_table, versions
+from experiments.results import RunFolder, markdown_table, text_table, versions
 
 # part: (module, what it compares)
 PARTS = {
@@ -75,6 +75,16 @@ def table(rows):
     return ["arm", "ratio", "middle half", "to", "target", "ms", ""], lines
 
 
+def markdown(summary):
+    """The ratios of a record as a Markdown table, without those that only the figure of `growth` shows."""
+    lines = [[r["part"], f"{r['arm']}, {r['setting']}", r["against"], f"**{r['ratio']:.2f}**",
+              "{:.2f} to {:.2f}".format(*r["ratio_quartiles"]), f"{r['target']:.2f}" if r["target"] else "-",
+              f"{r['ms']:.3f}"] for r in summary["rows"] if r["against"] is not None and r["part"] != "growth"]
+    n = {r["repetitions"] for r in summary["rows"]}
+    return (f"{markdown_table(['part', 'arm', 'to', 'ratio', 'middle half', 'target', 'ms'], lines)}\n\n"
+            f"{summary['machine']}; {min(n)} to {max(n)} repetitions.")
+
+
 def run(config):
     """Time the parts: prints their tables, writes the record and the picture, returns the rows."""
     folder = RunFolder(config.out, "bench", config, {"machine": machine()})
@@ -86,9 +96,9 @@ def run(config):
         found = module.rows(config)
         rows += found
         print(text_table(*table(found)), flush=True)
-        folder.write_json("bench.json", {"machine": machine(), "versions": versions(), "rows": rows})
+        folder.write_json("summary.json", {"machine": machine(), "versions": versions(), "rows": rows})
         (module.draw if hasattr(module, "draw") else draw)(found, folder.path / f"{part}.png")
-    print(f"\nbench.json and a picture per part lie in {folder.path}.")
+    print(f"\nsummary.json and a picture per part lie in {folder.path}.")
     return rows
 
 
