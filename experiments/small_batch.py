@@ -144,7 +144,7 @@ def train_arm(config, images, norm, seed, label):
     # A norm that refuses its input (torch's batch norm does, one value per channel) is a row, not a crash.
     try: run.fit(config.epochs, learn)
     except ValueError as e: error = str(e)
-    if device.type == "cpu": row["backend"] = backend.choice
+    if device.type == "cpu": row["backend"] = {**(backend.choice or {}), "reason": backend.reason}
     epochs = [{"norm": norm, "seed": seed, **r} for r in run.avg_stats.history]
     names = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
     row.update({n: epochs[-1][n] if epochs else math.nan for n in names})
@@ -174,6 +174,7 @@ def run(config):
             for r in epochs: folder.add_metrics(r)
             rows.append(row)
             if seed == config.seeds[0]: curves[norm] = windows(losses)
+            if i == 0 and "backend" in row: print(f"  convolutions: {row['backend']['reason']}")
             if "error" in row: print(f"  {norm} failed: {row['error']}")
             folder.write_json("summary.json", summary(config, images, rows, arms))
             spent = time.perf_counter() - start

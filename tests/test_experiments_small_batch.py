@@ -112,9 +112,10 @@ def test_settings_of_torch_are_put_back(tmp_path):
     finally: torch.set_num_threads(threads)
 
 
-def test_the_backend_of_the_convolutions_is_recorded(tmp_path):
+def test_the_backend_of_the_convolutions_is_recorded_and_said(tmp_path, capsys):
     row = small(tmp_path / "run", norms=("none",), backend="own").rows[0]
-    assert row["backend"] == {"onednn": False, "threads": 1}
+    assert row["backend"] == {"onednn": False, "threads": 1, "reason": "as given"}
+    assert "  convolutions: as given\n" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["backend"] == "own"
     with pytest.raises(InputError, match="unknown backend 'onedn': did you mean 'onednn'"): Config(backend="onedn")
 

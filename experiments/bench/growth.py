@@ -48,4 +48,7 @@ def draw(rows, path):
     plots.plot_lines(lines, ax, yscale="log", xlabel="batch size", ylabel="ms per image and training step",
                      title="one thread")
     ax.set_xscale("log", base=2)
+    ax.set_xticks(SIZES, SIZES)
+    ax.set_yticks(ticks := [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5) if ax.get_ylim()[0] < t < ax.get_ylim()[1]], ticks)
+    ax.minorticks_off()
     plots.save(fig, path)
