@@ -49,6 +49,8 @@ def draw(rows, path):
                      title="one thread")
     ax.set_xscale("log", base=2)
     ax.set_xticks(SIZES, SIZES)
-    ax.set_yticks(ticks := [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5) if ax.get_ylim()[0] < t < ax.get_ylim()[1]], ticks)
+    low, high = ax.get_ylim()
+    ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5) if low < t < high]
+    ax.set_yticks(ticks, ticks)
     ax.minorticks_off()
     plots.save(fig, path)
