@@ -3,7 +3,7 @@
 import difflib
 import re
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -175,6 +175,8 @@ class Runner:
     Args:
         cbs: callbacks, one or a list.
         cb_funcs: functions without arguments that make callbacks, such as their classes or `partial`s of them.
+        compile: compute prediction, loss and gradients of a batch in one compiled graph: `runner.compiled` says with
+            what limits. It needs torch 2.11 and a C++ compiler.
 
     Each callback is exposed under its name: `run.recorder`. During a fit the runner has `xb, yb, pred, loss` (of
     the batch), `opt, model, loss_func, data` (of the learner), `in_train`, `n_epochs` (float), `n_iter`, `iters`
@@ -182,13 +184,18 @@ class Runner:
 
     Raises:
         ValueError: two callbacks of one name, or a name that is an attribute of the runner.
-        TypeError: something that is no callback.
+        TypeError: something that is no callback, `compile` not True or False.
     """
 
-    def __init__(self, cbs=None, cb_funcs=None):
+    def __init__(self, cbs=None, cb_funcs=None, *, compile=False):
+        if not isinstance(compile, bool): raise TypeError(f"compile is {compile!r}; it must be True or False")
         self.in_train, self.learn, self._fitting = False, None, False
         self.logger = None  # where a row of statistics goes after each epoch; ProgressCallback sets it
         self._answers = {event: [] for event in EVENTS}
+        self._compiled = None
+        if compile:
+            from runner.compiled import CompiledStep
+            self._compiled = CompiledStep()
         self.cbs = []
         for cb in [TrainEvalCallback(), *listify(cbs), *(make() for make in listify(cb_funcs))]:
             self._expose(cb)
@@ -227,16 +234,16 @@ class Runner:
         A batch cancelled in `after_backward` keeps its gradients, so the next one adds to them; after a step they are
         cleared whatever happens.
         """
-        self.xb, self.yb = xb, yb
+        self.xb, self.yb, fused = xb, yb, self._compiled    # fused: all three at once, if compile=True
         with _Always(self, "after_batch"):
             try:
                 self("begin_batch")
-                self.pred = self.model(self.xb)
+                self.pred = self.model(self.xb) if fused is None else fused.pred(self)
                 self("after_pred")
-                self.loss = self.loss_func(self.pred, self.yb)
+                self.loss = self.loss_func(self.pred, self.yb) if fused is None else fused.loss(self)
                 self("after_loss")
                 if not self.in_train: return
-                self.loss.backward()
+                self.loss.backward() if fused is None else fused.backward(self)
                 self("after_backward")
                 self.opt.step()
                 try: self("after_step")
@@ -302,7 +309,7 @@ class Runner:
             # every event's name, as one of the lesson does.
             self._answers = {e: [a for cb in ordered if (a := _answer(cb, e)) is not None] for e in EVENTS}
             self.opt.zero_grad()
-            yield
+            with self._compiled.settings() if self._compiled else nullcontext(): yield
         finally:
             for cb in self.cbs[len(lasting):]: delattr(self, cb.name)
             self.cbs, self._fitting, self.in_train = lasting, False, False

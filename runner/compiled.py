@@ -1,0 +1,208 @@
+"""`Runner(compile=True)`: forward, loss and gradients of a batch in one compiled graph, for the loop of `runner.core`."""
+
+import copy
+from contextlib import contextmanager
+from types import FunctionType
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+
+class CompileError(RuntimeError):
+    """A step can't be compiled, or a compiled step can't do what was asked of it; the text says why and the mend."""
+
+
+class CompiledStep:
+    """What a batch computes, compiled twice: once for training, with the gradients, and once for validation.
+
+    At batch size 2 most of a step's time goes into calls, and most calls are the backward's. So all gradients are
+    computed together with prediction and loss, in one call. The loop then takes out of it what each of its events
+    needs: `pred`, `loss`, and in `backward` the gradients, which are added to the parameters' as autograd does. The
+    optimizer runs as it is: compiled it gains nothing, for its guards cost as much as its calls.
+
+    The same numbers as without, within rounding, and the same random draws. Limits, each met with an error and not
+    with other numbers:
+
+    - `pred` and `loss` have no graph. A callback may read them, not change them, nor `yb` once `pred` is there.
+    - Hooks of modules and of parameters would not be called: forward hooks, as `Hooks` makes them, gradient hooks,
+      `DistributedDataParallel`.
+    - Model and loss must be what `torch.compile(fullgraph=True)` can follow.
+
+    The first batch of each pass waits for the compiler. A batch of another size, such as a ragged last one, is
+    compiled once more, then for any size but 1, which is a case of its own. Further fits of the same model use what
+    there is.
+    """
+
+    backend, options = "inductor", {"fallback_random": True}    # or dropout would draw other numbers than without
+
+    def __init__(self): self.built = self.at = None
+
+    def __reduce__(self): return CompiledStep, ()               # a copy has another model and compiles anew
+
+    @contextmanager
+    def settings(self):
+        """For the length of a fit: let the compiler follow `torch.autograd.grad`. Refuses to begin without one.
+
+        Raises:
+            CompileError: this torch can't, or there is no C++ compiler.
+        """
+        require_compiler()
+        try:
+            with torch._dynamo.config.patch(trace_autograd_ops=True): yield
+        finally: self.at = None
+
+    # --- the three steps of the loop --------------------------------------------------------------------------
+
+    def pred(self, run):
+        """Do the batch `run.xb, run.yb`; returns the prediction."""
+        at = run.in_train, run.epoch
+        if at != self.at: self.begin_pass(run, at)
+        if any(self.hooks): refuse_hooks(self.modules)
+        xb, yb = run.xb, run.yb
+        try:
+            if run.in_train: pred, loss, self.grads = self.train(xb, yb)
+            else: pred, loss = self.valid(xb, yb)
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as e:
+            raise self.reason(e, run) from e
+        self.given = pred, version(pred), yb, version(yb), loss, loss._version
+        return pred
+
+    def loss(self, run):
+        """The loss that belongs to the prediction."""
+        pred, pred_version, yb, yb_version, loss, _ = self.given
+        if run.pred is not pred or version(pred) != pred_version: raise changed("pred")
+        if run.yb is not yb or version(yb) != yb_version: raise changed("yb")
+        return loss
+
+    def backward(self, run):
+        """Add the gradients of the loss to the parameters'."""
+        *_, loss, loss_version = self.given
+        if run.loss is not loss or loss._version != loss_version: raise changed("loss")
+        grads, self.grads = self.grads, None
+        for p, g in zip(self.params, grads, strict=True):
+            if g is None: continue
+            if p.grad is None: p.grad = g
+            else: p.grad += g
+
+    # --- what is compiled -------------------------------------------------------------------------------------
+
+    def begin_pass(self, run, at):
+        """Look up what is trained, and make its two functions if it isn't what it was."""
+        model, loss_func = run.model, run.loss_func
+        tops = [t for t in (model, loss_func) if isinstance(t, nn.Module)]
+        self.modules = {name: m for t in tops for name, m in t.named_modules()} if len(tops) == 1 else {
+            f"{type(t).__name__}.{name}": m for t in tops for name, m in t.named_modules()}
+        self.hooks = [h for m in self.modules.values() for h in hooks_of(m)]
+        held = [p for t in tops for p in t.parameters()] + [p for g in run.opt.param_groups for p in g["params"]]
+        self.params = list({id(p): p for p in held}.values())
+        refuse_gradient_hooks(self.modules, self.params)
+        built = [model, loss_func, *self.params]
+        if self.built is None or len(built) != len(self.built) or any(a is not b for a, b in zip(built, self.built)):
+            self.train, self.valid = map(self.compiled, step_functions(model, loss_func, self.params))
+            self.built = built
+        self.at = at
+
+    def compiled(self, f):
+        # The compiler files what it made under the code object, up to 8 times: one for each model, not for all.
+        f = FunctionType(f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__)
+        options = self.options if self.backend == "inductor" else None
+        return torch.compile(f, fullgraph=True, backend=self.backend, options=options)
+
+    def reason(self, e, run):
+        """The error for `e` of the compiler: the model's own, if it fails without a compiler too.
+
+        That is tried on a copy, so that the running statistics stay as they are.
+        """
+        try: train, valid = step_functions(*(copied := copy.deepcopy((run.model, run.loss_func))),
+                                           [p for t in copied if isinstance(t, nn.Module) for p in t.parameters()])
+        except Exception: train = valid = None
+        if train:
+            try: (train if run.in_train else valid)(run.xb, run.yb)
+            except Exception as own: return own
+        which = "training" if run.in_train else "validation"
+        if isinstance(e, torch._dynamo.exc.FailOnRecompileLimitHit):
+            return CompileError(f"the {which} step was compiled {torch._dynamo.config.recompile_limit} times, because "
+                                "something in the model, the loss or the batch is another number or shape at each "
+                                "step; make it a tensor, or fit without compile=True")
+        return CompileError(f"the {which} step can't be compiled: {str(e.__cause__ or e).split(chr(10) * 2)[0]}; it "
+                            "needs a model and a loss that torch.compile(fullgraph=True) can follow: change them, or "
+                            "fit without compile=True")
+
+
+def step_functions(model, loss_func, params):
+    """The training step `f(xb, yb) -> pred, loss, gradients` and the validation step `f(xb, yb) -> pred, loss`.
+
+    The gradients are one per entry of `params`, None for what is frozen or not used.
+    """
+    def train(xb, yb):
+        pred = model(xb)
+        loss = loss_func(pred, yb)
+        live = [p for p in params if p.requires_grad]
+        # An expanded gradient, as a sum has, couldn't be changed in place, as clipping does.
+        grads = iter([g if g is None or 0 not in g.stride() else g.contiguous()
+                      for g in torch.autograd.grad(loss, live, allow_unused=True)])
+        return detached(pred), loss.detach(), [next(grads) if p.requires_grad else None for p in params]
+
+    def valid(xb, yb):
+        pred = model(xb)
+        return pred, loss_func(pred, yb)
+    return train, valid
+
+
+def detached(pred):
+    """`pred`, a tensor or a nest of them, without its graph."""
+    return tree_map_only(torch.Tensor, torch.Tensor.detach, pred)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+def require_compiler():
+    """Raises CompileError unless a step can be compiled here."""
+    import torch._dynamo
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        raise CompileError(f"compile=True needs torch 2.11 or later and this is {torch.__version__}: update torch, or "
+                           "fit without compile=True")
+    from torch._inductor import config, cpp_builder
+    try: cpp_builder.get_cpp_compiler()
+    except Exception as e:
+        looked = [c for c in listed(config.cpp.cxx) if c]
+        raise CompileError(f"compile=True needs a C++ compiler and none was found ({e}; looked for {looked}): install "
+                           "one, such as g++, clang++ or on Windows MSVC's cl, or name it by the environment variable "
+                           "CXX before Python starts, or fit without compile=True") from e
+
+
+def listed(o): return list(o) if isinstance(o, (list, tuple)) else [o]
+
+
+def version(o):
+    """A number that grows when `o` is changed in place, if it is a tensor."""
+    return o._version if isinstance(o, torch.Tensor) else None
+
+
+def changed(name):
+    when = {"pred": "in after_pred", "yb": "in after_pred", "loss": "in after_loss"}[name]
+    return CompileError(f"a callback changed run.{name} {when}, and a compiled step has computed loss and gradients "
+                        "already; do it in the model, in the loss function or (to xb and yb) in begin_batch, or fit "
+                        "without compile=True")
+
+
+def hooks_of(m):
+    """The four dicts of hooks that a module has."""
+    return m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
+
+
+def refuse_hooks(modules):
+    name, m = next((name, m) for name, m in modules.items() if any(hooks_of(m)))
+    raise CompileError(f"the module {name or 'at the top'!r} ({type(m).__name__}) has a hook, and a compiled step would "
+                       "not call it at each batch; take the hooks off (`hooks.remove()`), or fit without compile=True")
+
+
+def refuse_gradient_hooks(modules, params):
+    """A gradient that comes out of the graph is no event for autograd."""
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in params):
+        raise CompileError("a parameter has a gradient hook, and a compiled step would not call it; take it off and use "
+                           "the event after_backward, or fit without compile=True")
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in modules.values()):
+        raise CompileError("the model is a DistributedDataParallel, and a compiled step would not share its gradients; "
+                           "fit without compile=True")
