@@ -1,4 +1,4 @@
-"""`Runner(compile=True)`: forward, loss and gradients of a batch in one compiled graph, for the loop of `runner.core`."""
+"""`Runner(compile=True)`: prediction, loss and gradients of a batch in one compiled graph, for `runner.core`'s loop."""
 
 import copy
 from contextlib import contextmanager
@@ -36,7 +36,7 @@ class CompiledStep:
 
     backend, options = "inductor", {"fallback_random": True}    # or dropout would draw other numbers than without
 
-    def __init__(self): self.built = self.at = None
+    def __init__(self): self.built, self.at = [], None
 
     def __reduce__(self): return CompiledStep, ()               # a copy has another model and compiles anew
 
@@ -98,7 +98,7 @@ class CompiledStep:
         self.params = list({id(p): p for p in held}.values())
         refuse_gradient_hooks(self.modules, self.params)
         built = [model, loss_func, *self.params]
-        if self.built is None or len(built) != len(self.built) or any(a is not b for a, b in zip(built, self.built)):
+        if list(map(id, built)) != list(map(id, self.built)):
             self.train, self.valid = map(self.compiled, step_functions(model, loss_func, self.params))
             self.built = built
         self.at = at
@@ -194,15 +194,16 @@ def hooks_of(m):
 
 def refuse_hooks(modules):
     name, m = next((name, m) for name, m in modules.items() if any(hooks_of(m)))
-    raise CompileError(f"the module {name or 'at the top'!r} ({type(m).__name__}) has a hook, and a compiled step would "
-                       "not call it at each batch; take the hooks off (`hooks.remove()`), or fit without compile=True")
+    raise CompileError(f"the module {name or 'at the top'!r} ({type(m).__name__}) has a hook, and a compiled step "
+                       "would not call it at each batch; take the hooks off (`hooks.remove()`), or fit without "
+                       "compile=True")
 
 
 def refuse_gradient_hooks(modules, params):
     """A gradient that comes out of the graph is no event for autograd."""
     if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in params):
-        raise CompileError("a parameter has a gradient hook, and a compiled step would not call it; take it off and use "
-                           "the event after_backward, or fit without compile=True")
+        raise CompileError("a parameter has a gradient hook, and a compiled step would not call it; take it off and "
+                           "use the event after_backward, or fit without compile=True")
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in modules.values()):
         raise CompileError("the model is a DistributedDataParallel, and a compiled step would not share its gradients; "
                            "fit without compile=True")
