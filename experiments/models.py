@@ -100,7 +100,7 @@ def init_alike(model, seed):
         if isinstance(m, nn.Linear): m.reset_parameters()
 
 
-def get_runner(model, data, lr=0.6, cbs=None, opt_func=None, loss_func=F.cross_entropy):
+def get_runner(model, data, lr=0.6, cbs=None, opt_func=None, loss_func=F.cross_entropy, *, compile=False):
     """A learner and a runner: `(learn, run)`.
 
     Args:
@@ -109,15 +109,16 @@ def get_runner(model, data, lr=0.6, cbs=None, opt_func=None, loss_func=F.cross_e
         cbs: callbacks, or functions that make them (the lesson's way), mixed at will.
         opt_func: `opt_func(parameters, lr=lr)` makes the optimizer; `optim.SGD` if None.
         loss_func: `f(pred, yb)`.
+        compile: whether the runner compiles its steps.
     """
     cbs = listify(cbs)
     made = [cb if isinstance(cb, Callback) else cb() for cb in cbs]
     opt = (opt_func or optim.SGD)(model.parameters(), lr=lr)
-    return Learner(model, opt, loss_func, data), Runner(cbs=made)
+    return Learner(model, opt, loss_func, data), Runner(cbs=made, compile=compile)
 
 
-def get_learn_run(nfs, data, lr, layer, cbs=None, opt_func=None, uniform=False, **kwargs):
+def get_learn_run(nfs, data, lr, layer, cbs=None, opt_func=None, uniform=False, *, compile=False, **kwargs):
     """`get_cnn_model`, `init_cnn` and `get_runner` in one: `(learn, run)`. `**kwargs` go to `layer`."""
     model = get_cnn_model(data, nfs, layer, **kwargs)
     init_cnn(model, uniform=uniform)
-    return get_runner(model, data, lr=lr, cbs=cbs, opt_func=opt_func)
+    return get_runner(model, data, lr=lr, cbs=cbs, opt_func=opt_func, compile=compile)

@@ -69,7 +69,7 @@ class Config:
 
     `norms` are names in `NORMS`; `seeds` is a list; `epochs` None means 1 on MNIST and 5 on the digits; `limit` cuts
     the training and validation images; `out` is the run folder; `device` is "auto" (the GPU if there is one), "cpu",
-    "cuda" or "cuda:1"; `backend` is what convolutions run on a CPU, a name in `BACKENDS`.
+    "cuda" or "cuda:1"; `backend` is what convolutions run on a CPU, a name in `BACKENDS`; `compile` compiles the steps.
 
     Raises:
         InputError: a value that makes no sense.
@@ -86,6 +86,7 @@ class Config:
     out: str | None = None
     device: str = "auto"
     backend: str = "auto"
+    compile: bool = False
 
     def __post_init__(self):
         self.data = pick(self.data, NAMES, "data set")
@@ -113,6 +114,10 @@ class Config:
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise InputError(f"device {self.device!r} was asked for and torch sees {torch.cuda.device_count()} GPUs; "
                              "use cpu, or auto")
+        if self.compile:
+            from runner.compiled import CompileError, require_compiler
+            try: require_compiler()
+            except CompileError as e: raise InputError(str(e)) from e
 
 
 def _is_int(v): return isinstance(v, int) and not isinstance(v, bool)
@@ -136,7 +141,7 @@ def train_arm(config, images, norm, seed, label):
     backend = CPUBackendCallback(*BACKENDS[config.backend])
     cbs = [Recorder(), AvgStatsCallback(accuracy), CudaCallback(device), BatchTransformXCallback(view_tfm(1, 28, 28)),
            backend, ProgressCallback(label)]
-    learn, run = get_runner(model, data, config.lr, cbs)
+    learn, run = get_runner(model, data, config.lr, cbs, compile=config.compile)
     row = {"norm": norm, "batch_size": config.batch_size, "lr": config.lr, "seed": seed, "epochs": config.epochs,
            "parameters": sum(p.numel() for p in model.parameters())}
     start = time.perf_counter()
@@ -201,7 +206,7 @@ def header(config, images):
     return "\n".join([*notice, f"data:    {images}",
         f"network: conv layers {CHANNELS}, pool, linear; {n:,} parameters without a norm",
         f"run:     batch size {config.batch_size}, lr {config.lr}, {config.epochs} epoch{'s' * (config.epochs > 1)}, "
-        f"seeds {', '.join(map(str, config.seeds))}, device {config.device}",
+        f"seeds {', '.join(map(str, config.seeds))}, device {config.device}{', compiled' * config.compile}",
         f"arms:    {', '.join(config.norms)}"])
 
 
@@ -332,6 +337,8 @@ def add_arguments(parser):
     parser.add_argument("--device", default="auto", metavar="DEV", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--backend", default="auto", metavar="NAME", help="convolutions on a CPU: onednn, own (torch's "
                         "own, one thread), or auto (default): whichever is faster on the first batch")
+    parser.add_argument("--compile", action="store_true", help="compile the steps: up to half a minute per arm first, "
+                        "then faster steps; needs a C++ compiler")
 
 
 def main(args):

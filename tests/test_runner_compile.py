@@ -1,6 +1,7 @@
 """`compile=True`: the same numbers and events as without, few compilations, and clear words for what it can't do."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from test_runner_loop import ORDERS, Log, make_learn
 from torch import nn
 
+from experiments.__main__ import main
+from experiments.models import conv_layer, get_learn_run
 from norms import GroupNorm, RunningBatchNorm
 from runner import (
     AvgStatsCallback,
@@ -41,6 +44,12 @@ def traced(monkeypatch):
     return lambda: counters["stats"]["unique_graphs"] - before
 
 
+@pytest.fixture
+def no_compiler():
+    from torch._inductor import config
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}): yield
+
+
 def network(norm, dtype=torch.float64):
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), norm(4), nn.Conv2d(4, 8, 3), nn.ReLU(), norm(8),
@@ -57,11 +66,11 @@ def images(model, n_train=64, n_valid=8, bs=2, dtype=torch.float64, drop_last=Fa
     return Learner(model, opt, F.cross_entropy, DataBunch(*dls, 3))
 
 
-def fit_both(norm, epochs=1, cbs=lambda: [], **kwargs):
+def fit_both(norm, epochs=1, cbs=lambda: [], make=network, **kwargs):
     """Train twice from the same start, without and with `compile`: two lists of (learner, runner)."""
     both = []
     for compiled in (False, True):
-        learn = images(network(norm), **kwargs)
+        learn = images(make(norm), **kwargs)
         run = Runner([Recorder(), AvgStatsCallback(accuracy), *cbs()], compile=compiled)
         run.logger = lambda row: None
         torch.manual_seed(1)
@@ -97,8 +106,12 @@ def test_same_as_eager_and_compiled_once(traced, norm):
 
 def test_generated_code_gives_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def small(norm):                                                # half a minute less than `network`
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(81, 8), nn.Dropout(0.1), norm(8), nn.Linear(8, 3)).double()
     skip = Log({"begin_validate": True})
-    both = fit_both(RunningBatchNorm, cbs=lambda: [skip])
+    both = fit_both(RunningBatchNorm, cbs=lambda: [skip], make=small)
     for _, run in both: run.avg_stats.history.clear()               # NaN without a validation
     assert_alike(both)
 
@@ -328,9 +341,7 @@ def test_a_model_that_is_another_at_every_step_says_so(traced):
     refused("the training step was compiled 8 times, because", make_learn(n_train=40, model=Counts(6, 3)))
 
 
-def test_without_a_compiler_nothing_is_begun(monkeypatch):
-    import torch._inductor.config as config
-    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+def test_without_a_compiler_nothing_is_begun(no_compiler):
     learn, log = make_learn(), Log()
     before = copy.deepcopy(learn.model.state_dict())
     run = Runner(log, compile=True)
@@ -368,3 +379,30 @@ def test_importing_the_runner_does_not_import_the_compiler():
     out = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
                          capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+# --- in the experiments -------------------------------------------------------------------------------------------
+
+def test_small_batch_compiles_and_records_it(traced, tmp_path, capsys):
+    args = ["small-batch", "--data", "digits", "--limit", "40", "--norms", "RunningBatchNorm", "--epochs", "1"]
+    rows = []
+    for name, option in (("eager", []), ("compiled", ["--compile"])):
+        assert main([*args, *option, "--out", str(tmp_path / name)]) == 0
+        assert json.loads((tmp_path / name / "config.json").read_text())["config"]["compile"] is bool(option)
+        rows.append(json.loads((tmp_path / name / "summary.json").read_text())["rows"][0])
+    assert traced() >= 2
+    assert "device cpu, compiled" in capsys.readouterr().out
+    assert rows[0]["train_loss"] == pytest.approx(rows[1]["train_loss"], rel=1e-3)
+
+
+def test_small_batch_without_a_compiler(no_compiler, tmp_path, capsys):
+    assert main(["small-batch", "--data", "digits", "--compile", "--out", str(tmp_path / "run")]) == 2
+    assert "error: compile=True needs a C++ compiler and none was found" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_get_learn_run_passes_it_on(traced):
+    data = DataBunch(*get_dls(*[Dataset(torch.randn(4, 1, 28, 28), torch.arange(4) % 3)] * 2, 2), 3)
+    learn, run = get_learn_run([4, 4], data, 0.1, conv_layer, norm=RunningBatchNorm, compile=True)
+    run.fit(1, learn)
+    assert traced() == 2
