@@ -23,6 +23,8 @@ PARTS = {
     "hooks": ("experiments.bench.hooks", "the Runner with statistics of all layers, against the Runner without"),
     "epoch": ("experiments.bench.epoch", "the main job at batch size 2, against the lesson's way of doing it"),
     "growth": ("experiments.bench.growth", "a step at batch sizes 1 to 512, against the network without a norm"),
+    "peers": ("experiments.bench.peers",
+              "a training step in our loop and in other libraries', against a hand-written loop"),
 }
 
 
