@@ -27,6 +27,16 @@ def eager_cpu(x):
             and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0)
 
 
+def plain_step(x, nf):
+    """Whether `x` is what `check_input` wants and a training forward on it may go the short way.
+
+    That is an ordinary float32 or float64 tensor on a CPU and nothing unusual at work: `eager_cpu`, no `in_backward`.
+    """
+    return (type(x) is torch.Tensor and x.is_cpu and x.dtype in _ZERO and x.ndim > 1 and x.shape[1] == nf and x.numel()
+            and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+            and forward_ad._current_level < 0 and torch._C._current_graph_task_id() == -1)
+
+
 def in_backward():
     """Whether a backward pass is running: a forward pass within it is activation checkpointing doing one again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -127,6 +137,7 @@ def gradients(g, xhat, scale, a, free=None):
 
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 _ALL = [True, True, True]
+_ZERO, _ONE = ({t: torch.tensor(v, dtype=t, device="cpu") for t in (torch.float32, torch.float64)} for v in (0.0, 1.0))
 
 
 class _Fused(torch.autograd.Function):
@@ -138,7 +149,7 @@ class _Fused(torch.autograd.Function):
     the top of this file for a = 1; in general a times it plus (1 - a) g weight / s.
 
     At batch size 2 the time is that of the calls, 3 to 4 us each whatever they do. Hence the statistics as one
-    argument, which autograd needn't look at, and `scaled` and `plus`.
+    argument, which autograd needn't look at.
     """
 
     @staticmethod
@@ -146,7 +157,8 @@ class _Fused(torch.autograd.Function):
         mean, var, a, floor = stats                                     # (C,), (C,), numbers
         held = var if floor is None else var.clamp_min(floor)
         ctx.save_for_backward(x, weight)
-        ctx.stats = mean, var, plus(held, eps).rsqrt_(), eps, a, floor
+        # eps times 1: var + eps would wrap the number in a tensor first, at twice the cost
+        ctx.stats = mean, var, torch.add(held, _ONE[x.dtype], alpha=eps).rsqrt_(), eps, a, floor
         return torch.batch_norm(x, weight, bias, mean, held, False, 0.0, eps, False)
 
     @staticmethod
@@ -154,11 +166,12 @@ class _Fused(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         mean, var, rstd, eps, a, floor = ctx.stats
         if torch.is_grad_enabled(): return *differentiable(x, weight, mean, var, eps, a, floor, g), None, None
-        # x's gradient is linear in the weight and the other two don't depend on it: so a comes in with it.
-        gx, gw, gb = _batch_norm_backward(g, x, weight if a is None else scaled(weight, a), None, None, mean, rstd,
-                                          True, eps, _ALL)
+        # x's gradient is linear in the weight and the other two don't depend on it: so a comes in with it, as a
+        # lerp from 0 for the reason above.
+        share = weight if a is None else torch.lerp(_ZERO[x.dtype], weight, a)
+        gx, gw, gb = _batch_norm_backward(g, x, share, None, None, mean, rstd, True, eps, _ALL)
         if a is not None:
-            scale = per_channel(weight * rstd, x.ndim)                  # (1, C, 1, 1)
+            scale = (weight * rstd).view(1, -1, 1, 1) if x.ndim == 4 else per_channel(weight * rstd, x.ndim)
             gx.addcmul_(g, scale, value=1 - a)
             if floor is not None:  # gw = sum(g xhat): give back the variance's term where the floor holds it
                 back = a * weight * rstd * rstd * gw / (x.numel() // len(weight)) * (var < floor)
@@ -172,20 +185,6 @@ def differentiable(x, weight, mean, var, eps, a, floor, g):
     rstd = torch.rsqrt((var if floor is None else var.clamp_min(floor)) + eps)
     free = None if floor is None else var >= floor
     return gradients(g, centred * rstd, per_channel(weight, x.ndim) * rstd, a, free)
-
-
-# A tensor times or plus a Python number wraps the number in a tensor first, at twice the cost of these.
-_ZERO, _ONE = ({t: torch.tensor(v, dtype=t, device="cpu") for t in (torch.float32, torch.float64)} for v in (0.0, 1.0))
-
-
-def scaled(t, number):
-    """`t * number` for a float32 or float64 tensor on a CPU."""
-    return torch.lerp(_ZERO[t.dtype], t, number)
-
-
-def plus(t, number):
-    """`t + number` for a float32 or float64 tensor on a CPU."""
-    return torch.add(t, _ONE[t.dtype], alpha=number)
 
 
 class _AveragedBackward(torch.autograd.Function):
