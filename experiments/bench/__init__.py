@@ -22,6 +22,7 @@ PARTS = {
     "runner": ("experiments.bench.runner", "an epoch by the Runner, against a loop written out by hand"),
     "hooks": ("experiments.bench.hooks", "the Runner with statistics of all layers, against the Runner without"),
     "epoch": ("experiments.bench.epoch", "the main job at batch size 2, against the lesson's way of doing it"),
+    "compiled": ("experiments.bench.compiled", "the Runner with compile=True, against the Runner without"),
     "growth": ("experiments.bench.growth", "a step at batch sizes 1 to 512, against the network without a norm"),
     "peers": ("experiments.bench.peers",
               "a training step in our loop and in other libraries', against a hand-written loop"),
@@ -111,7 +112,7 @@ def draw(rows, path):
     fig, (ax,) = plots.figure(1, width=7.5, height=1.2 + 0.28 * len(compared))
     plots.plot_ratios([(f"{r['arm']}, {r['setting']}", r["ratio"], r["ratio_quartiles"], r["target"])
                        for r in compared], ax, title=f"to {compared[0]['against']}" if len(
-                           {r["against"] for r in compared}) == 1 else "to torch's own")
+                           {r["against"] for r in compared}) == 1 else "each to its counterpart")
     plots.save(fig, path)
 
 

@@ -58,11 +58,17 @@ class _TrainOnly(Callback):
     def begin_validate(self): return True
 
 
-def with_runner(model, opt, dl, *cbs):
-    """The same epoch by the runner: the losses and the two means."""
+def trainer(*cbs, **kwargs):
+    """A runner that keeps what `by_hand` keeps and prints nothing; `**kwargs` are the runner's."""
     run = Runner([Recorder(), AvgStatsCallback(accuracy), BatchTransformXCallback(view_tfm(1, 28, 28)), _TrainOnly(),
-                  *cbs])
-    run.logger = lambda row: None                                   # nothing is printed
+                  *cbs], **kwargs)
+    run.logger = lambda row: None
+    return run
+
+
+def with_runner(model, opt, dl):
+    """The same epoch by the runner: the losses and the two means."""
+    run = trainer()
     run.fit(1, Learner(model, opt, F.cross_entropy, DataBunch(dl, None, 10)))
     return run.recorder.losses, [run.avg_stats.history[0][f"train_{k}"] for k in ("loss", "accuracy")]
 
