@@ -2,19 +2,24 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from experiments import table
 from experiments.__main__ import main
 from experiments.bench import PARTS, Config, lesson_form, timing
 from experiments.bench.norms import arms, network, step
 from experiments.bench.runner import by_hand, loader, with_runner
 from experiments.errors import InputError
+from experiments.results import read_summary
 from norms import RunningBatchNorm
 from tests.reference import LiteralRunningBatchNorm
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_interleave_calls_every_arm_in_every_repetition(monkeypatch):
@@ -119,3 +124,11 @@ def test_bad_input_is_refused():
     with pytest.raises(InputError, match="repetitions is 0; it must be a positive integer such as 15"):
         Config(repetitions=0)
     assert Config(parts=()).parts == tuple(PARTS)
+
+
+def test_the_readme_table_is_generated_from_the_committed_record():
+    file, readme = "experiments/results/bench.json", (ROOT / "README.md").read_text()
+    record = read_summary(ROOT / file)
+    assert table.insert(readme, table.markdown([record]), "bench") == readme, (
+        f"run: python -m experiments table {file} --into README.md --name bench")
+    assert {r["part"] for r in record["rows"]} == set(PARTS)
