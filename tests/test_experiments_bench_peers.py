@@ -136,7 +136,7 @@ def test_without_peers_the_command_compares_ours_and_says_what_is_missing(short,
     out = capsys.readouterr().out
     for name in missing: assert f"{name}: not installed: pip install -e '.[bench]'\n" in out
     assert "same weights" in out
-    record = json.loads((tmp_path / "run" / "bench.json").read_text())
+    record = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [r["arm"] for r in record["rows"]] == [peers.BARE, "Runner"]
     assert (tmp_path / "run" / "bench.png").read_bytes().startswith(b"\x89PNG")
 
