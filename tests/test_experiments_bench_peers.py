@@ -138,7 +138,7 @@ def test_without_peers_the_command_compares_ours_and_says_what_is_missing(short,
     assert "same weights" in out
     record = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [r["arm"] for r in record["rows"]] == [peers.BARE, "Runner"]
-    assert (tmp_path / "run" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "run" / "peers.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_peer_that_cannot_be_imported_is_left_out_and_said(short, config, monkeypatch, capsys):
