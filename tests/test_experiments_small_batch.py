@@ -363,6 +363,9 @@ def test_spread_of_the_criterion_is_that_of_the_committed_records():
         floor = small_batch.EXPECTED_MEAN - 3 * small_batch.EXPECTED_STD / 12 ** 0.5
         assert statistics.mean(found[when]) >= floor
     assert round(statistics.stdev(found["earlier"] + found["seeds"]), 3) == small_batch.EXPECTED_STD
+    low, high = (f"{f(found['earlier']):.3f}"[1:] for f in (min, max))
+    said = f"gave a mean of {statistics.mean(found['earlier']):.3f} ({low} to {high})".replace("0.", ".")
+    assert said in " ".join((ROOT / "README.md").read_text().split())
     main_run = read_summary(ROOT / "experiments" / "results" / "small_batch.json")
     assert judge(main_run["rows"], "MNIST", 50_000)[0] is True
 
