@@ -23,6 +23,7 @@ from runner.data import DataBunch, Dataset, get_dls
 from runner.hooks import Hook, Hooks, append_stats
 from runner.metrics import AvgStats, AvgStatsCallback, Recorder, accuracy
 from runner.progress import ProgressCallback
+from runner.rows import Rows
 from runner.schedules import (
     LR_Find,
     ParamScheduler,
@@ -38,6 +39,6 @@ __all__ = [
     "EVENTS", "AvgStats", "AvgStatsCallback", "BatchTransformXCallback", "CPUBackendCallback", "Callback",
     "CancelBatchException", "CancelEpochException", "CancelException", "CancelTrainException", "CudaCallback",
     "DataBunch", "Dataset", "Hook", "Hooks", "LR_Find", "Learner", "ParamScheduler", "ProgressCallback", "Recorder",
-    "Runner", "TrainEvalCallback", "accuracy", "annealer", "append_stats", "camel2snake", "combine_scheds", "get_dls",
-    "listify", "sched_cos", "sched_exp", "sched_lin", "sched_no", "view_tfm",
+    "Rows", "Runner", "TrainEvalCallback", "accuracy", "annealer", "append_stats", "camel2snake", "combine_scheds",
+    "get_dls", "listify", "sched_cos", "sched_exp", "sched_lin", "sched_no", "view_tfm",
 ]

@@ -5,11 +5,13 @@ Nothing here brings a number to the host inside a batch: sums stay on the device
 
 import numbers
 import time
+from bisect import bisect_right
 from itertools import count
 
 import torch
 
 from runner.core import Callback, listify
+from runner.rows import Rows
 
 
 def accuracy(out, yb):
@@ -116,7 +118,8 @@ class AvgStatsCallback(Callback):
 class Recorder(Callback):
     """Keeps the loss and the learning rates of every training batch.
 
-    `losses` is a list of floats, `lrs` one list of floats per parameter group.
+    `losses` is a list of floats, `lrs` one list of floats per parameter group, `rows` both as `Rows`. A batch that was
+    cancelled before it had a loss is in none of them; one cancelled later is, though the optimizer did not step.
     """
 
     def __init__(self):
@@ -124,15 +127,19 @@ class Recorder(Callback):
 
     def _clear(self):
         self.lrs, self._losses, self._waiting = [], [], []
+        self._steps, self._epochs = [], []      # n_iter of each loss; of each epoch (n_iter at its start, its number)
 
     def begin_fit(self):
         self._clear()
         self.lrs = [[] for _ in self.opt.param_groups]
 
+    def begin_epoch(self): self._epochs.append((self.run.n_iter, self.epoch))
+
     def after_loss(self):
         run = self.run
         if not run.in_train: return
-        for group, lrs in zip(run.opt.param_groups, self.lrs, strict=True): lrs.append(float(group["lr"]))
+        for group, lrs in zip(run.learn.opt.param_groups, self.lrs, strict=True): lrs.append(float(group["lr"]))
+        self._steps.append(run.n_iter)
         self._waiting.append(run.loss.detach())
 
     def after_epoch(self): self._fetch()
@@ -148,6 +155,23 @@ class Recorder(Callback):
     def losses(self):
         self._fetch()
         return self._losses
+
+    @property
+    def rows(self):
+        """One row per training batch, made anew at each call, as `Rows`:
+
+            {"phase": "train", "epoch": 0, "batch": 0, "step": 0, "loss": 2.3, "lr": 0.4}
+
+        `batch` counts within the epoch and `step` within the fit, from 0 and with the batches that left no row. Several
+        parameter groups have "lr_0", "lr_1", ... too, and "lr" is the last one's, as in `plot_lr`.
+        """
+        rows = Rows()
+        for step, loss, *lrs in zip(self._steps, self.losses, *self.lrs, strict=True):
+            start, epoch = self._epochs[bisect_right(self._epochs, step, key=lambda begun: begun[0]) - 1]
+            rows.append({"phase": "train", "epoch": epoch, "batch": step - start, "step": step, "loss": loss,
+                         "lr": lrs[-1]})
+            if len(lrs) > 1: rows[-1].update((f"lr_{i}", lr) for i, lr in enumerate(lrs))
+        return rows
 
     def plot_lr(self, pgid=-1, ax=None):
         """Learning rate of parameter group `pgid` against the step; returns the axes."""

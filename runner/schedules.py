@@ -14,6 +14,7 @@ from itertools import accumulate
 import torch
 
 from runner.core import Callback, CancelTrainException, listify
+from runner.rows import smoothed
 
 
 def annealer(f):
@@ -206,7 +207,7 @@ class LR_Find(Callback):
                                "run.fit(1, learn, cbs=finder) first, with a smaller min_lr if the loss diverged")
         logs, losses = zip(*finite, strict=True)
         width = max(3, len(losses) // 8)
-        smooth = _smoothed(losses, width)
+        smooth = smoothed(losses, width)
         first = losses[:len(losses) // 4]
         top = sum(first) / len(first)
         low = min(range(len(smooth)), key=smooth.__getitem__)
@@ -226,13 +227,6 @@ class LR_Find(Callback):
                              ylabel="training loss")
         try: return plots.mark(ax, self.suggestion, f"suggestion {self.suggestion:.2g}")
         except RuntimeError: return ax
-
-
-def _smoothed(values, width):
-    """Means over `width` neighbours, fewer at the ends."""
-    sums, half = [0.0, *accumulate(values)], width // 2
-    spans = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
-    return [(sums[b] - sums[a]) / (b - a) for a, b in spans]
 
 
 def snapshot(model, loss_func, opt, data):

@@ -1,0 +1,105 @@
+"""`Rows`, a history that is sliced by row and by column, and `smoothed` for its columns."""
+
+import csv
+import difflib
+import math
+from itertools import accumulate
+from pathlib import Path
+
+
+class Rows(list):
+    """A list of plain dicts, one per row, that is also read by column.
+
+        rows[5]                                     # a dict
+        rows[-100:]                                 # Rows
+        rows["loss"]                                # the column, a list
+        rows[-100:, "loss"]                         # of the last 100 rows
+        rows["step", "loss"]                        # two columns, a list of tuples
+        rows[-100:, ("step", "loss")]               # of the last 100 rows
+        rows[5, "loss"]                             # one value
+        rows.where(phase="train", module="0")       # Rows
+
+    Rows may have different keys. A column lists the rows that have it, and several columns at once the rows that have
+    them all: ask for `rows["step", "loss"]` and not for one after the other, where that matters. Of no rows, every
+    column is empty.
+
+    Raises:
+        KeyError: a column that no row has; it names those that there are and the nearest one.
+    """
+
+    def __getitem__(self, key):
+        if isinstance(key, slice): return Rows(super().__getitem__(key))
+        if isinstance(key, str) or (isinstance(key, tuple) and all(isinstance(k, str) for k in key)):
+            key = slice(None), key
+        if not isinstance(key, tuple): return super().__getitem__(key)
+        at, names = key
+        if not isinstance(at, slice): return Rows([super().__getitem__(at)])[names][0]
+        self._check(names)
+        rows = super().__getitem__(at)
+        if isinstance(names, str): return [row[names] for row in rows if names in row]
+        return [tuple(row[n] for n in names) for row in rows if all(n in row for n in names)]
+
+    def where(self, **values):
+        """The rows whose columns have these values: `rows.where(phase="train", epoch=0)`."""
+        self._check(tuple(values))
+        return Rows(row for row in self if all(n in row and row[n] == v for n, v in values.items()))
+
+    @property
+    def columns(self):
+        """Names of the columns, in the order in which they first appear."""
+        return list(dict.fromkeys(name for row in self for name in row))
+
+    def _check(self, names):
+        """Refuse a name, or one of several, that no row has."""
+        for name in (names,) if isinstance(names, str) else names:
+            if not self or any(name in row for row in self): continue
+            near = difflib.get_close_matches(str(name), known := self.columns, 1, 0.4)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise KeyError(f"no row has a column {name!r}: {hint}There are: {', '.join(known)}")
+
+    def to_csv(self, path):
+        """Write a CSV file with a header, `columns`, and return its `Path`.
+
+        A cell is empty where its row lacks the column. `float` reads every number back as it was, nan and inf too.
+        """
+        path = Path(path)
+        with path.open("w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, self.columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self)
+        return path
+
+    def plot(self, x, y, ax=None, *, by=None, yscale="linear"):
+        """Column `y` against column `x`, one line per value of the column `by` if given; returns the axes."""
+        from runner import plots
+        if by is None:
+            xs, ys = ([point[i] for point in self[x, y]] for i in (0, 1))
+            return plots.plot_line(ys, xs, ax, xlabel=x, ylabel=y, yscale=yscale)
+        series = {}
+        for name, *point in self[by, x, y]:
+            for column, value in zip(series.setdefault(name, ([], [])), point, strict=True): column.append(value)
+        return plots.plot_lines(series, ax, xlabel=x, ylabel=y, yscale=yscale)
+
+
+def smoothed(values, width):
+    """Means of the finite ones among `width` neighbours (of the next odd number), fewer at the ends: a list.
+
+    NaN where a value itself is not finite. No sum is the difference of two others, which beside a loss of 1e30 would
+    leave nothing of the others.
+    """
+    half, n = width // 2, len(values)
+    width = 2 * half + 1
+    finite = [math.isfinite(v) for v in values]
+    kept = [v if ok else 0.0 for v, ok in zip(values, finite, strict=True)]
+    counts = [0, *accumulate(finite)]
+    blocks = [kept[i:i + width] for i in range(0, n, width)]
+    heads = [s for block in blocks for s in accumulate(block)]                  # from the block's start to here
+    tails = [s for block in blocks for s in [*accumulate(block[::-1])][::-1]]   # from here to the block's end
+    means = []
+    for i, ok in enumerate(finite):
+        a, b = max(0, i - half), min(n, i + half + 1)
+        # Never longer than a block: a tail and a head, or within one block a head or a tail.
+        if a // width < (b - 1) // width: total = tails[a] + heads[b - 1]
+        else: total = tails[a] if a % width else heads[b - 1]
+        means.append(total / (counts[b] - counts[a]) if ok else math.nan)
+    return means
