@@ -34,11 +34,13 @@ from runner.schedules import (
     sched_lin,
     sched_no,
 )
+from runner.stats import ActivationStats, GradientStats, ParameterStats, Probe
 
 __all__ = [
-    "EVENTS", "AvgStats", "AvgStatsCallback", "BatchTransformXCallback", "CPUBackendCallback", "Callback",
-    "CancelBatchException", "CancelEpochException", "CancelException", "CancelTrainException", "CudaCallback",
-    "DataBunch", "Dataset", "Hook", "Hooks", "LR_Find", "Learner", "ParamScheduler", "ProgressCallback", "Recorder",
-    "Rows", "Runner", "TrainEvalCallback", "accuracy", "annealer", "append_stats", "camel2snake", "combine_scheds",
-    "get_dls", "listify", "sched_cos", "sched_exp", "sched_lin", "sched_no", "view_tfm",
+    "EVENTS", "ActivationStats", "AvgStats", "AvgStatsCallback", "BatchTransformXCallback", "CPUBackendCallback",
+    "Callback", "CancelBatchException", "CancelEpochException", "CancelException", "CancelTrainException",
+    "CudaCallback", "DataBunch", "Dataset", "GradientStats", "Hook", "Hooks", "LR_Find", "Learner", "ParamScheduler",
+    "ParameterStats", "Probe", "ProgressCallback", "Recorder", "Rows", "Runner", "TrainEvalCallback", "accuracy",
+    "annealer", "append_stats", "camel2snake", "combine_scheds", "get_dls", "listify", "sched_cos", "sched_exp",
+    "sched_lin", "sched_no", "view_tfm",
 ]

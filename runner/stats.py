@@ -1,0 +1,482 @@
+"""Statistics from inside: of activations, of gradients, and of the parameters' updates.
+
+`Probe` is the callback that they share: what is looked at, at which batches, and where the numbers go.
+`ActivationStats`, `GradientStats` and `ParameterStats` say what is measured.
+"""
+
+import fnmatch
+import math
+from array import array
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from runner.core import Callback, listify
+from runner.rows import Rows
+
+BLOCK = 256             # measured batches that lie on the device before one transfer brings them to the host
+PHASES = ("train", "valid")
+
+
+class Probe(Callback):
+    """Measures chosen things at chosen batches: the base of the callbacks below, and of your own.
+
+    Inside a batch nothing waits for the device: the numbers go into a block there, and between batches a full block
+    comes to the host in one transfer. Taps are set for a measured batch alone and are gone when it ends, however it
+    ends. A model out of `torch.compile` would pass taps by, so a measured batch of it runs as it was written;
+    `Runner(compile=True)` is refused. The memory is known, and printed, before the first batch; where it would
+    be more than `max_mb`, fewer batches are measured, and the line says so.
+
+    A subclass says what there is to choose from (`candidates`, `usual`), what a row holds (`layout`), how to tap a
+    batch (`attach`, from which `take` is called) and how to let go of it (`detach`).
+
+    Args:
+        which: what to look at: types, patterns of paths such as "layer1.*", functions `f(path, thing)` that say yes,
+            or the things themselves; one or a list. None means `usual`.
+        phases: "train", "valid" or both.
+        every: measure every so many batches, counted through the fit in training and anew in each validation.
+        first: measure so many batches at the beginning of training in any case.
+        max_mb: the most memory for the numbers of a fit, in MB (10^6 bytes).
+        verbose: print a line about number and memory at the beginning of a fit.
+
+    `paths` lists what was looked at, `series` gives one number over time and `rows` all numbers as plain rows.
+
+    Raises:
+        ValueError: an argument out of its range; at the start of a fit, a choice that finds nothing.
+        CompileError: at the start of a fit, a runner with `compile=True`.
+    """
+
+    _order = 110        # after whatever changes the batch, and after what measures on a copy of the model
+    kind, possible = "module", PHASES
+
+    def __init__(self, which=None, *, phases="train", every=1, first=10, max_mb=64, verbose=True):
+        name = type(self).__name__
+        self.phases = tuple(listify(phases))
+        if not self.phases or set(self.phases) - set(self.possible):
+            raise ValueError(f"{name}: phases is {phases!r}; there is {' and '.join(map(repr, self.possible))}, one or "
+                             "a list")
+        for arg, value, least in (("every", every, 1), ("first", first, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}: {arg} is {value!r}; it must be an integer of at least {least}")
+        if not max_mb > 0: raise ValueError(f"{name}: max_mb is {max_mb!r}; it must be a positive number of MB")
+        self.which, self.every, self.first, self.max_mb, self.verbose = which, every, first, max_mb, verbose
+        self.chosen, self._stores, self._tags, self.measuring = {}, {}, array("q"), False
+
+    # --- what a subclass says ---------------------------------------------------------------------------------
+
+    def candidates(self, model):
+        """All that there is to choose from: `{path: thing}`."""
+        return dict(model.named_modules())
+
+    def usual(self, model):
+        """What is looked at if nothing was chosen: `{path: thing}`."""
+        return self.candidates(model)
+
+    def layout(self, path, thing):
+        """What a row of `thing` holds, in order: each name with the length of its list, None for a single number."""
+        raise NotImplementedError
+
+    def attach(self):
+        """Tap the batch that begins; the taps call `take`."""
+
+    def detach(self):
+        """Take the taps off."""
+
+    def derived(self, name, values, n):
+        """What a row has under `name`, from the number or list that was stored; `n` is what `take` was given."""
+        return values
+
+    # --- measuring --------------------------------------------------------------------------------------------
+
+    def begin_fit(self):
+        model = getattr(self.model, "_orig_mod", self.model)        # torch.compile's wrapper has it under this name
+        self._refuse(model)
+        self.chosen = self.usual(model) if self.which is None else choose(
+            self.candidates(model), self.which, self.kind, type(self).__name__)
+        self.layouts = {path: self.layout(path, thing) for path, thing in self.chosen.items()}
+        self._compiled = any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
+                             for m in self.model.modules())
+        widths = {path: sum(k or 1 for k in layout.values()) for path, layout in self.layouts.items()}
+        rows = self._plan(8 * 4 + sum(8 + 4 * width for width in widths.values()))
+        self._stores = {path: _Store(width, min(BLOCK, rows)) for path, width in widths.items()}
+        self._tags, self.measuring, self.batch = array("q"), False, 0
+
+    def _plan(self, row_bytes):
+        """Settle `stride` and `head`, this fit's `every` and `first`; returns how many batches will be measured."""
+        batches = {phase: len(dl) if dl is not None else 0
+                   for phase, dl in zip(PHASES, (self.data.train_dl, self.data.valid_dl), strict=True)}
+        batches["train"] *= self.epochs
+
+        def measured(phase):
+            n, times = batches[phase], 1 if phase == "train" else self.epochs
+            first = min(self.head, n) if phase == "train" else 0
+            return times * (first + len(range(-(-first // self.stride) * self.stride, n, self.stride)))
+
+        def total(): return sum(map(measured, self.phases))
+        most = max(1, int(self.max_mb * 1e6 / row_bytes))
+        self.stride, self.head = self.every, min(self.first, most)
+        if total() > most: self.stride = max(self.stride, -(-sum(batches.values()) // most))
+        while total() > most and self.stride < max(batches.values()): self.stride += 1
+        if self.verbose: print(self._announcement(total(), row_bytes), flush=True)
+        return total()
+
+    def _announcement(self, rows, row_bytes):
+        things = f"{len(self.chosen)} {self.kind}{'s' * (len(self.chosen) > 1)}"
+        which = "every batch" if self.stride == 1 else f"one batch in {self.stride}" + (
+            f" and the first {self.head}" if self.head and "train" in self.phases else "")
+        less = f" (not one in {self.every}: max_mb is {self.max_mb:g})" * (self.stride > self.every)
+        return (f"{type(self).__name__}: {things}, {' and '.join(self.phases)}, {which}{less}: {rows:,} batches, "
+                f"{rows * row_bytes / 1e6:.2g} MB")
+
+    def _refuse(self, model):
+        if self.run._compiled is not None:
+            from runner.compiled import CompileError
+            raise CompileError(f"{type(self).__name__} taps the modules in each measured batch, and a compiled step "
+                               "passes taps by; fit without compile=True")
+        scripted = [path for path, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+        if scripted:
+            raise ValueError(f"{type(self).__name__}: the module {scripted[0]!r} is scripted and passes taps by; use "
+                             "the model as it was before torch.jit")
+
+    def begin_epoch(self): self.batch = 0
+
+    def begin_validate(self): self.batch = 0
+
+    def begin_batch(self):
+        run = self.run
+        if run.in_train:
+            if (run.n_iter % self.stride and run.n_iter >= self.head) or "train" not in self.phases: return
+        elif self.batch % self.stride or "valid" not in self.phases: return
+        self._tags.extend((0 if run.in_train else 1, run.epoch, self.batch, run.n_iter))
+        for store in self._stores.values(): store.begin()
+        self.measuring = True
+        self._stance = torch.compiler.set_stance("force_eager") if self._compiled else None
+        self.attach()
+
+    def take(self, path, values, n):
+        """Keep `values`, laid out as `layout` says, as the row of `path`: a list, or a 1-D tensor where it lies.
+
+        `n` (at least 1) says of how many numbers they are the statistics. What is measured twice in a batch, as a
+        module that runs twice, keeps the later one.
+        """
+        self._stores[path].put(values, n)
+
+    def after_batch(self):
+        self.batch += 1
+        if self.measuring: self._let_go()
+
+    def after_fit(self):
+        if self.measuring: self._let_go()
+
+    def _let_go(self):
+        self.measuring = False
+        try: self.detach()
+        finally:
+            if self._stance is not None: self._stance.__exit__(None, None, None)
+            for store in self._stores.values(): store.end()
+
+    # --- what was measured ------------------------------------------------------------------------------------
+
+    @property
+    def paths(self):
+        """What was looked at, in the model's order."""
+        return list(self._stores)
+
+    @property
+    def rows(self):
+        """All that was measured, as plain dicts: phase, epoch, batch (in its pass), step, module, n, then the numbers.
+
+        `step` is the number of training batches done before. What did not run in a batch has no row there.
+        """
+        found = []
+        for path in self._stores:
+            ran, values = self._values(path, self.layouts[path])
+            found += [(i, self._tagged(i) | {self.kind: path, "n": self._stores[path].sizes[i]}
+                       | {name: column[k] for name, column in values.items()}) for k, i in enumerate(ran)]
+        return Rows(row for _, row in sorted(found, key=lambda pair: pair[0]))  # stable: in a batch as the model has it
+
+    def series(self, path, *names, phase="train"):
+        """Numbers of `path` over time: `(steps, values)`, with another list of values for each further name."""
+        if path not in self._stores:
+            raise KeyError(f"{type(self).__name__} did not look at {path!r}; it looked at: {', '.join(self._stores)}")
+        unknown = [name for name in names if name not in self.layouts[path]]
+        if unknown:
+            raise KeyError(f"{type(self).__name__} has no {unknown[0]!r}; choose of: {', '.join(self.layouts[path])}")
+        ran, values = self._values(path, names)
+        kept = [(k, tags["step"]) for k, i in enumerate(ran) if (tags := self._tagged(i))["phase"] == phase]
+        return [step for _, step in kept], *([values[name][k] for k, _ in kept] for name in names)
+
+    def _tagged(self, i):
+        phase, epoch, batch, step = self._tags[4 * i:4 * i + 4]
+        return {"phase": PHASES[phase], "epoch": epoch, "batch": batch, "step": step}
+
+    def _values(self, path, names):
+        """The measured batches in which `path` ran, and for each name its values in them."""
+        store, layout = self._stores[path], self.layouts[path]
+        rows = store.rows()
+        ran = [i for i in range(len(rows)) if store.sizes[i]]
+        pieces = dict(zip(layout, rows[ran].split([k or 1 for k in layout.values()], 1), strict=True))
+        columns = {name: (pieces[name][:, 0] if layout[name] is None else pieces[name]).tolist() for name in names}
+        return ran, {name: [self.derived(name, v, store.sizes[i]) for v, i in zip(column, ran, strict=True)]
+                     for name, column in columns.items()}
+
+    def __getstate__(self):
+        """A copy takes the numbers along, and not the model."""
+        return {**self.__dict__, "chosen": {}, "run": None}
+
+
+class _Store:
+    """The rows of one thing: those on the host, and after them those in a block on its device that is being filled.
+
+    `sizes` has one entry per measured batch, 0 where the thing did not run; its row is zeros.
+    """
+
+    def __init__(self, width, most):
+        self.width, self.most = width, most
+        self.sizes, self.numbers, self.row, self.block, self.at = array("q"), array("f"), None, None, 0
+
+    def begin(self): self.sizes.append(0)
+
+    def put(self, values, n):
+        self.sizes[-1] = n
+        if self.block is None and not torch.is_tensor(values): self.row = values
+        else:
+            if self.block is None: self.block = torch.zeros(self.most, self.width, device=values.device)
+            self.block[self.at].copy_(torch.as_tensor(values))
+
+    def end(self):
+        if self.block is None:
+            self.numbers.extend(self.row or [0.0] * self.width)
+            self.row = None
+        else:
+            self.at += 1
+            if self.at == self.most:
+                self.numbers.extend(self.block.flatten().tolist())
+                self.block.zero_()
+                self.at = 0
+
+    def rows(self):
+        """All rows of finished batches, `(batches, width)`."""
+        fetched = torch.tensor(self.numbers, dtype=torch.float32).view(-1, self.width)
+        return fetched if self.block is None else torch.cat((fetched, self.block[:self.at].cpu()))
+
+
+def choose(things, which, kind, name):
+    """Those of `things` (path to thing) that `which` means, in their order; `Probe` says what it may be.
+
+    Raises:
+        ValueError: a part of `which` that finds nothing, by the callback called `name`.
+    """
+    wanted = [which] if isinstance(which, (str, type)) else listify(which)
+    found = [[path for path, thing in things.items() if _means(w, path, thing)] for w in wanted]
+    for w, paths in zip(wanted, found, strict=True):
+        if paths: continue
+        known = [f"{path!r} ({type(thing).__name__})" for path, thing in things.items() if path]
+        more = f" and {len(known) - 20} more" * (len(known) > 20)
+        raise ValueError(f"{name}: {w!r} finds no {kind}; it must be a type, a pattern of paths, a function "
+                         f"f(path, {kind}) or a {kind} of this model, which has {', '.join(known[:20])}{more}")
+    if not found: raise ValueError(f"{name}: an empty list chooses no {kind}; leave it out for the usual ones")
+    return {path: things[path] for path in things if any(path in paths for paths in found)}
+
+
+def _means(w, path, thing):
+    if isinstance(w, str): return fnmatch.fnmatchcase(path, w)
+    if isinstance(w, type): return isinstance(thing, w)
+    if callable(w) and not isinstance(w, nn.Module): return bool(w(path, thing))
+    return w is thing
+
+
+# --- what is measured ---------------------------------------------------------------------------------------------
+
+def describe(x, near, bins, limits, host=None):
+    """The statistics of all values of `x`, as a list of numbers if `x` is on the host, else as a 1-D tensor.
+
+        mean, std (unbiased; 0 for one value), min, max,
+        how many |x| > near, how many are not finite, the histogram's ends, its counts
+
+    `limits` are the histogram's ends: a pair, or "symmetric" for -r to r with the least r that holds all values but
+    none beyond 6 std of the mean, or "range" for the same without symmetry. The first and the last bin count what lies
+    beyond the ends too, so that the counts sum to the number of values; a batch with a value that is not finite has no
+    counts.
+
+    On the host 0-dim tensors are made into numbers at once: at batch size 2 arithmetic with them would be most of the
+    time. Elsewhere that would wait for the device, and they stay tensors.
+    """
+    x = x.detach().flatten()
+    if x.dtype not in (torch.float32, torch.float64): x = x.float()
+    if host is None: host = x.device.type == "cpu"
+    number = torch.Tensor.item if host else torch.Tensor.detach
+    larger, smaller = (max, min) if host else (torch.maximum, torch.minimum)
+    mean = number(x.mean())
+    centred = x - mean
+    std = number(torch.linalg.vector_norm(centred)) / math.sqrt(max(x.numel() - 1, 1))
+    low, high = map(number, torch.aminmax(x))
+    finite = host and math.isfinite(low) and math.isfinite(high)            # a nan would be both
+    broken = 0 if finite else number(torch.count_nonzero(x - x))            # inf - inf and nan - nan are nan, else 0
+    if not finite: x = torch.nan_to_num(x, math.inf, math.inf, -math.inf)   # nan is not near zero
+    # A comparison takes three times as long as hardshrink on a CPU, and counting twice as long as a sum.
+    beyond = number(F.hardshrink(x, near).sign_().abs_().sum())             # |x| > near
+    if isinstance(limits, str):
+        start, end = larger(low, mean - 6 * std), smaller(high, mean + 6 * std)
+        if limits == "symmetric":
+            end = larger(-start, end)
+            start = -end
+    else: start, end = limits
+    numbers = mean, std, low, high, beyond, broken, start, end
+    if host and broken: return [*numbers, *[0] * bins]
+    width = larger(end - start, 1e-30) if host else torch.as_tensor(end - start, device=x.device).clamp_min(1e-30)
+    at = centred.add_(mean - start).mul_(bins / width).clamp_(0, bins - 1)
+    # torch.histc takes five times as long on a CPU, and bincount waits for a GPU.
+    if host: return [*numbers, *torch.bincount(at.int(), minlength=bins).tolist()]
+    counts = torch.histc(at, bins, 0, bins) * (broken == 0)
+    return torch.cat((torch.stack([torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in numbers]), counts))
+
+
+class Described(Probe):
+    """A `Probe` whose rows hold what `describe` says of some tensor; base of the three below.
+
+    Args:
+        near: what counts as near zero: |x| of at most this.
+        bins: bins of the histogram.
+        limits: where it begins and ends: "symmetric" (about 0) or "range", both within 6 std of each batch's mean, or
+            a pair of numbers, or one number r for -r to r. Its first and last bin count what lies beyond as well.
+        which, **kwargs: as for `Probe`.
+
+    A row has `mean`, `std` (unbiased), `min`, `max`, `near_zero` and `non_finite` (shares, 0 to 1), `low` and `high`
+    (the histogram's ends) and `hist` (its counts; all 0 if a value is not finite).
+    """
+
+    near = 1e-3
+
+    def __init__(self, which=None, *, near=None, bins=40, limits="symmetric", **kwargs):
+        super().__init__(which, **kwargs)
+        name = type(self).__name__
+        self.near = self.near if near is None else near
+        if not self.near >= 0: raise ValueError(f"{name}: near is {near!r}; it must be a number of at least 0")
+        if not isinstance(bins, int) or isinstance(bins, bool) or bins < 2:
+            raise ValueError(f"{name}: bins is {bins!r}; it must be an integer of at least 2, such as 40")
+        self.bins, self.limits = bins, (-limits, limits) if isinstance(limits, (int, float)) else limits
+        if isinstance(self.limits, str): fits = limits in ("symmetric", "range")
+        else: fits = len(self.limits) == 2 and self.limits[0] < self.limits[1]
+        if not fits:
+            raise ValueError(f"{name}: limits is {limits!r}; it must be 'symmetric', 'range', a positive number, or "
+                             "two that ascend, such as (0, 10)")
+
+    def layout(self, path, thing):
+        names = ("mean", "std", "min", "max", "near_zero", "non_finite", "low", "high")
+        return dict.fromkeys(names) | {"hist": self.bins}
+
+    def derived(self, name, value, n):
+        if name == "near_zero": return 1 - value / n                # stored are counts, here of those beyond
+        return value / n if name == "non_finite" else value
+
+    def describe(self, x): return describe(x, self.near, self.bins, self.limits)
+
+    def plot(self, axes=None, first=10, phase="train"):
+        """Means and standard deviations over the first `first` steps and over all; returns the four axes."""
+        from runner import plots
+        return plots.plot_means_stds({path: self.series(path, "mean", "std", phase=phase) for path in self.paths}, axes,
+                                     first=first)
+
+    def plot_histograms(self, axes=None, phase="train"):
+        """The histogram over time, a heat map for each path; returns the axes."""
+        from runner import plots
+        return plots.plot_histograms({path: self.series(path, "low", "high", "hist", phase=phase)
+                                      for path in self.paths}, axes)
+
+    def plot_near_zero(self, ax=None, phase="train"):
+        """The share near zero over time, a line for each path; returns the axes."""
+        from runner import plots
+        return plots.plot_shares({path: self.series(path, "near_zero", phase=phase) for path in self.paths}, ax,
+                                 ylabel=f"share with |x| of at most {self.near:.2g}")
+
+
+class ActivationStats(Described):
+    """What modules put out: mean, spread, histogram, share near zero, share not finite; see `Described`.
+
+        stats = ActivationStats(nn.Conv2d, every=10)        # or ["0", "1.*"], or a function f(path, module)
+        run.fit(1, learn, cbs=stats)
+        stats.series("0.0", "std")                          # steps, values
+        stats.plot(), stats.plot_histograms(), stats.plot_near_zero()
+
+    Left to itself it looks at the model's children that have parameters: of the lesson's network the conv layers and
+    the linear one. Of an output that is no tensor it takes the first tensor inside.
+    """
+
+    def usual(self, model):
+        children = {path: m for path, m in model.named_children() if next(m.parameters(), None) is not None}
+        return children or {"": model}
+
+    def attach(self):
+        self._handles = [m.register_forward_hook(partial(self.tap, path)) for path, m in self.chosen.items()]
+
+    def detach(self):
+        for handle in self._handles: handle.remove()
+
+    def tap(self, path, module, inputs, output):
+        """The forward hook."""
+        x = first_tensor(output)
+        if x is not None and x.numel(): self.take(path, self.describe(x), x.numel())
+
+
+class GradientStats(ActivationStats):
+    """The same of the loss's gradients with respect to what the modules put out.
+
+    It looks at training alone. Near zero is by default what float16 can't tell from 0, 2^-24.
+    """
+
+    near, possible = 2 ** -24, ("train",)
+
+    def tap(self, path, module, inputs, output):
+        x = first_tensor(output)
+        if x is not None and x.requires_grad:
+            x.register_hook(lambda g: self.take(path, self.describe(g), g.numel()) if g.numel() else None)
+
+
+class ParameterStats(Described):
+    """The same of the parameters' gradients, as the optimizer gets them, and how far it moves the parameters.
+
+        ratio = |w_after - w_before| / |w_before|           Euclidean norms
+
+    A rule of thumb wants about 1e-3 (A. Karpathy, notes of the course CS231n, 2015). A row has `weight` and
+    `update`, the two norms, and `ratio` besides; at a weight of 0 that is infinite. `which` chooses parameters by
+    their names. Training alone; a parameter without a gradient has no row.
+    """
+
+    near, possible, kind = GradientStats.near, ("train",), "parameter"
+
+    def candidates(self, model): return {path: p for path, p in model.named_parameters() if p.requires_grad}
+
+    def layout(self, path, thing):
+        return super().layout(path, thing) | dict.fromkeys(("weight", "update", "ratio"))
+
+    def attach(self): self._before = {}
+
+    def detach(self): self._before = {}
+
+    def after_backward(self):
+        if not self.measuring: return
+        self._before = {path: (p.detach().clone(), self.describe(p.grad))
+                        for path, p in self.chosen.items() if p.grad is not None and p.numel()}
+
+    def after_step(self):
+        for path, (before, described) in self._before.items():
+            weight, update = (torch.linalg.vector_norm(t) for t in (before, self.chosen[path].detach() - before))
+            moved = torch.stack((weight, update, update / weight))
+            if isinstance(described, list): self.take(path, described + moved.tolist(), before.numel())
+            else: self.take(path, torch.cat((described, moved)), before.numel())
+
+    def plot_ratios(self, ax=None):
+        """The ratio of update to weight over time, a line for each parameter; returns the axes."""
+        from runner import plots
+        return plots.plot_update_ratios({path: self.series(path, "ratio") for path in self.paths}, ax)
+
+
+def first_tensor(output):
+    """`output`, or the first floating-point tensor in it if it is a tuple, list or dict; None if there is none."""
+    if torch.is_tensor(output): return output
+    if isinstance(output, dict): output = list(output.values())
+    if not isinstance(output, (list, tuple)): return None
+    return next((t for o in output if (t := first_tensor(o)) is not None and t.is_floating_point()), None)
