@@ -257,6 +257,11 @@ class Runner:
             if answer() is True: skip = True
         return skip
 
+    def explain(self, cbs=None):
+        """Print the loop, each event with the callbacks that answer it, in order; `cbs` as in `fit`."""
+        from runner.explain import explanation
+        print(explanation([*self.cbs, *listify(cbs)]))
+
     # --- the learner's parts ----------------------------------------------------------------------------------
 
     @property

@@ -432,3 +432,36 @@ def test_fit_within_a_fit_is_refused():
         def begin_batch(self): self.run.fit(1, self.learn)
     with pytest.raises(RuntimeError, match=r"already fitting.*a Runner of its own"):
         Runner(Nested()).fit(1, make_learn())
+
+
+# --- the loop in words --------------------------------------------------------------------------------------------
+
+def test_explain_has_the_events_in_their_real_order():
+    log = Log()
+    Runner(log).fit(1, make_learn())                                # two training batches, one of validation
+    happened = [e for i, e in enumerate(log.events) if not 2 + len(TRAIN) <= i < 2 + 2 * len(TRAIN)]    # one of the two
+    from runner.explain import LOOP
+    told = [event for _, event, _ in LOOP if event]
+    assert told[:len(happened)] == happened
+    assert set(told) == set(EVENTS)
+    assert told[len(happened):] == ["after_cancel_batch", "after_cancel_epoch", "after_cancel_train"]
+
+
+def test_explain_names_who_answers_in_order(capsys):
+    class Early(Callback):
+        _order = -20
+        def begin_fit(self): pass
+        def after_step(self): pass
+
+    class Late(Callback):
+        _order = 20
+        def begin_fit(self): pass
+    run = Runner([Late(), Recorder()])
+    run.explain([Early(), Log()])
+    lines = capsys.readouterr().out.splitlines()
+    found = {line.split()[0]: line.split(maxsplit=1)[1:] for line in lines if line.strip()[0] in "ab"}
+    assert found["begin_fit"] == ["Early, TrainEvalCallback, Recorder, Late"]
+    assert found["after_step"] == ["Early"]
+    assert found["after_pred"] == []
+    assert lines[-1] == "at every event: Log"
+    assert [type(cb).__name__ for cb in run.cbs] == ["TrainEvalCallback", "Late", "Recorder"]

@@ -1,0 +1,44 @@
+"""`Runner.explain`: the loop as text, each event with the callbacks that answer it."""
+
+from runner.core import Callback
+
+# The loop of `Runner.fit`, `all_batches` and `one_batch`: (depth, event or None, what the loop does there).
+LOOP = (
+    (0, "begin_fit", ""),
+    (0, None, "for each epoch:"),
+    (1, "begin_epoch", ""),
+    (1, None, "for each training batch:"),
+    (2, "begin_batch", ""), (2, None, "pred = model(xb)"),
+    (2, "after_pred", ""), (2, None, "loss = loss_func(pred, yb)"),
+    (2, "after_loss", ""), (2, None, "loss.backward()"),
+    (2, "after_backward", ""), (2, None, "opt.step()"),
+    (2, "after_step", ""), (2, None, "opt.zero_grad()"),
+    (2, "after_batch", ""),
+    (1, "begin_validate", ""),
+    (1, None, "for each validation batch, without gradients:"),
+    (2, "begin_batch", ""), (2, None, "pred = model(xb)"),
+    (2, "after_pred", ""), (2, None, "loss = loss_func(pred, yb)"),
+    (2, "after_loss", ""), (2, "after_batch", ""),
+    (1, "after_epoch", ""),
+    (0, "after_fit", ""),
+    (0, None, "if cancelled:"),
+    (1, "after_cancel_batch", ""), (1, "after_cancel_epoch", ""), (1, "after_cancel_train", ""),
+)
+
+
+def explanation(cbs):
+    """The loop as text, with the callbacks out of `cbs` that answer each event, in the order of their calls."""
+    ordered = sorted(cbs, key=lambda cb: cb._order)
+    # One with a `__call__` of its own is called at every event, and only it knows which it answers.
+    always = [cb for cb in ordered if not isinstance(cb, Callback) or type(cb).__call__ is not Callback.__call__]
+    width = 2 + max(2 * depth + len(event) for depth, event, _ in LOOP if event)
+
+    def names(cbs): return ", ".join(type(cb).__name__ for cb in cbs)
+
+    def line(depth, event, step):
+        if event is None: return "  " * depth + step
+        answers = names(cb for cb in ordered if cb not in always and cb.handler(event) is not None)
+        return f"{'  ' * depth + event:{width}}{answers}".rstrip()
+    lines = [line(*entry) for entry in LOOP]
+    if always: lines.append(f"at every event: {names(always)}")
+    return "\n".join(lines)
