@@ -298,8 +298,7 @@ def describe(x, near, bins, limits, host=None):
 
     `limits` are the histogram's ends: a pair, or "symmetric" for -r to r with the least r that holds all values but
     none beyond 6 std of the mean, or "range" for the same without symmetry. The first and the last bin count what lies
-    beyond the ends too, so that the counts sum to the number of values; a batch with a value that is not finite has no
-    counts.
+    beyond the ends too, so that the counts sum to the number of values; where the mean is not finite there are none.
 
     On the host 0-dim tensors are made into numbers at once: at batch size 2 arithmetic with them would be most of the
     time. Elsewhere that would wait for the device, and they stay tensors.
@@ -325,12 +324,15 @@ def describe(x, near, bins, limits, host=None):
             start = -end
     else: start, end = limits
     numbers = mean, std, low, high, beyond, broken, start, end
-    if host and broken: return [*numbers, *[0] * bins]
-    width = larger(end - start, 1e-30) if host else torch.as_tensor(end - start, device=x.device).clamp_min(1e-30)
-    at = centred.add_(mean - start).mul_(bins / width).clamp_(0, bins - 1)
+    if host and not math.isfinite(mean): return [*numbers, *[0] * bins]     # the sum overflows before the values do
     # torch.histc takes five times as long on a CPU, and bincount waits for a GPU.
-    if host: return [*numbers, *torch.bincount(at.int(), minlength=bins).tolist()]
-    counts = torch.histc(at, bins, 0, bins) * (broken == 0)
+    if host:
+        scale = bins / max(end - start, 1e-30)
+        at = torch.add(torch.tensor((mean - start) * scale, dtype=x.dtype), centred, alpha=scale)
+        return [*numbers, *torch.bincount(at.clamp_(0, bins - 1).int(), minlength=bins).tolist()]
+    scale = bins / torch.as_tensor(end - start, dtype=x.dtype, device=x.device).clamp_min(1e-30)
+    at = ((mean - start + centred) * scale).clamp_(0, bins - 1)
+    counts = torch.histc(at, bins, 0, bins) * torch.isfinite(mean)
     return torch.cat((torch.stack([torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in numbers]), counts))
 
 
@@ -345,7 +347,7 @@ class Described(Probe):
         which, **kwargs: as for `Probe`.
 
     A row has `mean`, `std` (unbiased), `min`, `max`, `near_zero` and `non_finite` (shares, 0 to 1), `low` and `high`
-    (the histogram's ends) and `hist` (its counts; all 0 if a value is not finite).
+    (the histogram's ends) and `hist` (its counts; all 0 if the mean is not finite).
     """
 
     near = 1e-3

@@ -112,6 +112,16 @@ def test_describe_counts_what_is_not_finite_and_leaves_the_histogram_empty(host)
 
 
 @pytest.mark.parametrize("host", [True, False])
+@pytest.mark.parametrize("x", [[3e38, 3e38, -1.0], [3e38, -3e38, 0.0], [1e30, 1.0, -1e30]])
+def test_describe_survives_values_at_the_end_of_float32(x, host):
+    found = describe(torch.tensor(x), 0.5, 4, "range", host)
+    found = found if host else found.tolist()
+    assert found[2:6] == pytest.approx([min(x), max(x), sum(abs(v) > 0.5 for v in x), 0])
+    # Elsewhere than on the host the width itself overflows in the second case.
+    if host or x[1] > -1e38: assert sum(found[8:]) == (3 if math.isfinite(found[0]) else 0)
+
+
+@pytest.mark.parametrize("host", [True, False])
 def test_describe_of_far_away_values_keeps_their_spread(host):
     x = torch.randn(1000) + 1e4
     expected = x.double().std().item()

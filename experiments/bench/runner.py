@@ -80,15 +80,19 @@ def epoch(f, dl, norm=nn.BatchNorm2d):
     return lambda: f(model, opt, dl)
 
 
+def per_step(arms, size, batches, config):
+    """Milliseconds per training step of `arms`, functions as `by_hand`, in epochs of `batches`: `{name: [ms, ...]}`."""
+    dl = loader(batches, size, config.rng())
+    with settings(onednn=size > 8):
+        times = interleave({name: epoch(f, dl) for name, f in arms.items()}, config.repetitions, 0.15)
+    return {name: [ms / batches for ms in values] for name, values in times.items()}
+
+
 def rows(config):
     """The part's rows."""
     found = []
     for size, batches, target in ((2, 100, 1.05), (64, 20, 1.02)):
-        dl = loader(batches, size, config.rng())
-        with settings(onednn=size > 8):
-            times = interleave({"by hand": epoch(by_hand, dl), "Runner": epoch(with_runner, dl)},
-                               config.repetitions, 0.15)
-        times = {name: [ms / batches for ms in values] for name, values in times.items()}
+        times = per_step({"by hand": by_hand, "Runner": with_runner}, size, batches, config)
         found += [row("runner", f"batch {size}", "by hand", None, times),
                   row("runner", f"batch {size}", "Runner", "by hand", times, target)]
     return found
