@@ -1,1 +1,11 @@
 """One file per reproduced result, and what they share: data, networks, run folders. See `python -m experiments`."""
+
+# name: (module, what it shows, usual running time on two cores). Nothing is imported before it is asked for.
+EXPERIMENTS = {
+    "small-batch": ("experiments.small_batch", "batch norm fails at batch size 2, running batch norm does not",
+                    "5 min on MNIST, 40 s on the digits"),
+}
+TOOLS = {
+    "bench": ("experiments.bench", "what the norms, the runner, hooks and an epoch cost, as ratios", "ten minutes"),
+    "table": ("experiments.table", "print the results table of a run folder as Markdown", "at once"),
+}

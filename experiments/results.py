@@ -21,13 +21,17 @@ class Result:
     """What an experiment's `run(config)` returns.
 
     `rows` are its final figures, one per arm and seed; `reproduced` is True, False or None (not tested), `verdict`
-    says so in a sentence; `folder` is the run folder.
+    says so in a sentence; `folder` is the run folder. `status` is the command's exit status: 1 if the published result
+    was looked for and not found, or no arm ran, else 0.
     """
 
     rows: list = field(default_factory=list)
     reproduced: bool | None = None
     verdict: str = ""
     folder: Path | None = None
+
+    @property
+    def status(self): return int(self.reproduced is False or all(r["status"] == "failed" for r in self.rows))
 
 
 class RunFolder:

@@ -10,31 +10,17 @@ makes them about +1 and -1 whatever they were; the running statistics used in ev
 
 import argparse
 import math
-import time
-from collections import Counter
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from experiments.data import NAMES, TRAIN_IMAGES, load_data
+from experiments.arms import MEASURED, by_arm, heading, mean, measured, plural, run_arms, train, windows
+from experiments.data import TRAIN_IMAGES, load_data
 from experiments.errors import InputError, pick
-from experiments.models import conv_layer, get_cnn_model, get_runner, init_alike
-from experiments.results import Result, RunFolder, text_table
+from experiments.models import conv_layer, get_cnn_model, init_alike
+from experiments.settings import ImageSettings, add_choice, add_image_arguments, choose, from_args, positive
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
-from runner import (
-    AvgStatsCallback,
-    BatchTransformXCallback,
-    CPUBackendCallback,
-    CudaCallback,
-    DataBunch,
-    ProgressCallback,
-    Recorder,
-    accuracy,
-    get_dls,
-    view_tfm,
-)
-from runner.progress import format_time
+from runner import CPUBackendCallback
 
 CHANNELS = [8, 16, 32, 64, 64]
 NORMS = {
@@ -65,63 +51,35 @@ DIGITS_EPOCHS = 5           # 1,197 images are 598 steps an epoch, too few for o
 
 
 @dataclass
-class Config:
+class Config(ImageSettings):
     """Settings of the run; the defaults are the published ones.
 
-    `norms` are names in `NORMS`; `seeds` is a list; `epochs` None means 1 on MNIST and 5 on the digits; `limit` cuts
-    the training and validation images; `out` is the run folder; `device` is "auto" (the GPU if there is one), "cpu",
-    "cuda" or "cuda:1"; `backend` is what convolutions run on a CPU, a name in `BACKENDS`; `compile` compiles the steps.
+    `norms` are names in `NORMS`; `epochs` None means 1 on MNIST and 5 on the digits; `backend` is what convolutions run
+    on a CPU, a name in `BACKENDS`; `compile` compiles the steps.
 
     Raises:
         InputError: a value that makes no sense.
     """
 
-    data: str = "auto"
-    data_dir: str | None = None
     norms: tuple = tuple(NORMS)
     batch_size: int = 2
     lr: float = 0.4
     epochs: int | None = None
-    seeds: tuple = (0,)
-    limit: int | None = None
-    out: str | None = None
-    device: str = "auto"
     backend: str = "auto"
     compile: bool = False
 
     def __post_init__(self):
-        self.data = pick(self.data, NAMES, "data set")
-        self.norms = tuple(pick(n, NORMS, "norm") for n in self.norms)
+        self.norms = choose(self.norms, NORMS, "norm")
         self.backend = pick(self.backend, BACKENDS, "backend")
-        self.seeds = tuple(self.seeds)
-        for name, values in (("norms", self.norms), ("seeds", self.seeds)):
-            if not values: raise InputError(f"{name} is empty; name at least one")
-            twice = [v for v, n in Counter(values).items() if n > 1]
-            if twice: raise InputError(f"{name} lists {twice[0]!r} twice; name each once")
-        for name in ("batch_size", "epochs", "limit"):
-            v = getattr(self, name)
-            if (v is not None or name == "batch_size") and not (_is_int(v) and v >= 1):
-                raise InputError(f"{name.replace('_', ' ')} is {v!r}; it must be a positive integer")
+        positive("batch size", self.batch_size)
+        if self.epochs is not None: positive("epochs", self.epochs)
         if not isinstance(self.lr, (int, float)) or not 0 < self.lr < math.inf:
             raise InputError(f"lr is {self.lr!r}; it must be a positive number such as 0.4")
-        for seed in self.seeds:
-            if not (_is_int(seed) and 0 <= seed < 2**32):
-                raise InputError(f"seed {seed!r} makes no sense; seeds are integers from 0 to 2^32 - 1")
-        if self.device == "auto": self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        try: device = torch.device(self.device)
-        except RuntimeError: device = None
-        if device is None or device.type not in ("cpu", "cuda"):
-            raise InputError(f"unknown device {self.device!r}; use auto, cpu or cuda")
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise InputError(f"device {self.device!r} was asked for and torch sees {torch.cuda.device_count()} GPUs; "
-                             "use cpu, or auto")
+        super().__post_init__()
         if self.compile:
             from runner.compiled import CompileError, require_compiler
             try: require_compiler()
             except CompileError as e: raise InputError(str(e)) from e
-
-
-def _is_int(v): return isinstance(v, int) and not isinstance(v, bool)
 
 
 # --- one arm ------------------------------------------------------------------------------------------------------
@@ -135,30 +93,9 @@ def build(norm, seed, c=10):
 
 def train_arm(config, images, norm, seed, label):
     """Train one norm from one seed: `(rows per epoch, final row, training losses)`."""
-    device = torch.device(config.device)
-    order = torch.Generator().manual_seed(seed)
-    data = DataBunch(*get_dls(images.train, images.valid, config.batch_size, drop_last=True, generator=order), images.c)
-    model = build(norm, seed, images.c)
-    backend = CPUBackendCallback(*BACKENDS[config.backend])
-    cbs = [Recorder(), AvgStatsCallback(accuracy), CudaCallback(device), BatchTransformXCallback(view_tfm(1, 28, 28)),
-           backend, ProgressCallback(label)]
-    learn, run = get_runner(model, data, config.lr, cbs, compile=config.compile)
-    row = {"norm": norm, "batch_size": config.batch_size, "lr": config.lr, "seed": seed, "epochs": config.epochs,
-           "parameters": sum(p.numel() for p in model.parameters())}
-    start = time.perf_counter()
-    error = None
-    # A norm that refuses its input (torch's batch norm does, one value per channel) is a row, not a crash.
-    try: run.fit(config.epochs, learn)
-    except ValueError as e: error = str(e)
-    if device.type == "cpu": row["backend"] = {**(backend.choice or {}), "reason": backend.reason}
-    epochs = [{"norm": norm, "seed": seed, **r} for r in run.avg_stats.history]
-    names = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
-    row.update({n: epochs[-1][n] if epochs else math.nan for n in names})
-    row["seconds"] = time.perf_counter() - start
-    finite = all(math.isfinite(row[n]) for n in names)
-    row["status"] = "failed" if error else "ok" if finite else "diverged"
-    if error: row["error"] = error
-    return epochs, row, run.recorder.losses
+    row = {"norm": norm, "batch_size": config.batch_size, "lr": config.lr, "seed": seed, "epochs": config.epochs}
+    return train(build(norm, seed, images.c), images, row, config.device, label, drop_last=True,
+                 backend=CPUBackendCallback(*BACKENDS[config.backend]), compile=config.compile)
 
 
 # --- the experiment -----------------------------------------------------------------------------------------------
@@ -170,55 +107,23 @@ def run(config):
     if config.batch_size > len(images.train):
         raise InputError(f"batch size is {config.batch_size} and there are {len(images.train)} training images; take a "
                          "smaller batch size or a larger limit")
-    folder = RunFolder(config.out, "small-batch", config, {"data": str(images), "published": PUBLISHED})
-    print(header(config, images), flush=True)
-    arms = [(norm, seed) for seed in config.seeds for norm in config.norms]
-    rows, curves, start, interrupted = [], {}, time.perf_counter(), False
-    try:
-        for i, (norm, seed) in enumerate(arms):
-            epochs, row, losses = train_arm(config, images, norm, seed, f"[{i + 1}/{len(arms)}] {norm}, seed {seed}")
-            for r in epochs: folder.add_metrics(r)
-            rows.append(row)
-            if seed == config.seeds[0]: curves[norm] = windows(losses)
-            if i == 0 and "backend" in row: print(f"  convolutions: {row['backend']['reason']}")
-            if "error" in row: print(f"  {norm} failed: {row['error']}")
-            folder.write_json("summary.json", summary(config, images, rows, arms))
-            spent = time.perf_counter() - start
-            left = spent / len(rows) * (len(arms) - len(rows))
-            if left: print(f"  {format_time(spent)} so far, about {format_time(left)} to go", flush=True)
-    except KeyboardInterrupt: interrupted = True
-    if rows:
-        folder.write_json("curves.json", curves)
-        draw(rows, curves, images, config, folder.path / "small_batch.png")
-        print("\n" + text_table(*table(summary(config, images, rows, arms))))
-    if interrupted:
-        kept = f"their rows are in {folder.path / 'summary.json'}" if rows else "there is nothing to keep"
-        print(f"\nInterrupted: {len(rows)} of {len(arms)} arms had finished; {kept}.", flush=True)
-        raise KeyboardInterrupt("reported")
-    result = Result(rows, *judge(rows, images.name, len(images.train)), folder.path)
-    print(f"\n{folder.path / 'small_batch.png'} and summary.json lie in the run folder.\n{result.verdict}", flush=True)
-    return result
+
+    def arm(norm, seed, label):
+        epochs, row, losses = train_arm(config, images, norm, seed, label)
+        return epochs, row, windows(losses)
+    return run_arms("small-batch", config, images, [(n, s) for s in config.seeds for n in config.norms], arm,
+                    header=header(config, images), judge=judge, table=table, published=PUBLISHED,
+                    draw=lambda rows, curves, path: draw(rows, curves, images, config, path))
 
 
 def header(config, images):
     """What is run, on what, from what: the lines above the first arm."""
-    notice = [f"{'*' * 79}\n{images.notice}\n{'*' * 79}"] if images.notice else []
     n = sum(p.numel() for p in build("none", 0).parameters())
-    return "\n".join([*notice, f"data:    {images}",
-        f"network: conv layers {CHANNELS}, pool, linear; {n:,} parameters without a norm",
-        f"run:     batch size {config.batch_size}, lr {config.lr}, {config.epochs} epoch{'s' * (config.epochs > 1)}, "
+    return heading(
+        images, f"conv layers {CHANNELS}, pool, linear; {n:,} parameters without a norm",
+        f"run:     batch size {config.batch_size}, lr {config.lr}, {plural(config.epochs, 'epoch')}, "
         f"seeds {', '.join(map(str, config.seeds))}, device {config.device}{', compiled' * config.compile}",
-        f"arms:    {', '.join(config.norms)}"])
-
-
-def summary(config, images, rows, arms):
-    """What `summary.json` holds: the verdict so far, the setting and one row per arm and seed."""
-    complete = len(rows) == len(arms)
-    reproduced, verdict = judge(rows, images.name, len(images.train)) if complete else (
-        None, f"Not complete: {len(rows)} of {len(arms)} arms have finished.")
-    return {"experiment": "small-batch", "data": images.name, "train_images": len(images.train),
-            "valid_images": len(images.valid), "complete": complete, "reproduced": reproduced,
-            "verdict": verdict, "published": PUBLISHED, "rows": rows}
+        f"arms:    {', '.join(config.norms)}")
 
 
 def judge(rows, data, train_images):
@@ -226,8 +131,7 @@ def judge(rows, data, train_images):
 
     `rows` were trained on `train_images` images of `data`.
     """
-    means = {norm: _mean([r["valid_accuracy"] for r in rows if r["norm"] == norm])
-             for norm in dict.fromkeys(r["norm"] for r in rows)}
+    means = {norm: mean([r["valid_accuracy"] for r in arm]) for norm, arm in by_arm(rows, "norm").items()}
     batch = {n: means[n] for n in BATCH_NORMS if n in means}
     if rows[0]["batch_size"] != 2 or not batch or "RunningBatchNorm" not in means:
         return None, ("The published effect was not tested: that takes batch size 2 and the arms RunningBatchNorm and "
@@ -237,17 +141,12 @@ def judge(rows, data, train_images):
     published_setting = comparable(rows) and train_images == TRAIN_IMAGES
     floor = EXPECTED_MEAN - 3 * EXPECTED_STD / math.sqrt(n) if published_setting else best + VISIBLE_GAP
     found = (f"{' and '.join(f'{k} {v:.3f}' for k, v in batch.items())} (failed is below {FAILED}), RunningBatchNorm "
-             f"{running:.3f} (at least {floor:.3f} needed), mean validation accuracy of {n} seed{'s' * (n > 1)}")
+             f"{running:.3f} (at least {floor:.3f} needed), mean validation accuracy of {plural(n, 'seed')}")
     ok = best < FAILED and running >= floor
     if published_setting:
         return ok, f"The published effect was {'' if ok else 'NOT '}reproduced: {found}."
     return ok, (f"The published effect is {'' if ok else 'NOT '}visible on {data}, which is not the published "
                 f"setting (MNIST in full, lr 0.4, one epoch): {found}.")
-
-
-def _mean(values):
-    """Mean of `values`; a run that diverged to NaN counts as 0 correct."""
-    return sum(v if v is not None and math.isfinite(v) else 0.0 for v in values) / len(values)
 
 
 def comparable(rows):
@@ -260,22 +159,11 @@ def table(summary):
 
     Published figures are left out beside other settings; beside other images the heading says that they are MNIST's.
     """
-    rows, lines = summary["rows"], []
-    whole = summary["train_images"] == TRAIN_IMAGES
+    rows = summary["rows"]
     published = PUBLISHED if all((r["batch_size"], r["lr"]) == (2, 0.4) for r in rows) else {}
-    for norm in dict.fromkeys(r["norm"] for r in rows):
-        arm = [r for r in rows if r["norm"] == norm]
-        accs = [a for r in arm if (a := r["valid_accuracy"]) is not None and math.isfinite(a)]
-        losses = [math.nan if r["valid_loss"] is None else r["valid_loss"] for r in arm]
-        status = Counter(r["status"] for r in arm)
-        lines.append([
-            norm, " / ".join(f"{p:.4f}" for p in published.get(norm, [])) or "-",
-            f"{sum(accs) / len(accs):.4f}" if accs else "-",
-            f"{min(accs):.4f} to {max(accs):.4f}" if len(accs) > 1 else "-",
-            f"{sum(losses) / len(losses):.4g}", str(len(arm)), f"{sum(r['seconds'] for r in arm) / len(arm):.0f}",
-            ", ".join(f"{n} {s}" if len(status) > 1 else s for s, n in status.items())])
-    heading = "published" if whole else "published on MNIST"
-    return ["norm", heading, "valid accuracy", "range", "valid loss", "seeds", "seconds", "status"], lines
+    lines = [[norm, " / ".join(f"{p:.4f}" for p in published.get(norm, [])) or "-", *measured(arm)]
+             for norm, arm in by_arm(rows, "norm").items()]
+    return ["norm", "published" if summary["train_images"] == TRAIN_IMAGES else "published on MNIST", *MEASURED], lines
 
 
 def draw(rows, curves, images, config, path):
@@ -288,8 +176,8 @@ def draw(rows, curves, images, config, path):
     groups = {norm: [r["valid_accuracy"] for r in rows if r["norm"] == norm] for norm in curves}
     as_published = comparable(rows) and len(images.train) == TRAIN_IMAGES
     plots.plot_groups(groups, left, reference=PUBLISHED if as_published else None,
-                      xlabel=f"validation accuracy after {config.epochs} epoch{'s' * (config.epochs > 1)}, "
-                             f"{len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}, bar: mean",
+                      xlabel=f"validation accuracy after {plural(config.epochs, 'epoch')}, "
+                             f"{plural(len(config.seeds), 'seed')}, bar: mean",
                       title=f"batch size {config.batch_size}, lr {config.lr}, {images.name}")
     left.set_xlim(0, 1)
     plots.plot_lines({norm + ("" if math.isfinite(ys[-1]) else " (diverged)"): (xs, ys)
@@ -300,42 +188,16 @@ def draw(rows, curves, images, config, path):
     plots.save(fig, path)
 
 
-def windows(losses, n=100):
-    """Means of `losses` over `n` windows, with the step at the middle of each: `(steps, means)`."""
-    size = max(1, len(losses) // n)
-    starts = range(0, len(losses) - size + 1, size)
-    return [s + size / 2 for s in starts], [sum(losses[s:s + size]) / size for s in starts]
-
-
 # --- the command line ---------------------------------------------------------------------------------------------
-
-def parse_seeds(text):
-    """'3' is the seeds 0, 1, 2; '0,4' is these two; '7,' is the seed 7 alone."""
-    try: numbers = [int(t) for t in text.split(",") if t.strip()]
-    except ValueError: numbers = []
-    if not numbers or ("," not in text and not 1 <= numbers[0] <= 1000):
-        raise InputError(f"seeds is {text!r}; give a number of seeds (3 means 0, 1 and 2) or a list such as 0,4 or 7,")
-    return tuple(numbers) if "," in text else tuple(range(numbers[0]))
-
 
 def add_arguments(parser):
     """Declare the options of `python -m experiments small-batch`."""
-    parser.add_argument("--data", default="auto", metavar="NAME",
-                        help="mnist, digits, or auto (default): MNIST if it can be had, else scikit-learn's digits")
-    parser.add_argument("--data-dir", metavar="DIR", help="folder that holds MNIST/raw/ (default: $NORMS_DATA_DIR, the "
-                        "user's cache, then a download into it)")
-    parser.add_argument("--norms", nargs="+", default=list(NORMS), metavar="NORM",
-                        help=f"arms, separated by spaces or commas (default: all of {', '.join(NORMS)})")
+    add_choice(parser, "norms", NORMS)
     parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="training batch size (default: 2)")
     parser.add_argument("--lr", type=float, default=0.4, metavar="X", help="learning rate (default: 0.4)")
     parser.add_argument("--epochs", type=int, metavar="N",
                         help=f"epochs (default: 1 on MNIST, {DIGITS_EPOCHS} on the digits)")
-    parser.add_argument("--seeds", default="1", metavar="N",
-                        help="number of seeds, 3 meaning 0, 1 and 2, or a list such as 0,4 or 7, (default: 1)")
-    parser.add_argument("--limit", type=int, metavar="N", help="use the first N training images only, and at most N "
-                        "validation images (default: all)")
-    parser.add_argument("--out", metavar="DIR", help="run folder to make (default: runs/small-batch/<date>-<time>)")
-    parser.add_argument("--device", default="auto", metavar="DEV", help="auto (default), cpu, cuda, cuda:1, ...")
+    add_image_arguments(parser, "small-batch")
     parser.add_argument("--backend", default="auto", metavar="NAME", help="convolutions on a CPU: onednn, own (torch's "
                         "own, one thread), or auto (default): whichever is faster on the first batch")
     parser.add_argument("--compile", action="store_true", help="compile the steps: up to half a minute per arm first, "
@@ -343,8 +205,5 @@ def add_arguments(parser):
 
 
 def main(args):
-    """Run with parsed options; the exit status: 1 if the effect was looked for and not found, or no arm ran, else 0."""
-    options = dict(vars(args), seeds=parse_seeds(args.seeds),
-                   norms=[n for word in args.norms for n in word.split(",") if n])
-    result = run(Config(**options))
-    return 1 if result.reproduced is False or all(r["status"] == "failed" for r in result.rows) else 0
+    """Run with parsed options; the exit status."""
+    return run(Config(**from_args(args))).status

@@ -1,9 +1,10 @@
 """Print the results table of one or several runs as Markdown, or put it into a file between two marks."""
 
+import importlib
 from pathlib import Path
 
-from experiments import bench, small_batch
-from experiments.errors import InputError
+from experiments import EXPERIMENTS, TOOLS
+from experiments.errors import InputError, pick
 from experiments.results import markdown_table, read_summary
 
 END = "<!-- end of results -->"
@@ -15,16 +16,25 @@ def begin(name):
 
 
 def markdown(summaries):
-    """The table of all rows of `summaries`, runs of small-batch on the same data, and the verdict; or a bench's."""
-    if any("machine" in s for s in summaries):
+    """The table of all rows of `summaries`, runs of one experiment on the same data, and the verdict; or a bench's."""
+    name = experiment(summaries)
+    module = importlib.import_module((EXPERIMENTS | TOOLS)[name][0])
+    if name == "bench":
         if len(summaries) > 1: raise InputError("a bench's ratios hold within one run; name that run alone")
-        return bench.markdown(summaries[0])
+        return module.markdown(summaries[0])
     data = {(s["data"], s["train_images"]) for s in summaries}
     if len(data) > 1: raise InputError(f"these runs are of different data, {sorted(data)}; name runs of one")
     rows = [row for s in summaries for row in s["rows"]]
     if not rows: raise InputError("these runs have no rows, for no arm had finished; name others")
-    _, verdict = small_batch.judge(rows, *data.pop())
-    return f"{markdown_table(*small_batch.table({**summaries[0], 'rows': rows}))}\n\n{verdict}"
+    _, verdict = module.judge(rows, *data.pop())
+    return f"{markdown_table(*module.table({**summaries[0], 'rows': rows}))}\n\n{verdict}"
+
+
+def experiment(summaries):
+    """The name of the experiment that all `summaries` are of; a bench's record names none."""
+    names = sorted({s.get("experiment", "bench") for s in summaries})
+    if len(names) > 1: raise InputError(f"these runs are of different experiments, {names}; name runs of one")
+    return pick(names[0], [*EXPERIMENTS, "bench"], "experiment")
 
 
 def insert(text, table, name):
@@ -44,16 +54,17 @@ def add_arguments(parser):
     """Declare the options of `python -m experiments table`."""
     parser.add_argument("run", nargs="+", help="run folders, or summary.json files; their rows come into one table")
     parser.add_argument("--into", metavar="FILE", help=f"write it into FILE, between <!-- results: NAME --> and {END}")
-    parser.add_argument("--name", default="small-batch", metavar="NAME", help="the mark's NAME (default: small-batch)")
+    parser.add_argument("--name", metavar="NAME", help="the mark's NAME (default: the experiment's)")
 
 
 def main(args):
     """Print or insert the table; the exit status."""
-    table = markdown([read_summary(run) for run in args.run])
+    summaries = [read_summary(run) for run in args.run]
+    table = markdown(summaries)
     if args.into is None:
         print(table)
         return 0
     file = Path(args.into)
-    try: file.write_text(insert(file.read_text(), table, args.name))
+    try: file.write_text(insert(file.read_text(), table, args.name or experiment(summaries)))
     except OSError as e: raise InputError(f"can't write {args.into!r}: {e.strerror}; name a text file") from e
     return 0

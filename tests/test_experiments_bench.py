@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from experiments import table
 from experiments.__main__ import main
 from experiments.bench import PARTS, Config, lesson_form, timing
 from experiments.bench.norms import arms, network, step
@@ -126,9 +125,5 @@ def test_bad_input_is_refused():
     assert Config(parts=()).parts == tuple(PARTS)
 
 
-def test_the_readme_table_is_generated_from_the_committed_record():
-    file, readme = "experiments/results/bench.json", (ROOT / "README.md").read_text()
-    record = read_summary(ROOT / file)
-    assert table.insert(readme, table.markdown([record]), "bench") == readme, (
-        f"run: python -m experiments table {file} --into README.md --name bench")
-    assert {r["part"] for r in record["rows"]} == set(PARTS)
+def test_the_committed_record_has_every_part():
+    assert {r["part"] for r in read_summary(ROOT / "experiments/results/bench.json")["rows"]} == set(PARTS)

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import small_batch, table
-from experiments.__main__ import EXPERIMENTS, TOOLS, main
+from experiments import EXPERIMENTS, TOOLS, arms, small_batch
+from experiments.__main__ import main
 from experiments.errors import InputError
 from experiments.results import RunFolder, read_summary, text_table
-from experiments.small_batch import NORMS, Config, judge, parse_seeds
+from experiments.settings import parse_seeds
+from experiments.small_batch import NORMS, Config, judge
 
 ROOT = Path(__file__).parent.parent
 FIELDS = {"norm", "batch_size", "lr", "seed", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds",
@@ -79,14 +80,14 @@ def test_run_folder_holds_all_that_is_promised(tmp_path, capsys):
 
 def test_same_seed_same_rows_and_same_batches_for_every_norm(tmp_path, monkeypatch):
     orders = []
-    real = small_batch.get_dls
+    real = arms.get_dls
 
     def spy(train, valid, bs, **kwargs):
         dls = real(train, valid, bs, **kwargs)
         again = {**kwargs, "generator": torch.Generator().manual_seed(kwargs["generator"].initial_seed())}
         orders.append([tuple(i) for i in real(train, valid, bs, **again)[0].sampler])
         return dls
-    monkeypatch.setattr(small_batch, "get_dls", spy)
+    monkeypatch.setattr(arms, "get_dls", spy)
     a, b = (small(tmp_path / n, norms=("none", "BatchNorm", "RunningBatchNorm"), seeds=(1,)) for n in "ab")
     assert all(o == orders[0] for o in orders)
     for p, q in zip(a.rows, b.rows, strict=True):
@@ -341,18 +342,6 @@ def test_table_by_hand():
     assert text_table(["a", "bb"], [["ccc", "1"]]) == "a    bb\nccc   1"
 
 
-RECORDS = {"small-batch": ["small_batch"], "more-seeds": ["running_seeds_0_to_5", "running_seeds_6_to_11"]}
-
-
-@pytest.mark.parametrize("name", RECORDS)
-def test_readme_tables_are_generated_from_the_committed_records(name):
-    files = [f"experiments/results/{f}.json" for f in RECORDS[name]]
-    records, readme = [read_summary(ROOT / f) for f in files], (ROOT / "README.md").read_text()
-    assert table.insert(readme, table.markdown(records), name) == readme, (
-        f"run: python -m experiments table {' '.join(files)} --into README.md --name {name}")
-    for r in records: assert (r["data"], r["train_images"], r["complete"]) == ("MNIST", 50_000, True)
-
-
 def test_spread_of_the_criterion_is_that_of_the_committed_records():
     found = {}
     for when in ("earlier", "seeds"):
@@ -368,20 +357,6 @@ def test_spread_of_the_criterion_is_that_of_the_committed_records():
     assert said in " ".join((ROOT / "README.md").read_text().split())
     main_run = read_summary(ROOT / "experiments" / "results" / "small_batch.json")
     assert judge(main_run["rows"], "MNIST", 50_000)[0] is True
-
-
-def test_table_goes_between_its_marks_and_nowhere_else():
-    a, b, end = table.begin("a"), table.begin("b"), table.END
-    text = f"x\n{a}\nold\n{end}\ny\n{b}\nold\n{end}\nz"
-    assert table.insert(text, "new", "b") == f"x\n{a}\nold\n{end}\ny\n{b}\nnew\n{end}\nz"
-    with pytest.raises(InputError, match="there is no place for the table"): table.insert(text, "new", "c")
-
-
-def test_tables_of_different_data_are_not_mixed():
-    one = {"data": "MNIST", "train_images": 50_000, "rows": []}
-    with pytest.raises(InputError, match="these runs are of different data"):
-        table.markdown([one, {**one, "train_images": 100}])
-    with pytest.raises(InputError, match="have no rows"): table.markdown([one])
 
 
 def test_readme_opens_with_two_commands_and_ci_runs_the_second():

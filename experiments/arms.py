@@ -1,0 +1,192 @@
+"""The arms of an experiment, run one after the other: training one, the loop over all, and their figures in words."""
+
+import math
+import time
+from collections import Counter
+from itertools import pairwise
+
+import torch
+
+from experiments.models import get_runner
+from experiments.results import Result, RunFolder, text_table
+from runner import (
+    AvgStatsCallback,
+    BatchTransformXCallback,
+    CPUBackendCallback,
+    CudaCallback,
+    DataBunch,
+    ParamScheduler,
+    ProgressCallback,
+    Recorder,
+    accuracy,
+    combine_scheds,
+    get_dls,
+    sched_lin,
+    view_tfm,
+)
+from runner.progress import format_time
+
+FIGURES = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
+MEASURED = ["valid accuracy", "range", "valid loss", "seeds", "seconds", "status"]     # the columns of `measured`
+WARM_UP = 0.3       # the part of training in which a rate of three stops goes from the first to the second
+
+
+# --- one arm ------------------------------------------------------------------------------------------------------
+
+def train(model, images, row, device, label, cbs=(), *, tfm=None, backend=None, drop_last=False, compile=False):
+    """Train `model` as `row` says: `(rows per epoch, final row, training losses)`.
+
+    Args:
+        model: what to train, by plain SGD and cross entropy.
+        images: an `ImageData`.
+        row: what the arm is, and the beginning of all its rows: the arm's name first, and `batch_size`, `lr` (see
+            `schedule`), `epochs` and `seed`, which decides the order of the training images.
+        device: where to.
+        label: for the progress bar.
+        cbs: further callbacks.
+        tfm: transform of the flat images of a batch; None views them as `(N, 1, 28, 28)`.
+        backend: a `CPUBackendCallback`; None for one that measures.
+        drop_last: whether to leave out the last training batch if it is smaller than the others.
+        compile: whether to compile the steps.
+
+    The final row has the last epoch's figures, seconds and the status: "ok", "diverged" (a figure that is not finite)
+    or "failed", with the error of a norm that refused its input.
+    """
+    order, device = torch.Generator().manual_seed(row["seed"]), torch.device(device)
+    dls = get_dls(images.train, images.valid, row["batch_size"], drop_last=drop_last, generator=order)
+    rate, sched = schedule(row["lr"])
+    backend = backend or CPUBackendCallback()
+    learn, run = get_runner(model, DataBunch(*dls, images.c), rate, [
+        Recorder(), AvgStatsCallback(accuracy), CudaCallback(device),
+        BatchTransformXCallback(tfm or view_tfm(1, 28, 28)), backend, ProgressCallback(label),
+        *([ParamScheduler("lr", sched)] if sched else []), *cbs], compile=compile)
+    row = {**row, "parameters": sum(p.numel() for p in model.parameters())}
+    start, error = time.perf_counter(), None
+    # A norm that refuses its input (torch's batch norm does, one value per channel) is a row, not a crash.
+    try: run.fit(row["epochs"], learn)
+    except ValueError as e: error = str(e)
+    if device.type == "cpu": row["backend"] = {**(backend.choice or {}), "reason": backend.reason}
+    arm = next(iter(row))
+    epochs = [{arm: row[arm], "seed": row["seed"], **r} for r in run.avg_stats.history]
+    row.update({n: epochs[-1][n] if epochs else math.nan for n in FIGURES})
+    row["seconds"] = time.perf_counter() - start
+    finite = all(math.isfinite(row[n]) for n in FIGURES)
+    row["status"] = "failed" if error else "ok" if finite else "diverged"
+    if error: row["error"] = error
+    return epochs, row, run.recorder.losses
+
+
+def schedule(lr):
+    """The first rate and the schedule of the learning rate `lr`: `(rate, schedule or None)`.
+
+    `lr` is a number, or the stops of a rate that is linear in between: `(start, end)`, or `(start, top, end)` with the
+    top at `WARM_UP` of the training.
+    """
+    if isinstance(lr, (int, float)): return lr, None
+    legs = [sched_lin(*leg) for leg in pairwise(lr)]
+    return lr[0], legs[0] if len(legs) == 1 else combine_scheds([WARM_UP, 1 - WARM_UP], legs)
+
+
+def windows(losses, n=100):
+    """Means of `losses` over `n` windows, with the step at the middle of each: `(steps, means)`."""
+    size = max(1, len(losses) // n)
+    starts = range(0, len(losses) - size + 1, size)
+    return [s + size / 2 for s in starts], [sum(losses[s:s + size]) / size for s in starts]
+
+
+# --- all arms -----------------------------------------------------------------------------------------------------
+
+def run_arms(experiment, config, data, arms, train_arm, *, header, judge, table, draw, published):
+    """Run `arms`, print as it goes, write the run folder: a `Result`.
+
+    Args:
+        experiment, config: the name and the settings, with `seeds` and `out`.
+        data: what it is run on, with `name`, `train`, `valid` and a `str`.
+        arms: pairs `(name, seed)`.
+        train_arm: `f(name, seed, label)` runs one: `(rows per epoch, final row, curve)`. The curves of the first seed
+            are kept, anything that JSON takes.
+        header: the lines above the first arm.
+        judge: `f(rows, data's name, size of the training set)` says whether the rows are the published ones:
+            `(True, False or None (not tested), a sentence)`.
+        table: `f(summary)` makes the header and the lines of a table out of what `summary.json` holds.
+        draw: `f(rows, curves, path)` draws the picture.
+        published: the published figures, for the record.
+
+    After Ctrl-C the finished arms are written and drawn, and KeyboardInterrupt goes on.
+    """
+    folder = RunFolder(config.out, experiment, config, {"data": str(data), "published": published})
+    picture = folder.path / f"{experiment.replace('-', '_')}.png"
+    print(header, flush=True)
+    rows, curves, start, interrupted = [], {}, time.perf_counter(), False
+
+    def summary():
+        complete = len(rows) == len(arms)
+        reproduced, verdict = judge(rows, data.name, len(data.train)) if complete else (
+            None, f"Not complete: {len(rows)} of {len(arms)} arms have finished.")
+        return {"experiment": experiment, "data": data.name, "train_images": len(data.train),
+                "valid_images": len(data.valid), "complete": complete, "reproduced": reproduced,
+                "verdict": verdict, "published": published, "rows": rows}
+    try:
+        for i, (name, seed) in enumerate(arms):
+            epochs, row, curve = train_arm(name, seed, f"[{i + 1}/{len(arms)}] {name}, seed {seed}")
+            for r in epochs: folder.add_metrics(r)
+            rows.append(row)
+            if seed == config.seeds[0]: curves[name] = curve
+            if i == 0 and "backend" in row: print(f"  convolutions: {row['backend']['reason']}")
+            if "error" in row: print(f"  {name} failed: {row['error']}")
+            folder.write_json("summary.json", summary())
+            spent = time.perf_counter() - start
+            left = spent / len(rows) * (len(arms) - len(rows))
+            if left: print(f"  {format_time(spent)} so far, about {format_time(left)} to go", flush=True)
+    except KeyboardInterrupt: interrupted = True
+    if rows:
+        folder.write_json("curves.json", curves)
+        draw(rows, curves, picture)
+        print("\n" + text_table(*table(summary())))
+    if interrupted:
+        kept = f"their rows are in {folder.path / 'summary.json'}" if rows else "there is nothing to keep"
+        print(f"\nInterrupted: {len(rows)} of {len(arms)} arms had finished; {kept}.", flush=True)
+        raise KeyboardInterrupt("reported")
+    result = Result(rows, *judge(rows, data.name, len(data.train)), folder.path)
+    print(f"\n{picture} and summary.json lie in the run folder.\n{result.verdict}", flush=True)
+    return result
+
+
+# --- figures in words ---------------------------------------------------------------------------------------------
+
+def heading(data, what, *lines):
+    """The lines above the first arm: a notice if there is one, the data, the network `what`, and further lines."""
+    notice = [f"{'*' * 79}\n{data.notice}\n{'*' * 79}"] if data.notice else []
+    return "\n".join([*notice, f"data:    {data}", f"network: {what}", *lines])
+
+
+def by_arm(rows, key="arm"):
+    """`rows` grouped by their arm's name, in the order of its first: `{name: rows}`."""
+    names = dict.fromkeys(r[key] for r in rows)
+    return {name: [r for r in rows if r[key] == name] for name in names}
+
+
+def mean(values):
+    """Mean of accuracies; a run that diverged to NaN counts as 0 correct."""
+    return sum(v if v is not None and math.isfinite(v) else 0.0 for v in values) / len(values)
+
+
+def measured(rows):
+    """The cells of one arm's `rows`, one per seed, under the headings `MEASURED`."""
+    accs = [a for r in rows if (a := r["valid_accuracy"]) is not None and math.isfinite(a)]
+    losses = [math.nan if r["valid_loss"] is None else r["valid_loss"] for r in rows]
+    return [f"{sum(accs) / len(accs):.4f}" if accs else "-",
+            f"{min(accs):.4f} to {max(accs):.4f}" if len(accs) > 1 else "-",
+            f"{sum(losses) / len(losses):.4g}", str(len(rows)), f"{sum(r['seconds'] for r in rows) / len(rows):.0f}",
+            statuses(rows)]
+
+
+def statuses(rows):
+    """'ok', or '2 ok, 1 diverged' where they differ."""
+    status = Counter(r["status"] for r in rows)
+    return ", ".join(f"{n} {s}" if len(status) > 1 else s for s, n in status.items())
+
+
+def plural(n, noun):
+    """'1 epoch', '3 epochs'."""
+    return f"{n} {noun}{'s' * (n != 1)}"

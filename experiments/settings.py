@@ -1,0 +1,123 @@
+"""The settings that experiments share, their checks and their options on the command line."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from experiments.data import NAMES
+from experiments.errors import InputError, pick
+
+
+@dataclass
+class Settings:
+    """Settings of every experiment.
+
+    `seeds` is a list; `out` is the run folder, None for `runs/<experiment>/<date>-<time>`; `device` is "auto" (the GPU
+    if there is one), "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        InputError: a value that makes no sense.
+    """
+
+    seeds: tuple = (0,)
+    out: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self):
+        self.seeds = some_once("seeds", self.seeds)
+        for seed in self.seeds:
+            if not (is_int(seed) and 0 <= seed < 2**32):
+                raise InputError(f"seed {seed!r} makes no sense; seeds are integers from 0 to 2^32 - 1")
+        if self.device == "auto": self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        try: device = torch.device(self.device)
+        except RuntimeError: device = None
+        if device is None or device.type not in ("cpu", "cuda"):
+            raise InputError(f"unknown device {self.device!r}; use auto, cpu or cuda")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"device {self.device!r} was asked for and torch sees {torch.cuda.device_count()} GPUs; "
+                             "use cpu, or auto")
+
+
+@dataclass
+class ImageSettings(Settings):
+    """Settings of an experiment that trains on images.
+
+    `data` and `data_dir` are for `experiments.data.load_data`; `limit` cuts the training and validation images.
+
+    Raises:
+        InputError: a value that makes no sense.
+    """
+
+    data: str = "auto"
+    data_dir: str | None = None
+    limit: int | None = None
+
+    def __post_init__(self):
+        self.data = pick(self.data, NAMES, "data set")
+        if self.limit is not None: positive("limit", self.limit)
+        super().__post_init__()
+
+
+def is_int(v): return isinstance(v, int) and not isinstance(v, bool)
+
+
+def positive(name, v):
+    """Raise unless `v`, the setting called `name`, is a positive integer."""
+    if not (is_int(v) and v >= 1): raise InputError(f"{name} is {v!r}; it must be a positive integer")
+
+
+def some_once(name, values):
+    """`values` of the setting called `name` as a tuple, after a check that there are some and none twice."""
+    values = tuple(values)
+    if not values: raise InputError(f"{name} is empty; name at least one")
+    twice = [v for v, n in Counter(values).items() if n > 1]
+    if twice: raise InputError(f"{name} lists {twice[0]!r} twice; name each once")
+    return values
+
+
+def choose(names, known, what):
+    """`names` as `known` spells them, each once; `what` is the kind of thing, such as "norm"."""
+    return some_once(f"{what}s", (pick(n, known, what) for n in names))
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+def parse_seeds(text):
+    """'3' is the seeds 0, 1, 2; '0,4' is these two; '7,' is the seed 7 alone."""
+    try: numbers = [int(t) for t in text.split(",") if t.strip()]
+    except ValueError: numbers = []
+    if not numbers or ("," not in text and not 1 <= numbers[0] <= 1000):
+        raise InputError(f"seeds is {text!r}; give a number of seeds (3 means 0, 1 and 2) or a list such as 0,4 or 7,")
+    return tuple(numbers) if "," in text else tuple(range(numbers[0]))
+
+
+def add_arguments(parser, experiment, seeds=1):
+    """Declare the options that every experiment has; `seeds` is the usual number of them."""
+    parser.add_argument("--seeds", default=str(seeds), metavar="N",
+                        help=f"number of seeds, 3 meaning 0, 1 and 2, or a list such as 0,4 or 7, (default: {seeds})")
+    parser.add_argument("--out", metavar="DIR", help=f"run folder to make (default: runs/{experiment}/<date>-<time>)")
+    parser.add_argument("--device", default="auto", metavar="DEV", help="auto (default), cpu, cuda, cuda:1, ...")
+
+
+def add_image_arguments(parser, experiment, seeds=1, auto="MNIST if it can be had, else scikit-learn's digits"):
+    """Declare the options of an experiment on images; `auto` says what `--data auto` takes."""
+    parser.add_argument("--data", default="auto", metavar="NAME",
+                        help=f"{', '.join(n for n in NAMES if n != 'auto')}, or auto (default): {auto}")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder that holds MNIST/raw/ (default: $NORMS_DATA_DIR, the "
+                        "user's cache, then a download into it)")
+    parser.add_argument("--limit", type=int, metavar="N", help="use the first N training images only, and at most N "
+                        "validation images (default: all)")
+    add_arguments(parser, experiment, seeds)
+
+
+def add_choice(parser, option, known):
+    """Declare `--option`, a choice among the names `known`, separated by spaces or commas; all of them by default."""
+    parser.add_argument(f"--{option}", nargs="+", default=list(known), metavar=option.upper().rstrip("S"),
+                        help=f"arms, separated by spaces or commas (default: all of {', '.join(known)})")
+
+
+def from_args(args):
+    """Parsed options as arguments of a config."""
+    choices = {k: [n for word in v for n in word.split(",") if n] for k, v in vars(args).items() if isinstance(v, list)}
+    return {**vars(args), **choices, "seeds": parse_seeds(args.seeds)}
