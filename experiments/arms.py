@@ -117,7 +117,7 @@ def run_arms(experiment, config, data, arms, train_arm, *, header, judge, table,
     folder = RunFolder(config.out, experiment, config, {"data": str(data), "published": published})
     picture = folder.path / f"{experiment.replace('-', '_')}.png"
     print(header, flush=True)
-    rows, curves, start, interrupted = [], {}, time.perf_counter(), False
+    rows, curves, start, said, interrupted = [], {}, time.perf_counter(), -1, False
 
     def summary():
         complete = len(rows) == len(arms)
@@ -137,7 +137,9 @@ def run_arms(experiment, config, data, arms, train_arm, *, header, judge, table,
             folder.write_json("summary.json", summary())
             spent = time.perf_counter() - start
             left = spent / len(rows) * (len(arms) - len(rows))
-            if left: print(f"  {format_time(spent)} so far, about {format_time(left)} to go", flush=True)
+            if left and spent - said > 1:
+                print(f"  {format_time(spent)} so far, about {format_time(left)} to go", flush=True)
+                said = spent
     except KeyboardInterrupt: interrupted = True
     if rows:
         folder.write_json("curves.json", curves)
@@ -158,6 +160,11 @@ def heading(data, what, *lines):
     """The lines above the first arm: a notice if there is one, the data, the network `what`, and further lines."""
     notice = [f"{'*' * 79}\n{data.notice}\n{'*' * 79}"] if data.notice else []
     return "\n".join([*notice, f"data:    {data}", f"network: {what}", *lines])
+
+
+def seeds_and_device(config):
+    """These two settings, as the header has them."""
+    return f"seeds {', '.join(map(str, config.seeds))}, device {config.device}"
 
 
 def by_arm(rows, key="arm"):

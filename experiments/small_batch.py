@@ -14,7 +14,18 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from experiments.arms import MEASURED, by_arm, heading, mean, measured, plural, run_arms, train, windows
+from experiments.arms import (
+    MEASURED,
+    by_arm,
+    heading,
+    mean,
+    measured,
+    plural,
+    run_arms,
+    seeds_and_device,
+    train,
+    windows,
+)
 from experiments.data import TRAIN_IMAGES, load_data
 from experiments.errors import InputError, pick
 from experiments.models import conv_layer, get_cnn_model, init_alike
@@ -122,7 +133,7 @@ def header(config, images):
     return heading(
         images, f"conv layers {CHANNELS}, pool, linear; {n:,} parameters without a norm",
         f"run:     batch size {config.batch_size}, lr {config.lr}, {plural(config.epochs, 'epoch')}, "
-        f"seeds {', '.join(map(str, config.seeds))}, device {config.device}{', compiled' * config.compile}",
+        f"{seeds_and_device(config)}{', compiled' * config.compile}",
         f"arms:    {', '.join(config.norms)}")
 
 
