@@ -32,9 +32,8 @@ def plain_step(x, nf):
 
     That is an ordinary float32 or float64 tensor on a CPU and nothing unusual at work: `eager_cpu`, no `in_backward`.
     """
-    return (type(x) is torch.Tensor and x.is_cpu and x.dtype in _ZERO and x.ndim > 1 and x.shape[1] == nf and x.numel()
-            and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-            and forward_ad._current_level < 0 and torch._C._current_graph_task_id() == -1)
+    return (x.dtype in _ZERO and x.ndim > 1 and x.shape[1] == nf and x.numel() and eager_cpu(x)
+            and torch._C._current_graph_task_id() == -1)
 
 
 def in_backward():
