@@ -2,7 +2,7 @@
 
 import torch
 
-from norms.channel import channel_moments, evaluate_channels, in_backward, normalise_channels, plain
+from norms.channel import channel_groups, channel_moments, evaluate_channels, in_backward, normalise_channels, plain
 from norms.moments import Norm, check_channels
 
 
@@ -68,6 +68,8 @@ class BatchNorm(Norm):
         running_mean.lerp_(mean, self.mom)
         # + mom (var n / (n - 1) - running_var), in two steps that need no multiple of var
         if n > 1: running_var.lerp_(var, self.mom).add_(var, alpha=self.mom / (n - 1))
+
+    def statistic_groups(self, x): return channel_groups(x)         # (C, N * positions)
 
     def extra_repr(self):
         return f"{self.nf}, mom={self.mom}, eps={self.eps}"

@@ -62,6 +62,11 @@ def channel_moments(x, host=None):
     return mean.flatten(), var.flatten()
 
 
+def channel_groups(x):
+    """`x` `(N, C, *spatial)` as `(C, N * positions)`: for each channel the values behind its mean and variance."""
+    return x.transpose(0, 1).flatten(1)
+
+
 def all_but_channels(x):
     """The axes of images and positions of `x` `(N, C, *spatial)`."""
     return (0, *range(2, x.ndim))

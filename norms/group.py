@@ -39,5 +39,7 @@ class GroupNorm(Norm):
         self.check_input(x, self.num_channels)
         return normalise_groups(x, self.num_groups, self.eps, self.weight, self.bias)
 
+    def statistic_groups(self, x): return x.reshape(len(x) * self.num_groups, -1)      # (N G, C / G * positions)
+
     def extra_repr(self):
         return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.weight is not None}"

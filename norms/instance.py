@@ -37,5 +37,7 @@ class InstanceNorm(Norm):
         self.check_input(x, self.nf, min_dims=3)
         return normalise_groups(x, self.nf, self.eps, self.weight, self.bias)
 
+    def statistic_groups(self, x): return x.flatten(0, 1).flatten(1)        # (N C, positions)
+
     def extra_repr(self):
         return f"{self.nf}, eps={self.eps}"

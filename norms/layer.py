@@ -40,6 +40,8 @@ class LayerNorm(Norm):
             if weight.shape != x.shape[1:]: weight, bias = weight.expand(x.shape[1:]), bias.expand(x.shape[1:])
         return normalise_groups(x, 1, self.eps, weight, bias)
 
+    def statistic_groups(self, x): return x.flatten(1)              # (N, C * positions)
+
     def check_affine(self, x):
         """Raise unless `weight` broadcasts against one image of `x` without enlarging it."""
         affine, image = tuple(self.weight.shape), tuple(x.shape[1:])

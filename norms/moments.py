@@ -67,6 +67,13 @@ def per_channel(t, ndim):
 class Norm(nn.Module):
     """Base of the norms: `eps`, the affine parameters `weight` (ones) and `bias` (zeros), and the input checks.
 
+    Every norm says what it normalises by, to whoever looks at it from outside (`runner.norm_stats` does):
+
+        statistic_groups(x)     `x` as `(statistics, values)`: a row for each mean and variance that a batch has of its
+                                own, with the values behind it; where images have their own, image after image
+        running_moments(b)      only where training too normalises by running statistics: their mean and variance as
+                                used now, `(C,)` each, and how many images they remember at batches of `b`, or None
+
     Args:
         shape: shape of `weight` and `bias`; None for a norm without them.
         eps: added to the variance before the root, so that a constant input gives 0 and not 0/0.

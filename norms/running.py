@@ -7,6 +7,7 @@ import torch
 
 from norms.channel import (
     _Fused,
+    channel_groups,
     channel_moments,
     checkpointing,
     eager_cpu,
@@ -182,6 +183,17 @@ class RunningBatchNorm(Norm):
         """The least variance after `seen` images: 0.01 until there were 20, then none (0 where `seen` is a tensor)."""
         if torch.is_tensor(seen): return CLAMP_VAR * (seen < CLAMP_IMAGES).to(self.running_var.dtype)
         return CLAMP_VAR if seen < CLAMP_IMAGES else None
+
+    def statistic_groups(self, x): return channel_groups(x)             # (C, N * positions)
+
+    def running_moments(self, b):
+        """The mean and the variance that it normalises by now, `(C,)` each, and how many images they remember.
+
+        The variance is the clamped one. At batches of `b` images the newest has the weight alpha and its k-th
+        predecessor alpha (1 - alpha)^k: as good as the plain average of (2 - alpha) / alpha batches.
+        """
+        alpha = self.batch_weight(b)
+        return self.running_mean, self.running_var.clamp_min(self.floor(self.seen)), b * (2 - alpha) / alpha
 
     def _apply(self, fn, recurse=True):
         """Move or cast the module; `half()` and `bfloat16()` leave the running statistics at their width."""

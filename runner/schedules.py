@@ -8,6 +8,7 @@ import math
 import random
 import sys
 from bisect import bisect_right
+from collections import deque
 from functools import partial, wraps
 from itertools import accumulate
 
@@ -236,28 +237,62 @@ def snapshot(model, loss_func, opt, data):
     those that a module replaces instead of changing; training modes; the optimizer's state; and the random states of
     torch (every device), Python, numpy (if it is in use) and the loaders' generators.
     """
-    modules = [m for top in (model, loss_func) if isinstance(top, torch.nn.Module) for m in top.modules()]
-    tensors = [(slots, k, t, None if t is None else t.detach().clone()) for m in modules
-               for slots in (m._parameters, m._buffers) for k, t in slots.items()]
     others = [(p, p.detach().clone()) for group in opt.param_groups for p in group["params"]]
-    modes = [(m, m.training) for m in modules]
     optim = copy.deepcopy(opt.state_dict())
-    generators = [(g, g.get_state()) for g in _generators(data)]
-    iterators = [(dl, dl._iterator) for dl in (data.train_dl, data.valid_dl) if hasattr(dl, "_iterator")]
-    restore_random = random_states()
+    parts = module_states(model, loss_func), loader_states(data.train_dl, data.valid_dl), random_states()
 
     def restore():
         with torch.no_grad():
-            for slots, k, t, was in tensors:
-                slots[k] = t
-                if t is not None: t.copy_(was)
             for p, was in others: p.copy_(was)
-        for m, training in modes: m.training = training
         opt.load_state_dict(optim)
         opt.zero_grad()
+        for restore_part in parts: restore_part()
+    return restore
+
+
+def module_states(*tops):
+    """Copy what the modules under `tops` hold (other objects are passed over); a function that puts it back.
+
+    That is parameters, buffers and training modes, and the attributes that a class adds of its own: tensors among them
+    by value, lists, dicts, sets and deques by what they contain, all others by which object it is.
+    """
+    modules = [m for top in tops if isinstance(top, torch.nn.Module) for m in top.modules()]
+    modes = [(m, m.training) for m in modules]
+    slots = [(s, dict(s)) for m in modules for s in (m._parameters, m._buffers)]
+    own = [(vars(m), {k: v for k, v in vars(m).items() if k not in _TORCHS}) for m in modules]
+    held = [v for _, had in (*slots, *own) for v in had.values()]
+    tensors = [(t, t.detach().clone()) for t in held if torch.is_tensor(t)]
+    contents = [(c, copy.copy(c)) for c in held if type(c) in (list, dict, set, deque)]
+
+    def restore():
+        for m, training in modes: m.training = training
+        for s, had in slots:
+            s.clear()
+            s.update(had)
+        for s, had in own:
+            for k in s.keys() - had.keys() - _TORCHS: del s[k]
+            s.update(had)
+        with torch.no_grad():
+            for t, was in tensors: t.copy_(was)
+        for c, was in contents:
+            c.clear()
+            (c.update if isinstance(c, (dict, set)) else c.extend)(was)
+    return restore
+
+
+_TORCHS = vars(torch.nn.Module()).keys()    # what every module has; its hooks may rightly come and go meanwhile
+
+
+def loader_states(*loaders):
+    """Copy the states of the loaders' generators and which iterator of persistent workers they hold; a function that
+    puts them back.
+    """
+    generators = [(g, g.get_state()) for g in _generators(loaders)]
+    iterators = [(dl, dl._iterator) for dl in loaders if hasattr(dl, "_iterator")]
+
+    def restore():
         for g, state in generators: g.set_state(state)
         for dl, iterator in iterators: dl._iterator = iterator  # persistent workers would not draw their seed again
-        restore_random()
     return restore
 
 
@@ -276,9 +311,9 @@ def random_states():
     return restore
 
 
-def _generators(data):
+def _generators(loaders):
     """The `torch.Generator`s that the loaders and their samplers, however nested, draw from, each once."""
-    found, todo = {}, [data.train_dl, data.valid_dl]
+    found, todo = {}, [*loaders]
     while todo:
         owner = todo.pop()
         g = getattr(owner, "generator", None)

@@ -1,0 +1,333 @@
+"""What norm layers do, seen from outside: `preflight` before training, `train_eval_gap` after it.
+
+A norm layer is known by its class, if that is one of torch's, or by a protocol of two methods. The norms of `norms`
+have them and a norm of your own can, without an import from anywhere:
+
+    statistic_groups(x)     `x` as `(statistics, values)`: a row for each mean and variance that a batch has of its own,
+                            with the values behind it; where images have their own, image after image
+    running_moments(b)      only where training too normalises by running statistics: their mean and variance as used
+                            now (clamped, say, where the buffer `running_var` is not), `(C,)` each, and how many images
+                            they remember at batches of `b`, or None
+
+Running statistics used in evaluation are looked for as `running_mean` and `running_var`, `(C,)` each. A layer of another
+kind with "Norm" in its class's name is reported as unknown.
+"""
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils.data import BatchSampler
+
+from runner.schedules import loader_states, module_states, random_states
+
+TORCH_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+LEVELS = ("ok", "warn", "fail")
+
+# A variance taken over n normal values has the relative standard error sqrt(2 / (n - 1)); above a quarter, which is
+# below 33 values, the scale of a channel is mostly chance. (Values of one image are alike, so that the count flatters
+# large maps: take it for the most that a statistic can rest on.)
+NOISY = 0.25
+# Statistics of an image's own are the same in training and evaluation and not noise; but of n values mean and scale are
+# taken away for good. Above a quarter of them, which is below 8 values, there is a warning.
+LOST = 0.25
+
+
+def known(m):
+    """Whether `m` is a norm layer that can be looked at."""
+    return isinstance(m, TORCH_NORMS) or hasattr(m, "statistic_groups")
+
+
+def norm_layers(model):
+    """The norm layers of `model`, `{module: path}`, and in the same form those that are unknown.
+
+    What lies within a norm layer is its own affair. Not unknown are modules that hold a norm layer, and torch's own.
+    """
+    norms, strange, within = {}, {}, set()
+    for path, m in model.named_modules():
+        if m in within: continue
+        if known(m):
+            norms[m] = path
+            within.update(m.modules())
+        elif ("Norm" in type(m).__name__ and not type(m).__module__.startswith("torch.")
+              and not any(known(inner) for inner in m.modules())): strange[m] = path
+    return norms, strange
+
+
+def statistic_groups(m, x):
+    """`x`, the input of the norm layer `m`, as `(statistics, values)`: the protocol for torch's norms too.
+
+    Shapes: `x` `(N, C, *spatial)`, for `nn.LayerNorm` and `nn.RMSNorm` `(*, *normalized_shape)`.
+    """
+    if hasattr(m, "statistic_groups"): return m.statistic_groups(x)
+    if isinstance(m, _BatchNorm): return x.transpose(0, 1).flatten(1)
+    if isinstance(m, nn.GroupNorm): return x.reshape(len(x) * m.num_groups, -1)
+    if isinstance(m, _InstanceNorm):
+        return x.flatten(1) if x.ndim == m._get_no_batch_dim() else x.flatten(0, 1).flatten(1)
+    return x.reshape(-1, math.prod(m.normalized_shape))
+
+
+def shared(m, x):
+    """Whether the images of a batch share the statistics of the norm layer `m`: they do if two have as many as one."""
+    if not hasattr(m, "statistic_groups"): return isinstance(m, _BatchNorm)
+    one = x[:1]
+    return len(m.statistic_groups(torch.cat((one, one)))) == len(m.statistic_groups(one))
+
+
+@contextmanager
+def _undone(model, *loaders):
+    """All that happens to `model`, the loaders and the random states is undone at the end, and whenever the yielded
+    function is called: see `module_states`. Nothing is recorded for gradients.
+    """
+    if any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+        raise ValueError(f"{type(model).__name__} has layers that don't know their channels yet; run one batch through "
+                         "the model first")
+    parts = module_states(model), loader_states(*loaders), random_states()
+
+    def restore():
+        for part in parts: part()
+    try:
+        with torch.no_grad(): yield restore
+    finally: restore()
+
+
+@contextmanager
+def _hooked(modules, before=None, after=None):
+    """Forward hooks on `modules` for the length of the block, called with `(module, input)` and `(.., .., output)`."""
+    handles = []
+    try:
+        for m in modules:
+            if before: handles.append(m.register_forward_pre_hook(lambda m, a, k: before(m, *a, **k), with_kwargs=True))
+            if after: handles.append(m.register_forward_hook(lambda m, a, k, y: after(m, y, *a, **k), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles: handle.remove()
+
+
+def _ready(model, xb, tfm, caller):
+    """The batch as the model gets it: on the model's device, then transformed."""
+    if not isinstance(xb, torch.Tensor):
+        raise TypeError(f"{caller} got a batch of {type(xb).__name__}; it needs a tensor xb of images: wrap what gives "
+                        "it, as in (b['image'] for b in loader)")
+    like = next(iter((*model.parameters(), *model.buffers())), xb)
+    xb = xb.to(like.device)
+    return xb if tfm is None else tfm(xb)
+
+
+def _wide(t):
+    """`t` without a graph in float64, in which no square overflows (float32 on MPS, which lacks it)."""
+    return t.detach().to(torch.float32 if t.device.type == "mps" else torch.float64)
+
+
+# --- before training ----------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Finding:
+    """What `preflight` found on one run of one norm layer.
+
+    `path` and `module` (the class's name) say where, `batch` (images) and `map` (sizes of the spatial axes) what came
+    in, `statistics` and `values` how many statistics there are of the batch and on how many values each rests (None of
+    an unknown layer or one that didn't run), `level` ("ok", "warn" or "fail") and `text` what follows; `last` is true of
+    the smaller last batch.
+    """
+
+    path: str
+    module: str
+    level: str
+    text: str
+    batch: int | None = None
+    map: tuple = ()
+    statistics: int | None = None
+    values: int | None = None
+    last: bool = False
+
+    def __str__(self):
+        where = f"{self.path} {self.module}".lstrip()
+        if self.batch is not None: where += f", {'last batch of' if self.last else 'batch'} {self.batch}"
+        if len(self.map) == 1: where += f", length {self.map[0]}"
+        elif self.map: where += f", {'x'.join(map(str, self.map))} map"
+        return f"{self.level:<6}{where}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The report of `preflight`: a list of `Finding`s in the order of the forward; `str` has a line for each."""
+
+    findings: list = field(default_factory=list)
+
+    @property
+    def ok(self): return all(f.level != "fail" for f in self.findings)
+
+    def __str__(self):
+        counts = ", ".join(f"{sum(f.level == level for f in self.findings)} {level}" for level in LEVELS)
+        return "\n".join(map(str, (*self.findings, counts if self.findings else "no norm layer")))
+
+
+def preflight(model, data, *, tfm=None):
+    """Say of every norm layer, before training, how many values its statistics rest on and what follows.
+
+    One batch goes through the model in training mode, without gradients; everything that this changes is put back
+    (parameters, buffers, attributes, modes, random states; also after an exception). Hooks of yours see the batch.
+
+    If `data` is a loader whose sampler and data set tell the size of a smaller last batch, as many images go through
+    as well, and a layer is reported again where they fare worse.
+
+    What is looked for:
+
+    - statistics over one value (the output is constant, or torch refuses) or two (outputs are +-1), or so few that a
+      variance is mostly chance: its relative standard error over n normal values is sqrt(2 / (n - 1)), 141 % for 2,
+      25 % for 33. Where statistics are averaged over batches, n counts the images that they remember;
+    - an `eps` above the variance; a clamp that holds it;
+    - running statistics that are missing, do not move, or are not what training normalises by;
+    - a bias of a convolution or linear layer that the norm's mean takes off again;
+    - norms that are unknown or didn't run.
+
+    Args:
+        model: the model, as it is about to be trained.
+        data: a batch `xb`, or a loader of such or of pairs `(xb, yb)`, of which the first is taken. (Where it is a
+            generator, that one is gone.)
+        tfm: transform of the batch, such as `view_tfm(1, 28, 28)`.
+
+    Returns:
+        A `Preflight`: `findings`, `ok` (no failure); print it.
+
+    Raises:
+        TypeError: batches that aren't tensors.
+        ValueError: an empty loader, layers that are not initialised.
+    """
+    norms, strange = norm_layers(model)
+    frozen = {m for m in norms if model.training and not m.training}
+    with _undone(model, data) as restore:
+        xb, rest = _first_batch(data)
+        x = _ready(model, xb, tfm, "preflight")
+        model.train()
+        findings = _survey(model, norms, strange, frozen, x)
+        if 0 < rest < len(x):
+            restore()
+            model.train()
+            short = _survey(model, norms, strange, frozen, x[:rest])
+            full = {}
+            for f in findings: full.setdefault(f.path, f.level)
+            findings += [replace(f, last=True) for f in short
+                         if f.batch is not None and LEVELS.index(f.level) > LEVELS.index(full[f.path])]
+    return Preflight(findings)
+
+
+def _first_batch(data):
+    """The first batch of `data`, and the size of a smaller last one as far as that can be known (else 0)."""
+    if isinstance(data, torch.Tensor): return data, 0
+    try: xb = next(iter(data))
+    except StopIteration: raise ValueError("preflight got a loader without a batch; give it at least one") from None
+    if isinstance(xb, (tuple, list)): xb = xb[0]
+    # The loaders of `get_dls` have the batch sampler as their sampler.
+    samplers = getattr(data, "batch_sampler", None), getattr(data, "sampler", None)
+    sampler = next((s for s in samplers if isinstance(s, BatchSampler)), None)
+    if sampler is None or sampler.drop_last or not hasattr(sampler.sampler, "__len__"): return xb, 0
+    return xb, len(sampler.sampler) % sampler.batch_size
+
+
+def _survey(model, norms, strange, frozen, x):
+    """Run `x` through `model` and judge every norm layer on the way: a list of `Finding`s."""
+    found, inside, bias, images = [], [], (None, None), len(x)
+    paths = {m: path for path, m in model.named_modules()}
+
+    def enter(m, x, *args, **kwargs): inside.append((m, x, _statistics(m)))
+
+    def leave(m, y, x, *args, **kwargs):
+        *_, before = inside.pop()
+        f = Finding(paths[m], type(m).__name__, "warn", "unknown norm: give its class a method statistic_groups(x) that "
+                    "returns x as (statistics, values)", images, tuple(x.shape[2:]))
+        if m in norms:
+            level, text = _judge(m, x, before, m in frozen, paths.get(bias[0]) if bias[1] is x else None)
+            f = replace(f, level=level, text=text, **_shape(m, x))
+        if f not in found: found.append(f)
+
+    def keep(m, y, x, *args, **kwargs):
+        nonlocal bias
+        if m.bias is not None and (isinstance(m, _ConvNd) or x.ndim == 2): bias = m, y
+    linear = [m for m in model.modules() if isinstance(m, (_ConvNd, nn.Linear))]
+    stopped = "didn't run in this forward pass"
+    with _hooked((*norms, *strange), enter, leave), _hooked(linear, after=keep):
+        try: model(x)
+        except ValueError as e:
+            m, x, _ = inside[-1] if inside else (None, None, None)
+            if m not in norms or _shape(m, x)["values"] > 1: raise
+            found.append(Finding(paths[m], type(m).__name__, "fail", f"1 value per statistic: it refuses to train ({e})",
+                                 images, **_shape(m, x)))
+            stopped = f"not reached, because {paths[m]} refuses"
+    ran = {f.path for f in found}
+    return found + [Finding(path, type(m).__name__, "warn", stopped) for m, path in {**norms, **strange}.items()
+                    if path not in ran]
+
+
+def _shape(m, x):
+    """The entries of a `Finding` on the input of a norm layer."""
+    # What torch's LayerNorm and RMSNorm get is not channels and a map.
+    positions = () if isinstance(m, (nn.LayerNorm, nn.RMSNorm)) else tuple(x.shape[2:])
+    return dict(zip(("map", "statistics", "values"), (positions, *statistic_groups(m, x).shape), strict=True))
+
+
+def _statistics(m):
+    """Copies of the running mean and variance of `m`, or None if it has none."""
+    mean, var = (getattr(m, name, None) for name in ("running_mean", "running_var"))
+    return None if mean is None or var is None else (mean.clone(), var.clone())
+
+
+def _error(n):
+    """In words, by how much a variance over `n` values is off; empty if that is little."""
+    error = math.sqrt(2 / (n - 1)) if n > 1 else math.inf
+    return f"the variance has a standard error of {100 * error:.0f} %" if error > NOISY else ""
+
+
+def _judge(m, x, before, was_frozen, biased):
+    """Level and text for the norm layer `m`, which has just run on `x` with running statistics `before` it.
+
+    `was_frozen`: whether it was in evaluation mode in a model in training mode; `biased`: the path of the layer that
+    added a bias to `x` last.
+    """
+    if not m.training and before: return "ok", "in evaluation mode in training too: its running statistics stay"
+    groups, eps = statistic_groups(m, x), getattr(m, "eps", None) or 0.0
+    n, common, rms = groups.shape[1], shared(m, x), isinstance(m, nn.RMSNorm)
+    running = m.running_moments(len(x)) if hasattr(m, "running_moments") else None
+    wide = _wide(groups)
+    var = running[1] if running else wide.square().mean(1) if rms else wide.var(1, unbiased=False)
+    live = var[var > 0]                                             # a ReLU leaves channels without any value
+    median = live.median().item() if len(live) else 0.0
+    plural, level, more = "s" * (n > 1), "ok", []
+    text = f"{n} value{plural} per statistic"
+    if running:
+        images = running[2]
+        text = (f"{n} value{plural} of this batch, averaged with "
+                + ("earlier batches" if images is None else f"about {images:.0f} images"))
+        noise = images and _error(n * images / len(x))
+        if noise: level, text = "warn", f"{text}: {noise}"
+        if before and (held := int((var > m.running_var).sum())):
+            more.append(("ok", f"a clamp holds the variance of {held} of {len(var)} channels"))
+    elif n == 1:
+        level = "fail"
+        text += ": the output is +-weight whatever the size of the input" if rms else \
+            ": the output is constant (its bias), nothing passes"
+    elif n == 2 and not rms and eps < median: level, text = "fail", f"{text}: outputs are about +-1 whatever the input"
+    elif common and _error(n): level, text = "warn", f"{text}: {_error(n)}"
+    elif not common and (2 - rms) / n > LOST:
+        level, text = "warn", f"{text}, of which {'the scale takes 1' if rms else 'mean and scale take 2'}"
+
+    if n > 1 and eps > median:
+        more.append(("warn", f"eps {eps:g} is above the variance (median {median:.2g}): the input is hardly scaled"))
+    after = _statistics(m)
+    if after and all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+        more.append(("warn", "the running statistics don't move in training (momentum 0?), and evaluation uses them"))
+    elif after and not common:
+        more.append(("warn", "evaluation normalises by running statistics and training by each image's own"))
+    if common and not (after or running):
+        more.append(("warn", "no running statistics: in evaluation an output depends on the rest of its batch"))
+    if was_frozen: more.append(("warn", "it was in evaluation mode, and model.train() at every epoch ends that"))
+    # A statistic of one channel: its mean takes in the whole of the channel's bias.
+    if biased is not None and not (running or rms) and n == x[0, 0].numel() * (len(x) if common else 1):
+        more.append(("ok", f"the bias of {biased} before it is taken off again with the mean"))
+    return max((level, *(lv for lv, _ in more)), key=LEVELS.index), "; ".join((text, *(t for _, t in more)))
