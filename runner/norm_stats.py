@@ -24,6 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.data import BatchSampler
 
+from runner.rows import Rows
 from runner.schedules import loader_states, module_states, random_states
 
 TORCH_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -331,3 +332,193 @@ def _judge(m, x, before, was_frozen, biased):
     if biased is not None and not (running or rms) and n == x[0, 0].numel() * (len(x) if common else 1):
         more.append(("ok", f"the bias of {biased} before it is taken off again with the mean"))
     return max((level, *(lv for lv, _ in more)), key=LEVELS.index), "; ".join((text, *(t for _, t in more)))
+
+
+# --- training against evaluation ----------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class TrainEvalGap:
+    """The report of `train_eval_gap`; `str` is a table of `rows` and below it `cause`, a sentence.
+
+    `rows` has one row per layer in the order of the training pass, the model's output last; `channels` maps a norm
+    layer's path to its figures per channel, lists: `share`, `mean_off`, `var_ratio`, `reach`.
+    """
+
+    rows: Rows
+    cause: str
+    channels: dict
+
+    def __str__(self):
+        head = ("layer", "", "values", "gap", "image", "own", "channel", "share", "mean off", "var ratio", "reach",
+                "train", "eval")
+        names = ("path", "module", "values", "gap", "image", "own", "channel", "share", "mean_off", "var_ratio",
+                 "reach", "train_max", "eval_max")
+        lines = [head, *([_cell(row.get(name)) for name in names] for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        table = ("  ".join([a.ljust(widths[0]), b.ljust(widths[1]), *map(str.rjust, rest, widths[2:])]).rstrip()
+                 for a, b, *rest in lines)
+        return "\n".join((*table, self.cause))
+
+
+def _cell(value):
+    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def train_eval_gap(model, xb, *, batch_size=None, modules=(), tfm=None):
+    """Send the same images through the model in training and in evaluation mode and say where the two part.
+
+    In training mode they go in batches of `batch_size`, each from the present state: what is seen is the next training
+    step, whichever batch it gets. Afterwards the model is as it was, as after `preflight`. With t and e a layer's
+    outputs in training and in evaluation mode, over all images:
+
+        gap         ||t - e|| / ||t||
+        image       the median over images of the same, of one image
+        own         ||t - f|| / ||t||, f the norm layer's output in evaluation mode on what it got in training mode:
+                    its own doing, without what the layers before it have done
+        channel     where most of ||t - e||^2 lies, and `share`, how much of it
+        mean_off    |running mean - mean| / std             of this channel, with mean, variance and std of the values
+        var_ratio   (running var + eps) / (variance + eps)  that reach the norm in evaluation mode; std^2 = variance + eps
+        train_max, eval_max         the largest |t| and |e|
+
+    Why this is large for batch norm at small batches: in training no value can lie further than sqrt(n - 1) standard
+    deviations from the mean of n values. In evaluation it is measured by the running variance, which a channel that is
+    silent for k batches loses by the factor (1 - momentum)^k, down to eps; when it wakes up its output has no bound.
+
+    Args:
+        model: the model, in any mode.
+        xb: a batch of images, best from the validation set, and many.
+        batch_size: of the training mode; the size of `xb` if None. The last batch is smaller if it must be.
+        modules: more modules of `model` to compare, beside its norm layers and its output.
+        tfm: transform of the batch, such as `view_tfm(1, 28, 28)`.
+
+    Returns:
+        A `TrainEvalGap`; print it. `rows` have the figures above, None or absent where a layer has none.
+
+    Raises:
+        TypeError: an `xb` that is no tensor.
+        ValueError: an empty `xb`, layers that are not initialised, modules that aren't the model's.
+    """
+    paths = {m: path for path, m in model.named_modules()}
+    if foreign := [m for m in modules if m not in paths]:
+        raise ValueError(f"train_eval_gap got modules=[{type(foreign[0]).__name__}, ...], which is not in the model; "
+                         "give modules of this model, such as [model[0]]")
+    norms, _ = norm_layers(model)
+    tallies = {}
+    with _undone(model) as restore:
+        x = _ready(model, xb, tfm, "train_eval_gap")
+        if not len(x): raise ValueError("train_eval_gap got an empty batch; give it images, best many")
+        for chunk in x.split(batch_size or len(x)):
+            trained = _outputs(model, norms, modules, chunk, True)
+            restore()
+            evaluated = _outputs(model, norms, modules, chunk, False)
+            restore()
+            for m, runs in trained.items():                         # a layer that runs twice has two rows
+                for i, pair in enumerate(zip(runs, evaluated.get(m, ()), strict=False)):
+                    tallies.setdefault((m, i), []).append(_compare(*pair))
+    rows, channels = Rows(), {}
+    for (m, _), parts in tallies.items():
+        row, figures = _summed(parts)
+        rows.append({"path": paths[m] or "output", "module": type(m).__name__, **row})
+        if figures: channels[paths[m]] = figures
+    return TrainEvalGap(rows, _cause(rows, channels), channels)
+
+
+def _outputs(model, norms, modules, x, training):
+    """One pass: `{module: [(output, figures), ...]}`, a pair per run, the model itself last.
+
+    The figures are, of a norm layer in training, its output on the same input in evaluation mode, and in evaluation
+    what `_input_figures` says.
+    """
+    runs, still = {}, {}
+
+    def enter(m, *args, **kwargs):
+        if not (training and m.training): return
+        m.eval()
+        still[m] = {"own": m.forward(*args, **kwargs)}              # not m(...): no hook is to see it
+        m.train()
+
+    def leave(m, y, x, *args, **kwargs):
+        if not isinstance(y, torch.Tensor): return
+        # A copy, and the input looked at now: what follows may write into both.
+        figures = still.pop(m, {}) if training else _input_figures(m, x) if m in norms else {}
+        runs.setdefault(m, []).append((y.clone(), figures))
+    model.train(training)
+    with _hooked(norms, enter), _hooked(dict.fromkeys((*norms, *modules, model)), after=leave): model(x)
+    return runs
+
+
+def _input_figures(m, x):
+    """What comes into the norm layer `m` in evaluation, beside what it evaluates by: numbers and `(C,)` tensors."""
+    n, own_batch = statistic_groups(m, x).shape[1], not hasattr(m, "running_moments")
+    running = _statistics(m) if own_batch else m.running_moments(len(x))[:2]
+    if running is None or running[0].shape != x.shape[1:2]: return {"values": n}
+    x, dims, (mean, var) = _wide(x), (0, *range(2, x.ndim)), map(_wide, running)
+    reach = (x.transpose(1, -1) - mean).flatten(0, -2).abs().amax(0) / (var + m.eps).sqrt()
+    return {"values": n, "limit": math.sqrt(n - 1) if own_batch else None, "weight": x.numel(), "mean": x.mean(dims),
+            "var": x.var(dims, unbiased=False) + m.eps, "running": torch.stack((mean, var + m.eps)), "reach": reach}
+
+
+def _compare(trained, evaluated):
+    """Sums over one run of one layer on one batch: tensors on the device, named as `_summed` needs them."""
+    (t, own), (e, figures) = trained, evaluated
+    t, e = _wide(t), _wide(e)
+    part = {**figures, "t2": t.square().sum(), "d2": (t - e).square().sum((0, *range(2, t.ndim))),   # d2 (C,)
+            "images": torch.stack([u.flatten(1).square().sum(1) for u in (t - e, t)], 1),            # (N, 2)
+            "train_max": t.abs().max(), "eval_max": e.abs().max()}
+    if own: part["own2"] = (t - _wide(own["own"])).square().sum()
+    return part
+
+
+def _relative(d2, t2):
+    """sqrt(d2 / t2), 0 where both are 0."""
+    return torch.where(d2 == 0, d2, d2 / t2).sqrt()
+
+
+def _summed(parts):
+    """A layer's row from the figures of its batches, and its figures per channel if it has running statistics."""
+    first, stacked = parts[0], {k: torch.stack([p[k] for p in parts]) for k, v in parts[0].items()
+                               if isinstance(v, torch.Tensor) and k != "images"}
+    d2, t2 = stacked["d2"].sum(0), stacked["t2"].sum()
+    images = torch.cat([p["images"] for p in parts]).unbind(1)
+    channel = int(d2.argmax())
+    figures = {"share": _relative(d2, d2.sum()).square()}
+    if "running" in first:
+        means, (running_mean, running_var) = stacked["mean"], first["running"]
+        weight = torch.tensor([p["weight"] for p in parts]).to(means)[:, None]
+        weight = weight / weight.sum()
+        mean = (weight * means).sum(0)
+        var = (weight * (stacked["var"] + (means - mean).square())).sum(0)      # of all batches; eps is in it
+        figures.update(mean_off=(running_mean - mean).abs() / var.sqrt(), var_ratio=running_var / var,
+                       reach=stacked["reach"].amax(0))
+    row = {"values": first.get("values"), "gap": _relative(d2.sum(), t2).item(),
+           "image": _relative(*images).median().item(),
+           "own": _relative(stacked["own2"].sum(), t2).item() if "own2" in first else None,
+           "channel": channel, **{k: v[channel].item() for k, v in figures.items()}, "limit": first.get("limit"),
+           **{k: stacked[k].max().item() for k in ("train_max", "eval_max")}}
+    return row, {k: v.tolist() for k, v in figures.items()} if "running" in first else None
+
+
+def _cause(rows, channels):
+    """In some sentences, where and why the modes part, from the figures alone."""
+    if not rows: return "No layer gave a tensor in both modes."
+    end, most = rows[-1], max(rows, key=lambda row: row["gap"])
+    i = next((i for i, row in enumerate(rows) if not row["gap"] <= 1), None)
+    if i is None: return (f"The modes agree: the difference at {end['path']} is {end['gap']:.2g} of its size, at no layer "
+                          f"more than {most['gap']:.2g}.")
+    row = rows[i]
+    if not math.isfinite(row["gap"]): return f"What {row['path']} ({row['module']}) gives is not finite or all 0."
+    before = f", after {rows[i - 1]['gap']:.2g} at {rows[i - 1]['path']}" if i else ""
+    text = [f"The modes part at {row['path']} ({row['module']}): the difference is {row['gap']:.2g} times the size of "
+            f"what training mode gives{before}; at {end['path']} it is {end['gap']:.2g} times, for half of the images "
+            f"{end['image']:.2g} or less."]
+    if row["path"] in channels:
+        ratio = row["var_ratio"]
+        if max(ratio, 1 / ratio) > 2:
+            why = f"its running variance is {max(ratio, 1 / ratio):.2g} times too {'small' if ratio < 1 else 'large'}"
+        elif row["mean_off"] > 1: why = f"its running mean is {row['mean_off']:.2g} standard deviations off"
+        else: why = "its running statistics fit"
+        limit = f", in training mode at most {row['limit']:.2g} ({row['values']} values)" if row["limit"] else ""
+        text.append(f"{100 * row['share']:.0f} % of it lies in channel {row['channel']}: {why} for what evaluation mode "
+                    f"meets, and values lie up to {row['reach']:.2g} standard deviations from the mean{limit}.")
+    if most["gap"] > 2 * max(row["gap"], end["gap"]): text.append(f"It is largest at {most['path']}: {most['gap']:.2g} times.")
+    return " ".join(text)
