@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from experiments.errors import InputError
+from runner.rows import text_table as text_table  # the plain table beside `markdown_table`
 
 
 @dataclass
@@ -128,18 +129,7 @@ def read_summary(path):
     return summary
 
 
-def text_table(header, rows):
-    """A plain table: columns two spaces apart, the first to the left and the others to the right."""
-    lines = [[str(c) for c in line] for line in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-
-    def line(cells):
-        first, *rest = zip(cells, widths, strict=True)
-        return "  ".join([first[0].ljust(first[1]), *(c.rjust(w) for c, w in rest)]).rstrip()
-    return "\n".join(map(line, lines))
-
-
 def markdown_table(header, rows):
-    """The same table in Markdown."""
+    """The table of `runner.rows.text_table` in Markdown."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(str(c) for c in line) + " |" for line in lines)

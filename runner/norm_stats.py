@@ -1,4 +1,4 @@
-"""What norm layers do, seen from outside: `preflight` before training, `train_eval_gap` after it.
+"""What norm layers do, seen from outside: `preflight` before training, `NormStats` in it, `train_eval_gap` after it.
 
 A norm layer is known by its class, if that is one of torch's, or by a protocol of two methods. The norms of `norms`
 have them and a norm of your own can, without an import from anywhere:
@@ -9,13 +9,14 @@ have them and a norm of your own can, without an import from anywhere:
                             now (clamped, say, where the buffer `running_var` is not), `(C,)` each, and how many images
                             they remember at batches of `b`, or None
 
-Running statistics used in evaluation are looked for as `running_mean` and `running_var`, `(C,)` each. A layer of another
-kind with "Norm" in its class's name is reported as unknown.
+Running statistics used in evaluation are looked for as `running_mean` and `running_var`, `(C,)` each. A layer of
+another kind with "Norm" in its class's name is reported as unknown.
 """
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -24,11 +25,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.data import BatchSampler
 
-from runner.rows import Rows
+from runner.rows import Rows, text_table
 from runner.schedules import loader_states, module_states, random_states
+from runner.stats import Probe, choose, first_tensor
 
 TORCH_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 LEVELS = ("ok", "warn", "fail")
+PROTOCOL = "a method statistic_groups(x) that returns x as (statistics, values)"
 
 # A variance taken over n normal values has the relative standard error sqrt(2 / (n - 1)); above a quarter, which is
 # below 33 values, the scale of a channel is mostly chance. (Values of one image are alike, so that the count flatters
@@ -80,31 +83,44 @@ def shared(m, x):
     return len(m.statistic_groups(torch.cat((one, one)))) == len(m.statistic_groups(one))
 
 
+def running_statistics(m):
+    """Copies of the running mean and variance that the layer `m` evaluates by, `(C,)` each, or None if it has none."""
+    mean, var = (getattr(m, name, None) for name in ("running_mean", "running_var"))
+    return None if mean is None or var is None else (mean.clone(), var.clone())
+
+
 @contextmanager
 def _undone(model, *loaders):
-    """All that happens to `model`, the loaders and the random states is undone at the end, and whenever the yielded
-    function is called: see `module_states`. Nothing is recorded for gradients.
+    """What happens to `model`, the loaders and the random states is undone at the end, and whenever the function that
+    this yields is called (see `module_states`). Nothing is recorded for gradients, and what is compiled runs eagerly:
+    it would pass hooks by.
     """
     if any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers())):
         raise ValueError(f"{type(model).__name__} has layers that don't know their channels yet; run one batch through "
                          "the model first")
+    compiled = any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
+                   for m in model.modules())
     parts = module_states(model), loader_states(*loaders), random_states()
 
     def restore():
         for part in parts: part()
     try:
-        with torch.no_grad(): yield restore
+        with torch.no_grad(), torch.compiler.set_stance("force_eager") if compiled else nullcontext(): yield restore
     finally: restore()
 
 
 @contextmanager
 def _hooked(modules, before=None, after=None):
-    """Forward hooks on `modules` for the length of the block, called with `(module, input)` and `(.., .., output)`."""
+    """`before(module, input)` and `after(module, input, output)` at every run of `modules`, until the block is left."""
     handles = []
+
+    def given(args, kwargs): return next(iter((*args, *kwargs.values())), None)
     try:
         for m in modules:
-            if before: handles.append(m.register_forward_pre_hook(lambda m, a, k: before(m, *a, **k), with_kwargs=True))
-            if after: handles.append(m.register_forward_hook(lambda m, a, k, y: after(m, y, *a, **k), with_kwargs=True))
+            if before: handles.append(m.register_forward_pre_hook(
+                lambda m, args, kwargs: before(m, given(args, kwargs)), with_kwargs=True))
+            if after: handles.append(m.register_forward_hook(
+                lambda m, args, kwargs, y: after(m, given(args, kwargs), y), with_kwargs=True))
         yield
     finally:
         for handle in handles: handle.remove()
@@ -115,8 +131,7 @@ def _ready(model, xb, tfm, caller):
     if not isinstance(xb, torch.Tensor):
         raise TypeError(f"{caller} got a batch of {type(xb).__name__}; it needs a tensor xb of images: wrap what gives "
                         "it, as in (b['image'] for b in loader)")
-    like = next(iter((*model.parameters(), *model.buffers())), xb)
-    xb = xb.to(like.device)
+    xb = xb.to(next(iter((*model.parameters(), *model.buffers())), xb).device)
     return xb if tfm is None else tfm(xb)
 
 
@@ -131,10 +146,9 @@ def _wide(t):
 class Finding:
     """What `preflight` found on one run of one norm layer.
 
-    `path` and `module` (the class's name) say where, `batch` (images) and `map` (sizes of the spatial axes) what came
-    in, `statistics` and `values` how many statistics there are of the batch and on how many values each rests (None of
-    an unknown layer or one that didn't run), `level` ("ok", "warn" or "fail") and `text` what follows; `last` is true of
-    the smaller last batch.
+    `path` and `module` (the class's name) say where, `level` ("ok", "warn" or "fail") and `text` what follows. `batch`
+    (images) and `map` (sizes of the spatial axes) are what came in, `statistics` is how many the batch has and `values`
+    on how many each rests: None where the layer is unknown or didn't run. `last` is true of the smaller last batch.
     """
 
     path: str
@@ -169,13 +183,13 @@ class Preflight:
         return "\n".join(map(str, (*self.findings, counts if self.findings else "no norm layer")))
 
 
-def preflight(model, data, *, tfm=None):
+def preflight(model, xb, *, tfm=None):
     """Say of every norm layer, before training, how many values its statistics rest on and what follows.
 
     One batch goes through the model in training mode, without gradients; everything that this changes is put back
     (parameters, buffers, attributes, modes, random states; also after an exception). Hooks of yours see the batch.
 
-    If `data` is a loader whose sampler and data set tell the size of a smaller last batch, as many images go through
+    If `xb` is a loader whose sampler and data set tell the size of a smaller last batch, as many images go through
     as well, and a layer is reported again where they fare worse.
 
     What is looked for:
@@ -190,7 +204,7 @@ def preflight(model, data, *, tfm=None):
 
     Args:
         model: the model, as it is about to be trained.
-        data: a batch `xb`, or a loader of such or of pairs `(xb, yb)`, of which the first is taken. (Where it is a
+        xb: a batch, or a loader of such or of pairs `(xb, yb)`, of which the first is taken. (Where it is a
             generator, that one is gone.)
         tfm: transform of the batch, such as `view_tfm(1, 28, 28)`.
 
@@ -201,22 +215,27 @@ def preflight(model, data, *, tfm=None):
         TypeError: batches that aren't tensors.
         ValueError: an empty loader, layers that are not initialised.
     """
+    model = getattr(model, "_orig_mod", model)                      # torch.compile's wrapper has it under this name
     norms, strange = norm_layers(model)
     frozen = {m for m in norms if model.training and not m.training}
-    with _undone(model, data) as restore:
-        xb, rest = _first_batch(data)
-        x = _ready(model, xb, tfm, "preflight")
+    with _undone(model, xb) as restore:
+        first, rest = _first_batch(xb)
+        x = _ready(model, first, tfm, "preflight")
         model.train()
         findings = _survey(model, norms, strange, frozen, x)
         if 0 < rest < len(x):
             restore()
             model.train()
-            short = _survey(model, norms, strange, frozen, x[:rest])
-            full = {}
-            for f in findings: full.setdefault(f.path, f.level)
-            findings += [replace(f, last=True) for f in short
-                         if f.batch is not None and LEVELS.index(f.level) > LEVELS.index(full[f.path])]
+            full = {f.path: f for f in reversed(findings)}
+            findings += [replace(f, last=True) for f in _survey(model, norms, strange, frozen, x[:rest])
+                         if f.batch is not None and _worse(f, full[f.path])]
     return Preflight(findings)
+
+
+def _worse(f, than):
+    """Whether the finding `f` is worse than the other one; one failure is worse than another if it has fewer values."""
+    return (LEVELS.index(f.level), -(f.values or 0)) > (LEVELS.index(than.level), -(than.values or 0)) and (
+        f.level == "fail" or f.level != than.level)
 
 
 def _first_batch(data):
@@ -237,18 +256,18 @@ def _survey(model, norms, strange, frozen, x):
     found, inside, bias, images = [], [], (None, None), len(x)
     paths = {m: path for path, m in model.named_modules()}
 
-    def enter(m, x, *args, **kwargs): inside.append((m, x, _statistics(m)))
+    def enter(m, x): inside.append((m, x, running_statistics(m)))
 
-    def leave(m, y, x, *args, **kwargs):
+    def leave(m, x, y):
         *_, before = inside.pop()
-        f = Finding(paths[m], type(m).__name__, "warn", "unknown norm: give its class a method statistic_groups(x) that "
-                    "returns x as (statistics, values)", images, tuple(x.shape[2:]))
+        f = Finding(paths[m], type(m).__name__, "warn", f"unknown norm: give its class {PROTOCOL}", images,
+                    tuple(getattr(x, "shape", ()))[2:])
         if m in norms:
             level, text = _judge(m, x, before, m in frozen, paths.get(bias[0]) if bias[1] is x else None)
             f = replace(f, level=level, text=text, **_shape(m, x))
         if f not in found: found.append(f)
 
-    def keep(m, y, x, *args, **kwargs):
+    def keep(m, x, y):
         nonlocal bias
         if m.bias is not None and (isinstance(m, _ConvNd) or x.ndim == 2): bias = m, y
     linear = [m for m in model.modules() if isinstance(m, (_ConvNd, nn.Linear))]
@@ -258,8 +277,8 @@ def _survey(model, norms, strange, frozen, x):
         except ValueError as e:
             m, x, _ = inside[-1] if inside else (None, None, None)
             if m not in norms or _shape(m, x)["values"] > 1: raise
-            found.append(Finding(paths[m], type(m).__name__, "fail", f"1 value per statistic: it refuses to train ({e})",
-                                 images, **_shape(m, x)))
+            text = f"1 value per statistic: it refuses to train ({e})"
+            found.append(Finding(paths[m], type(m).__name__, "fail", text, images, **_shape(m, x)))
             stopped = f"not reached, because {paths[m]} refuses"
     ran = {f.path for f in found}
     return found + [Finding(path, type(m).__name__, "warn", stopped) for m, path in {**norms, **strange}.items()
@@ -271,12 +290,6 @@ def _shape(m, x):
     # What torch's LayerNorm and RMSNorm get is not channels and a map.
     positions = () if isinstance(m, (nn.LayerNorm, nn.RMSNorm)) else tuple(x.shape[2:])
     return dict(zip(("map", "statistics", "values"), (positions, *statistic_groups(m, x).shape), strict=True))
-
-
-def _statistics(m):
-    """Copies of the running mean and variance of `m`, or None if it has none."""
-    mean, var = (getattr(m, name, None) for name in ("running_mean", "running_var"))
-    return None if mean is None or var is None else (mean.clone(), var.clone())
 
 
 def _error(n):
@@ -320,7 +333,7 @@ def _judge(m, x, before, was_frozen, biased):
 
     if n > 1 and eps > median:
         more.append(("warn", f"eps {eps:g} is above the variance (median {median:.2g}): the input is hardly scaled"))
-    after = _statistics(m)
+    after = running_statistics(m)
     if after and all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
         more.append(("warn", "the running statistics don't move in training (momentum 0?), and evaluation uses them"))
     elif after and not common:
@@ -349,22 +362,19 @@ class TrainEvalGap:
     channels: dict
 
     def __str__(self):
-        head = ("layer", "", "values", "gap", "image", "own", "channel", "share", "mean off", "var ratio", "reach",
+        head = ("layer", "values", "gap", "image", "own", "channel", "share", "mean off", "var ratio", "reach",
                 "train", "eval")
-        names = ("path", "module", "values", "gap", "image", "own", "channel", "share", "mean_off", "var_ratio",
-                 "reach", "train_max", "eval_max")
-        lines = [head, *([_cell(row.get(name)) for name in names] for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = ("  ".join([a.ljust(widths[0]), b.ljust(widths[1]), *map(str.rjust, rest, widths[2:])]).rstrip()
-                 for a, b, *rest in lines)
-        return "\n".join((*table, self.cause))
+        names = ("values", "gap", "image", "own", "channel", "share", "mean_off", "var_ratio", "reach", "train_max",
+                 "eval_max")
+        lines = [[f"{row['path']} {row['module']}", *(_cell(row.get(name)) for name in names)] for row in self.rows]
+        return f"{text_table(head, lines)}\n{self.cause}"
 
 
 def _cell(value):
     return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def train_eval_gap(model, xb, *, batch_size=None, modules=(), tfm=None):
+def train_eval_gap(model, xb, *, batch_size=None, modules=None, tfm=None):
     """Send the same images through the model in training and in evaluation mode and say where the two part.
 
     In training mode they go in batches of `batch_size`, each from the present state: what is seen is the next training
@@ -376,19 +386,24 @@ def train_eval_gap(model, xb, *, batch_size=None, modules=(), tfm=None):
         own         ||t - f|| / ||t||, f the norm layer's output in evaluation mode on what it got in training mode:
                     its own doing, without what the layers before it have done
         channel     where most of ||t - e||^2 lies, and `share`, how much of it
-        mean_off    |running mean - mean| / std             of this channel, with mean, variance and std of the values
-        var_ratio   (running var + eps) / (variance + eps)  that reach the norm in evaluation mode; std^2 = variance + eps
+        mean_off    of this channel: |running mean - mean| / sqrt(var + eps), with mean and var those of all values
+                    that reach the norm in evaluation mode
+        var_ratio   (running var + eps) / (var + eps)
+        reach       the largest |value - running mean| / sqrt(running var + eps)
+        limit       sqrt(n - 1), which no value exceeds in training, n values per statistic (None of running_moments)
         train_max, eval_max         the largest |t| and |e|
 
-    Why this is large for batch norm at small batches: in training no value can lie further than sqrt(n - 1) standard
-    deviations from the mean of n values. In evaluation it is measured by the running variance, which a channel that is
-    silent for k batches loses by the factor (1 - momentum)^k, down to eps; when it wakes up its output has no bound.
+    Why this is large for batch norm at small batches: in training no value lies further than sqrt(n - 1) standard
+    deviations from the mean of its n. In evaluation it is measured by the running variance, of which a channel that
+    is silent for k batches keeps (1 - momentum)^k, down to eps: when it wakes up nothing bounds its output, and every
+    layer multiplies what the one before it let through.
 
     Args:
         model: the model, in any mode.
         xb: a batch of images, best from the validation set, and many.
         batch_size: of the training mode; the size of `xb` if None. The last batch is smaller if it must be.
-        modules: more modules of `model` to compare, beside its norm layers and its output.
+        modules: what to compare beside the norm layers and the output: types, patterns of paths such as "layer1.*",
+            functions `f(path, module)` that say yes, or modules; one or a list.
         tfm: transform of the batch, such as `view_tfm(1, 28, 28)`.
 
     Returns:
@@ -396,25 +411,28 @@ def train_eval_gap(model, xb, *, batch_size=None, modules=(), tfm=None):
 
     Raises:
         TypeError: an `xb` that is no tensor.
-        ValueError: an empty `xb`, layers that are not initialised, modules that aren't the model's.
+        ValueError: an empty `xb`, layers that are not initialised, a choice of modules that finds nothing.
     """
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"train_eval_gap: batch_size is {batch_size!r}; it must be a positive integer, such as 2, or "
+                         "None for that of xb")
+    model = getattr(model, "_orig_mod", model)
     paths = {m: path for path, m in model.named_modules()}
-    if foreign := [m for m in modules if m not in paths]:
-        raise ValueError(f"train_eval_gap got modules=[{type(foreign[0]).__name__}, ...], which is not in the model; "
-                         "give modules of this model, such as [model[0]]")
     norms, _ = norm_layers(model)
+    more = {} if modules is None else choose(dict(model.named_modules()), modules, "module", "train_eval_gap")
+    layers = dict.fromkeys((*norms, *more.values(), model))
     tallies = {}
     with _undone(model) as restore:
         x = _ready(model, xb, tfm, "train_eval_gap")
         if not len(x): raise ValueError("train_eval_gap got an empty batch; give it images, best many")
         for chunk in x.split(batch_size or len(x)):
-            trained = _outputs(model, norms, modules, chunk, True)
+            trained = _outputs(model, norms, layers, chunk, True)
             restore()
-            evaluated = _outputs(model, norms, modules, chunk, False)
+            evaluated = _outputs(model, norms, layers, chunk, False)
             restore()
             for m, runs in trained.items():                         # a layer that runs twice has two rows
-                for i, pair in enumerate(zip(runs, evaluated.get(m, ()), strict=False)):
-                    tallies.setdefault((m, i), []).append(_compare(*pair))
+                for i, (run, other) in enumerate(zip(runs, evaluated.get(m, ()), strict=False)):
+                    tallies.setdefault((m, i), []).append(_compare(*run, *other))
     rows, channels = Rows(), {}
     for (m, _), parts in tallies.items():
         row, figures = _summed(parts)
@@ -423,34 +441,35 @@ def train_eval_gap(model, xb, *, batch_size=None, modules=(), tfm=None):
     return TrainEvalGap(rows, _cause(rows, channels), channels)
 
 
-def _outputs(model, norms, modules, x, training):
-    """One pass: `{module: [(output, figures), ...]}`, a pair per run, the model itself last.
+def _outputs(model, norms, layers, x, training):
+    """One pass in one mode: `{layer: [(output, more), ...]}`, a pair per run, the model itself last.
 
-    The figures are, of a norm layer in training, its output on the same input in evaluation mode, and in evaluation
-    what `_input_figures` says.
+    `more` is, of a norm layer in training, its output on the same input in evaluation mode, or None; in evaluation what
+    `_input_figures` says, or nothing.
     """
     runs, still = {}, {}
 
-    def enter(m, *args, **kwargs):
+    def enter(m, x):
         if not (training and m.training): return
         m.eval()
-        still[m] = {"own": m.forward(*args, **kwargs)}              # not m(...): no hook is to see it
+        still[m] = m.forward(x)                                     # not m(x): no hook is to see it
         m.train()
 
-    def leave(m, y, x, *args, **kwargs):
-        if not isinstance(y, torch.Tensor): return
-        # A copy, and the input looked at now: what follows may write into both.
-        figures = still.pop(m, {}) if training else _input_figures(m, x) if m in norms else {}
-        runs.setdefault(m, []).append((y.clone(), figures))
+    def leave(m, x, y):
+        y = first_tensor(y)
+        if y is None: return
+        # A copy, and the input is looked at now: what follows may write into both.
+        more = still.pop(m, None) if training else _input_figures(m, x) if m in norms else {}
+        runs.setdefault(m, []).append((y.clone(), more))
     model.train(training)
-    with _hooked(norms, enter), _hooked(dict.fromkeys((*norms, *modules, model)), after=leave): model(x)
+    with _hooked(norms, enter), _hooked(layers, after=leave): model(x)
     return runs
 
 
 def _input_figures(m, x):
     """What comes into the norm layer `m` in evaluation, beside what it evaluates by: numbers and `(C,)` tensors."""
     n, own_batch = statistic_groups(m, x).shape[1], not hasattr(m, "running_moments")
-    running = _statistics(m) if own_batch else m.running_moments(len(x))[:2]
+    running = running_statistics(m) if own_batch else m.running_moments(len(x))[:2]
     if running is None or running[0].shape != x.shape[1:2]: return {"values": n}
     x, dims, (mean, var) = _wide(x), (0, *range(2, x.ndim)), map(_wide, running)
     reach = (x.transpose(1, -1) - mean).flatten(0, -2).abs().amax(0) / (var + m.eps).sqrt()
@@ -458,14 +477,13 @@ def _input_figures(m, x):
             "var": x.var(dims, unbiased=False) + m.eps, "running": torch.stack((mean, var + m.eps)), "reach": reach}
 
 
-def _compare(trained, evaluated):
-    """Sums over one run of one layer on one batch: tensors on the device, named as `_summed` needs them."""
-    (t, own), (e, figures) = trained, evaluated
+def _compare(t, f, e, figures):
+    """Sums over one run of a layer on one batch, from its outputs (see `train_eval_gap`): tensors where they lie."""
     t, e = _wide(t), _wide(e)
-    part = {**figures, "t2": t.square().sum(), "d2": (t - e).square().sum((0, *range(2, t.ndim))),   # d2 (C,)
-            "images": torch.stack([u.flatten(1).square().sum(1) for u in (t - e, t)], 1),            # (N, 2)
+    part = {**figures, "t2": t.square().sum(), "d2": (t - e).square().sum((0, *range(2, t.ndim))),      # d2 (C,)
+            "images": torch.stack([u.flatten(1).square().sum(1) for u in (t - e, t)], 1),               # (N, 2)
             "train_max": t.abs().max(), "eval_max": e.abs().max()}
-    if own: part["own2"] = (t - _wide(own["own"])).square().sum()
+    if f is not None: part["own2"] = (t - _wide(f)).square().sum()
     return part
 
 
@@ -480,7 +498,7 @@ def _summed(parts):
                                if isinstance(v, torch.Tensor) and k != "images"}
     d2, t2 = stacked["d2"].sum(0), stacked["t2"].sum()
     images = torch.cat([p["images"] for p in parts]).unbind(1)
-    channel = int(d2.argmax())
+    channel = int(d2.argmax()) if d2.any() else None
     figures = {"share": _relative(d2, d2.sum()).square()}
     if "running" in first:
         means, (running_mean, running_var) = stacked["mean"], first["running"]
@@ -493,32 +511,119 @@ def _summed(parts):
     row = {"values": first.get("values"), "gap": _relative(d2.sum(), t2).item(),
            "image": _relative(*images).median().item(),
            "own": _relative(stacked["own2"].sum(), t2).item() if "own2" in first else None,
-           "channel": channel, **{k: v[channel].item() for k, v in figures.items()}, "limit": first.get("limit"),
+           "channel": channel, "limit": first.get("limit"),
+           **{k: None if channel is None else v[channel].item() for k, v in figures.items()},
            **{k: stacked[k].max().item() for k in ("train_max", "eval_max")}}
     return row, {k: v.tolist() for k, v in figures.items()} if "running" in first else None
 
 
 def _cause(rows, channels):
     """In some sentences, where and why the modes part, from the figures alone."""
-    if not rows: return "No layer gave a tensor in both modes."
     end, most = rows[-1], max(rows, key=lambda row: row["gap"])
     i = next((i for i, row in enumerate(rows) if not row["gap"] <= 1), None)
-    if i is None: return (f"The modes agree: the difference at {end['path']} is {end['gap']:.2g} of its size, at no layer "
-                          f"more than {most['gap']:.2g}.")
+    if i is None:
+        return (f"The modes agree: the difference at {end['path']} is {end['gap']:.2g} of its size, at no layer more "
+                f"than {most['gap']:.2g}.")
     row = rows[i]
-    if not math.isfinite(row["gap"]): return f"What {row['path']} ({row['module']}) gives is not finite or all 0."
+    if not math.isfinite(row["gap"]):
+        return f"What {row['path']} ({row['module']}) gives is not finite, or all 0 in training mode."
     before = f", after {rows[i - 1]['gap']:.2g} at {rows[i - 1]['path']}" if i else ""
     text = [f"The modes part at {row['path']} ({row['module']}): the difference is {row['gap']:.2g} times the size of "
             f"what training mode gives{before}; at {end['path']} it is {end['gap']:.2g} times, for half of the images "
             f"{end['image']:.2g} or less."]
     if row["path"] in channels:
         ratio = row["var_ratio"]
-        if max(ratio, 1 / ratio) > 2:
-            why = f"its running variance is {max(ratio, 1 / ratio):.2g} times too {'small' if ratio < 1 else 'large'}"
-        elif row["mean_off"] > 1: why = f"its running mean is {row['mean_off']:.2g} standard deviations off"
-        else: why = "its running statistics fit"
-        limit = f", in training mode at most {row['limit']:.2g} ({row['values']} values)" if row["limit"] else ""
-        text.append(f"{100 * row['share']:.0f} % of it lies in channel {row['channel']}: {why} for what evaluation mode "
-                    f"meets, and values lie up to {row['reach']:.2g} standard deviations from the mean{limit}.")
-    if most["gap"] > 2 * max(row["gap"], end["gap"]): text.append(f"It is largest at {most['path']}: {most['gap']:.2g} times.")
+        fault = ("its running statistics fit" if 0.5 <= ratio <= 2 and row["mean_off"] <= 1 else
+                 f"its running mean is {row['mean_off']:.2g} standard deviations off" if 0.5 <= ratio <= 2 else
+                 f"its running variance is {max(ratio, 1 / ratio):.2g} times too {'small' if ratio < 1 else 'large'}")
+        limit = f" (in training mode {row['limit']:.2g} at most, of {row['values']} values)" if row["limit"] else ""
+        text.append(f"{100 * row['share']:.0f} % of it lies in channel {row['channel']}: {fault} for what comes in, "
+                    f"and evaluation mode puts it up to {row['reach']:.2g} standard deviations from the mean{limit}.")
+    if most["gap"] > 2 * max(row["gap"], end["gap"]): text.append(f"At {most['path']} it is {most['gap']:.2g} times.")
     return " ".join(text)
+
+
+# --- during training ----------------------------------------------------------------------------------------------
+
+class NormStats(Probe):
+    """What norm layers normalise by, batch for batch, beside what they keep for evaluation; see `Probe`.
+
+        stats = NormStats(every=10)                         # all norm layers, or types, or paths such as "4.*"
+        run.fit(1, learn, cbs=stats)
+        stats.series("4.2", "var", "running_var")           # steps, and for each name a list of lists
+
+    A row has, with K statistics per batch (batch norms: the channels) or per image (GroupNorm: the groups,
+    InstanceNorm: the channels, LayerNorm: 1):
+
+        n               values behind each statistic of the batch
+        mean, var       of the batch, K each; where images have their own, means over the images
+        running_mean, running_var       K each, after the batch: what evaluation uses (if the layer keeps any)
+        scale           weight / std, with std = sqrt(variance + eps) of what this batch was normalised by: what the
+                        layer multiplies by. As many as weights, or K if that is more; means over the images
+        clamped         channels whose variance a clamp raised (if the layer has `running_moments`)
+
+    `var` is biased (of RMSNorm: the mean of the squares); torch's and our BatchNorm average the unbiased one,
+    n / (n - 1) times as large: at n = 2 `running_var` hovers about twice `var`.
+
+    Args:
+        which, **kwargs: as for `Probe`; there is nothing to choose but norm layers.
+
+    Raises:
+        ValueError: at the start of a fit, no norm layer, or one whose number of channels can't be told.
+    """
+
+    def candidates(self, model): return {path: m for m, path in norm_layers(model)[0].items()}
+
+    def usual(self, model):
+        found = self.candidates(model)
+        if found: return found
+        raise ValueError(f"NormStats found no norm layer in {type(model).__name__}; it needs one of torch's, or one "
+                         f"with {PROTOCOL}")
+
+    def layout(self, path, m):
+        k, weight = _statistics_of(path, m), getattr(m, "weight", None)
+        names = ("mean", "var", "running_mean", "running_var") if running_statistics(m) else ("mean", "var")
+        return {**dict.fromkeys(names, k), "scale": k if weight is None else max(k, weight.numel()),
+                **({"clamped": None} if hasattr(m, "running_moments") else {})}
+
+    def derived(self, name, value, n): return int(value) if name == "clamped" else value
+
+    def attach(self):
+        self._handles = [m.register_forward_hook(partial(self.tap, path), with_kwargs=True)
+                         for path, m in self.chosen.items()]
+
+    def detach(self):
+        for handle in self._handles: handle.remove()
+
+    @torch.no_grad()
+    def tap(self, path, m, args, kwargs, output):
+        """The forward hook."""
+        x = next(iter((*args, *kwargs.values())))
+        k, affine = self.layouts[path]["mean"], self.layouts[path]["scale"]
+        groups = statistic_groups(m, x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
+        var, mean = torch.var_mean(groups, 1, correction=0)                     # (K,) or (N K,)
+        if isinstance(m, nn.RMSNorm): var = groups.square().mean(1)
+        running, clamped = running_statistics(m), []
+        if hasattr(m, "running_moments"):
+            used = m.running_moments(len(x))[1]
+            clamped = [(used > m.running_var).sum()]
+        else: used = running[1] if running and not m.training else var
+        scale = (used + (torch.finfo(x.dtype).eps if m.eps is None else m.eps)).rsqrt().view(-1, k).mean(0)
+        scale = scale.repeat_interleave(affine // k)
+        if getattr(m, "weight", None) is not None: scale = scale * m.weight.flatten()
+        numbers = mean.view(-1, k).mean(0), var.view(-1, k).mean(0), *(running or ()), scale, *clamped
+        self.take(path, torch.cat([t.reshape(-1).float() for t in numbers]), groups.shape[1])
+
+
+def _statistics_of(path, m):
+    """How many statistics the norm layer `m` at `path` has of a batch, or else of each image."""
+    if isinstance(m, (nn.LayerNorm, nn.RMSNorm)): return 1
+    if isinstance(m, nn.GroupNorm): return m.num_groups
+    weight = getattr(m, "weight", None)
+    channels = next((getattr(m, name) for name in ("num_features", "num_channels", "nf") if hasattr(m, name)),
+                    None if weight is None else weight.numel())
+    if channels is None:
+        raise ValueError(f"NormStats can't tell how many channels the layer {path!r} ({type(m).__name__}) has; give it "
+                         "an attribute num_features")
+    if isinstance(m, (_BatchNorm, _InstanceNorm)): return channels
+    return len(m.statistic_groups(torch.empty(1, channels, 1)))     # of one image

@@ -1,4 +1,4 @@
-"""`Rows`, a history that is sliced by row and by column, and `smoothed` for its columns."""
+"""`Rows`, a history that is sliced by row and by column, `smoothed` for its columns, and plain tables."""
 
 import csv
 import difflib
@@ -103,3 +103,14 @@ def smoothed(values, width):
         else: total = tails[a] if a % width else heads[b - 1]
         means.append(total / (counts[b] - counts[a]) if ok else math.nan)
     return means
+
+
+def text_table(header, rows):
+    """A plain table: columns two spaces apart, the first to the left and the others to the right."""
+    lines = [[str(c) for c in line] for line in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def line(cells):
+        first, *rest = zip(cells, widths, strict=True)
+        return "  ".join([first[0].ljust(first[1]), *(c.rjust(w) for c, w in rest)]).rstrip()
+    return "\n".join(map(line, lines))

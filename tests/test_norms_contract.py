@@ -158,3 +158,39 @@ def test_no_warnings_from_a_training_step(norm):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         norm(torch.randn(2, 4, 3, 3, requires_grad=True)).sum().backward()
+
+
+# --- what a norm says of itself -----------------------------------------------------------------------------------
+
+SHAPES = {"batch": (4, 45), "layer": (3, 60), "instance": (12, 15), "group": (6, 30), "running": (4, 45),
+          "running per image": (4, 45)}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_statistic_groups_are_the_values_behind_each_mean_and_variance(name):
+    norm, x = NORMS[name]().double(), torch.randn(3, 4, 5, 3, dtype=torch.float64) * 2 + 1
+    groups = norm.statistic_groups(x)
+    assert groups.shape == SHAPES[name]
+    centred = groups - groups.mean(1, keepdim=True)
+    expected = centred / (centred.square().mean(1, keepdim=True) + norm.eps).sqrt()
+    torch.testing.assert_close(norm.statistic_groups(norm(x)), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("b", "images"), [(2, 38), (3, 13.5), (4, 12.7), (8, 16.2), (16, 25.7), (32, 44.3)])
+def test_running_moments_say_how_many_images_they_remember(b, images):
+    assert RunningBatchNorm(4).running_moments(b)[2] == pytest.approx(images, abs=0.05)
+    # The definition of it: a weighted mean of batches is as good as the plain one of 1 / sum(w^2).
+    alpha = RunningBatchNorm(4).batch_weight(b)
+    weights = [alpha * (1 - alpha) ** k for k in range(2000)]
+    assert RunningBatchNorm(4).running_moments(b)[2] == pytest.approx(b / sum(w * w for w in weights))
+    assert 38 <= round(RunningBatchNorm(4, rule="per_image").running_moments(min(b, 16))[2]) <= 40
+
+
+def test_running_moments_are_what_a_training_batch_is_normalised_by():
+    norm = RunningBatchNorm(3)
+    for step in range(12):
+        x = torch.randn(2, 3, 4) * torch.tensor([0.01, 0.5, 3.0]).view(1, 3, 1) + 2     # the first below the clamp
+        y = norm(x)
+        mean, var, _ = norm.running_moments(2)
+        torch.testing.assert_close(y, (x - mean.view(-1, 1)) / (var.view(-1, 1) + norm.eps).sqrt())
+        assert (var > norm.running_var).tolist() == [step < 9, False, False]           # 20 images are 10 steps
