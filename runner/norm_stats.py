@@ -66,7 +66,8 @@ def norm_layers(model):
 def statistic_groups(m, x):
     """`x`, the input of the norm layer `m`, as `(statistics, values)`: the protocol for torch's norms too.
 
-    Shapes: `x` `(N, C, *spatial)`, for `nn.LayerNorm` and `nn.RMSNorm` `(*, *normalized_shape)`.
+    Of `nn.SyncBatchNorm` they are the values of this process. Shapes: `x` `(N, C, *spatial)`, for `nn.LayerNorm` and
+    `nn.RMSNorm` `(*, *normalized_shape)`.
     """
     if hasattr(m, "statistic_groups"): return m.statistic_groups(x)
     if isinstance(m, _BatchNorm): return x.transpose(0, 1).flatten(1)
@@ -87,6 +88,12 @@ def running_statistics(m):
     """Copies of the running mean and variance that the layer `m` evaluates by, `(C,)` each, or None if it has none."""
     mean, var = (getattr(m, name, None) for name in ("running_mean", "running_var"))
     return None if mean is None or var is None else (mean.clone(), var.clone())
+
+
+def _eps(m, x):
+    """What the norm layer `m` adds to the variance of `x`."""
+    eps = getattr(m, "eps", 0.0)
+    return torch.finfo(x.dtype).eps if eps is None else eps         # None: nn.RMSNorm's own way
 
 
 @contextmanager
@@ -305,46 +312,56 @@ def _judge(m, x, before, was_frozen, biased):
     added a bias to `x` last.
     """
     if not m.training and before: return "ok", "in evaluation mode in training too: its running statistics stay"
-    groups, eps = statistic_groups(m, x), getattr(m, "eps", None) or 0.0
+    groups, eps = _wide(statistic_groups(m, x)), _eps(m, x)
     n, common, rms = groups.shape[1], shared(m, x), isinstance(m, nn.RMSNorm)
     running = m.running_moments(len(x)) if hasattr(m, "running_moments") else None
-    wide = _wide(groups)
-    var = running[1] if running else wide.square().mean(1) if rms else wide.var(1, unbiased=False)
+    var = running[1] if running else groups.square().mean(1) if rms else groups.var(1, unbiased=False)
     live = var[var > 0]                                             # a ReLU leaves channels without any value
     median = live.median().item() if len(live) else 0.0
-    plural, level, more = "s" * (n > 1), "ok", []
-    text = f"{n} value{plural} per statistic"
-    if running:
-        images = running[2]
-        text = (f"{n} value{plural} of this batch, averaged with "
-                + ("earlier batches" if images is None else f"about {images:.0f} images"))
-        noise = images and _error(n * images / len(x))
-        if noise: level, text = "warn", f"{text}: {noise}"
-        if before and (held := int((var > m.running_var).sum())):
-            more.append(("ok", f"a clamp holds the variance of {held} of {len(var)} channels"))
-    elif n == 1:
-        level = "fail"
-        text += ": the output is +-weight whatever the size of the input" if rms else \
-            ": the output is constant (its bias), nothing passes"
-    elif n == 2 and not rms and eps < median: level, text = "fail", f"{text}: outputs are about +-1 whatever the input"
-    elif common and _error(n): level, text = "warn", f"{text}: {_error(n)}"
-    elif not common and (2 - rms) / n > LOST:
-        level, text = "warn", f"{text}, of which {'the scale takes 1' if rms else 'mean and scale take 2'}"
+    if running: remarks = [_past_batches(n, len(x), running[2])]
+    else: remarks = [_one_batch(n, common, rms, eps < median)]
 
+    def remark(level, text): remarks.append((level, text))
+    if running and before and (held := int((var > m.running_var).sum())):
+        remark("ok", f"a clamp holds the variance of {held} of {len(var)} channels")
     if n > 1 and eps > median:
-        more.append(("warn", f"eps {eps:g} is above the variance (median {median:.2g}): the input is hardly scaled"))
+        remark("warn", f"eps {eps:g} is above the variance (median {median:.2g}): the input is hardly scaled")
     after = running_statistics(m)
     if after and all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
-        more.append(("warn", "the running statistics don't move in training (momentum 0?), and evaluation uses them"))
+        remark("warn", "the running statistics don't move in training (momentum 0?), and evaluation uses them")
     elif after and not common:
-        more.append(("warn", "evaluation normalises by running statistics and training by each image's own"))
+        remark("warn", "evaluation normalises by running statistics and training by each image's own")
     if common and not (after or running):
-        more.append(("warn", "no running statistics: in evaluation an output depends on the rest of its batch"))
-    if was_frozen: more.append(("warn", "it was in evaluation mode, and model.train() at every epoch ends that"))
+        remark("warn", "no running statistics: in evaluation an output depends on the rest of its batch")
+    if was_frozen: remark("warn", "it was in evaluation mode, and model.train() at every epoch ends that")
     # A statistic of one channel: its mean takes in the whole of the channel's bias.
     if biased is not None and not (running or rms) and n == x[0, 0].numel() * (len(x) if common else 1):
-        more.append(("ok", f"the bias of {biased} before it is taken off again with the mean"))
-    return max((level, *(lv for lv, _ in more)), key=LEVELS.index), "; ".join((text, *(t for _, t in more)))
+        remark("ok", f"the bias of {biased} before it is taken off again with the mean")
+    levels, texts = zip(*remarks, strict=True)
+    return max(levels, key=LEVELS.index), "; ".join(texts)
+
+
+def _past_batches(n, b, images):
+    """Level and text for `n` values of a batch of `b` images, averaged over `images` (None: not known how many)."""
+    text = f"{n} value{'s' * (n > 1)} of this batch, averaged with "
+    if images is None: return "ok", f"{text}earlier batches"
+    noise = _error(n * images / b)
+    return "warn" if noise else "ok", f"{text}about {images:.0f} images" + f": {noise}" * bool(noise)
+
+
+def _one_batch(n, common, rms, scaled):
+    """Level and text for `n` values per statistic of this batch.
+
+    `common`: the statistics are the batch's and not an image's; `rms`: of the second moment alone; `scaled`: the
+    variances are above eps.
+    """
+    text = f"{n} value{'s' * (n > 1)} per statistic"
+    if n == 1 and rms: return "fail", f"{text}: the output is +-weight whatever the size of the input"
+    if n == 1: return "fail", f"{text}: the output is constant (its bias), nothing passes"
+    if n == 2 and scaled and not rms: return "fail", f"{text}: outputs are about +-1 whatever the input"
+    if common: return ("warn", f"{text}: {_error(n)}") if _error(n) else ("ok", text)
+    if (1 if rms else 2) / n <= LOST: return "ok", text
+    return "warn", f"{text}, of which {'the scale takes 1' if rms else 'mean and scale take 2'}"
 
 
 # --- training against evaluation ----------------------------------------------------------------------------------
@@ -390,7 +407,8 @@ def train_eval_gap(model, xb, *, batch_size=None, modules=None, tfm=None):
                     that reach the norm in evaluation mode
         var_ratio   (running var + eps) / (var + eps)
         reach       the largest |value - running mean| / sqrt(running var + eps)
-        limit       sqrt(n - 1), which no value exceeds in training, n values per statistic (None of running_moments)
+        limit       sqrt(n - 1), the most that it can be in training, of n values per statistic (None where training
+                    too is by running statistics)
         train_max, eval_max         the largest |t| and |e|
 
     Why this is large for batch norm at small batches: in training no value lies further than sqrt(n - 1) standard
@@ -432,7 +450,7 @@ def train_eval_gap(model, xb, *, batch_size=None, modules=None, tfm=None):
             restore()
             for m, runs in trained.items():                         # a layer that runs twice has two rows
                 for i, (run, other) in enumerate(zip(runs, evaluated.get(m, ()), strict=False)):
-                    tallies.setdefault((m, i), []).append(_compare(*run, *other))
+                    if run[0].shape == other[0].shape: tallies.setdefault((m, i), []).append(_compare(*run, *other))
     rows, channels = Rows(), {}
     for (m, _), parts in tallies.items():
         row, figures = _summed(parts)
@@ -471,15 +489,15 @@ def _input_figures(m, x):
     n, own_batch = statistic_groups(m, x).shape[1], not hasattr(m, "running_moments")
     running = running_statistics(m) if own_batch else m.running_moments(len(x))[:2]
     if running is None or running[0].shape != x.shape[1:2]: return {"values": n}
-    x, dims, (mean, var) = _wide(x), (0, *range(2, x.ndim)), map(_wide, running)
-    reach = (x.transpose(1, -1) - mean).flatten(0, -2).abs().amax(0) / (var + m.eps).sqrt()
+    x, dims, (mean, var), eps = _wide(x), (0, *range(2, x.ndim)), map(_wide, running), _eps(m, x)
+    reach = (x.transpose(1, -1) - mean).flatten(0, -2).abs().amax(0) / (var + eps).sqrt()
     return {"values": n, "limit": math.sqrt(n - 1) if own_batch else None, "weight": x.numel(), "mean": x.mean(dims),
-            "var": x.var(dims, unbiased=False) + m.eps, "running": torch.stack((mean, var + m.eps)), "reach": reach}
+            "var": x.var(dims, unbiased=False) + eps, "running": torch.stack((mean, var + eps)), "reach": reach}
 
 
 def _compare(t, f, e, figures):
     """Sums over one run of a layer on one batch, from its outputs (see `train_eval_gap`): tensors where they lie."""
-    t, e = _wide(t), _wide(e)
+    t, e = (_wide(u) if u.ndim > 1 else _wide(u).view(-1, 1) for u in (t, e))
     part = {**figures, "t2": t.square().sum(), "d2": (t - e).square().sum((0, *range(2, t.ndim))),      # d2 (C,)
             "images": torch.stack([u.flatten(1).square().sum(1) for u in (t - e, t)], 1),               # (N, 2)
             "train_max": t.abs().max(), "eval_max": e.abs().max()}
@@ -511,7 +529,7 @@ def _summed(parts):
     row = {"values": first.get("values"), "gap": _relative(d2.sum(), t2).item(),
            "image": _relative(*images).median().item(),
            "own": _relative(stacked["own2"].sum(), t2).item() if "own2" in first else None,
-           "channel": channel, "limit": first.get("limit"),
+           "channel": channel, "limit": first.get("limit") if "own2" in first else None,
            **{k: None if channel is None else v[channel].item() for k, v in figures.items()},
            **{k: stacked[k].max().item() for k in ("train_max", "eval_max")}}
     return row, {k: v.tolist() for k, v in figures.items()} if "running" in first else None
@@ -519,6 +537,7 @@ def _summed(parts):
 
 def _cause(rows, channels):
     """In some sentences, where and why the modes part, from the figures alone."""
+    if not rows: return "No layer gave tensors of one shape in both modes."
     end, most = rows[-1], max(rows, key=lambda row: row["gap"])
     i = next((i for i, row in enumerate(rows) if not row["gap"] <= 1), None)
     if i is None:
@@ -560,7 +579,7 @@ class NormStats(Probe):
         running_mean, running_var       K each, after the batch: what evaluation uses (if the layer keeps any)
         scale           weight / std, with std = sqrt(variance + eps) of what this batch was normalised by: what the
                         layer multiplies by. As many as weights, or K if that is more; means over the images
-        clamped         channels whose variance a clamp raised (if the layer has `running_moments`)
+        clamped         channels whose variance a clamp raised (if it normalises by running statistics in training)
 
     `var` is biased (of RMSNorm: the mean of the squares); torch's and our BatchNorm average the unbiased one,
     n / (n - 1) times as large: at n = 2 `running_var` hovers about twice `var`.
@@ -584,7 +603,7 @@ class NormStats(Probe):
         k, weight = _statistics_of(path, m), getattr(m, "weight", None)
         names = ("mean", "var", "running_mean", "running_var") if running_statistics(m) else ("mean", "var")
         return {**dict.fromkeys(names, k), "scale": k if weight is None else max(k, weight.numel()),
-                **({"clamped": None} if hasattr(m, "running_moments") else {})}
+                **({"clamped": None} if _clamps(m) else {})}
 
     def derived(self, name, value, n): return int(value) if name == "clamped" else value
 
@@ -603,16 +622,19 @@ class NormStats(Probe):
         groups = statistic_groups(m, x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
         var, mean = torch.var_mean(groups, 1, correction=0)                     # (K,) or (N K,)
         if isinstance(m, nn.RMSNorm): var = groups.square().mean(1)
-        running, clamped = running_statistics(m), []
-        if hasattr(m, "running_moments"):
-            used = m.running_moments(len(x))[1]
-            clamped = [(used > m.running_var).sum()]
+        running = running_statistics(m)
+        if hasattr(m, "running_moments"): used = m.running_moments(len(x))[1]
         else: used = running[1] if running and not m.training else var
-        scale = (used + (torch.finfo(x.dtype).eps if m.eps is None else m.eps)).rsqrt().view(-1, k).mean(0)
-        scale = scale.repeat_interleave(affine // k)
+        scale = (used + _eps(m, x)).rsqrt().view(-1, k).mean(0).repeat_interleave(affine // k)
         if getattr(m, "weight", None) is not None: scale = scale * m.weight.flatten()
+        clamped = [(used > running[1]).sum()] if _clamps(m) else []
         numbers = mean.view(-1, k).mean(0), var.view(-1, k).mean(0), *(running or ()), scale, *clamped
         self.take(path, torch.cat([t.reshape(-1).float() for t in numbers]), groups.shape[1])
+
+
+def _clamps(m):
+    """Whether the variance that the norm layer `m` uses can be told from the one that it keeps."""
+    return hasattr(m, "running_moments") and running_statistics(m) is not None
 
 
 def _statistics_of(path, m):

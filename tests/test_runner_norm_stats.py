@@ -514,6 +514,28 @@ def test_values_that_are_not_finite_are_named():
     assert report.cause == "What 1 (Threshold) gives is not finite, or all 0 in training mode."
 
 
+def test_outputs_of_any_shape_are_compared_if_they_have_one_shape_in_both_modes():
+    class Pick(nn.Module):
+        """`(N, 3)` to `(N,)`, or in training to a tuple of that and something else."""
+        def forward(self, x): return (x[:, 0], "more") if self.training else x[:, 0]
+
+    class Fewer(nn.Module):
+        def forward(self, x): return x[:1] if self.training else x
+    x = torch.randn(8, 3)
+    norm, out = train_eval_gap(nn.Sequential(nn.BatchNorm1d(3), Pick()), x).rows
+    t, e = (x[:, 0] - x[:, 0].mean()) / x[:, 0].std(unbiased=False), x[:, 0]
+    assert out["gap"] == pytest.approx(((t - e).norm() / t.norm()).item(), rel=1e-4)
+    assert norm["path"] == "0"
+    assert train_eval_gap(Fewer(), x).cause == "No layer gave tensors of one shape in both modes."
+
+
+def test_a_frozen_norm_has_no_limit_and_no_gap_of_its_own():
+    class Frozen(nn.BatchNorm1d):
+        def train(self, mode=True): return super().train(False)
+    norm, _ = train_eval_gap(nn.Sequential(Frozen(3)), torch.randn(2, 3)).rows
+    assert (norm["gap"], norm["own"], norm["limit"], norm["values"]) == (0.0, None, None, 2)
+
+
 def small_batch_gap(norm, seed, images, steps=300):
     """The main job's network after some steps at batch size 2 and lr 0.4."""
     model = build(norm, seed)
@@ -701,6 +723,27 @@ def test_a_norm_of_ones_own_is_measured_by_the_protocol():
     assert stats.rows[0]["mean"] == pytest.approx(xbs[0].mean((0, 2, 3)).tolist(), abs=1e-6)
     text = r"NormStats can't tell how many channels the layer '0' \(Own\) has; give it an attribute num_features"
     with pytest.raises(ValueError, match=text): fitted(Own(None), quiet())
+
+
+def test_past_statistics_without_buffers_are_used_for_the_scale():
+    stats = quiet()
+    own = Mine()
+    own.num_features, own.eps, own.running_moments = 4, 0.0, lambda b: (torch.zeros(4), torch.full((4,), 4.0), None)
+    fitted(own, stats)
+    assert list(stats.rows[0])[-3:] == ["mean", "var", "scale"]
+    assert stats.rows[0]["scale"] == [0.5] * 4
+
+
+@pytest.mark.parametrize("norm", [BatchNorm(4), RunningBatchNorm(4), nn.GroupNorm(2, 4), nn.RMSNorm(3), LayerNorm()])
+def test_nothing_comes_to_the_host_inside_a_batch(norm, monkeypatch):
+    def refuse(*args, **kwargs): raise AssertionError("a host copy")
+    stats, taken = quiet(), []
+    stats.layouts = {"": stats.layout("", norm)}
+    stats.take = lambda path, values, n: taken.append(values)
+    for name in ("item", "tolist", "cpu", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    stats.tap("", norm, (torch.ones(2, 4, 3, 3),), {}, None)
+    assert taken[0].shape == (sum(k or 1 for k in stats.layouts[""].values()),)
 
 
 @pytest.mark.parametrize("event", ["after_pred", "after_loss", "after_step"])
