@@ -78,7 +78,7 @@ class Rows(list):
         series = {}
         for name, *point in self[by, x, y]:
             for column, value in zip(series.setdefault(name, ([], [])), point, strict=True): column.append(value)
-        return plots.plot_lines(series, ax, xlabel=x, ylabel=y, yscale=yscale)
+        return plots.plot_lines(series, ax, xlabel=x, ylabel=y, yscale=yscale, ordered=True)
 
 
 def smoothed(values, width):

@@ -224,10 +224,9 @@ class LR_Find(Callback):
         """Loss against rate (log axis) with the suggestion, if there is one, marked; returns the axes."""
         from runner import plots
         n = len(self.losses) - skip_last
-        ax = plots.plot_line(self.losses[:n], self.lrs[:n], ax=ax, xscale="log", xlabel="learning rate",
-                             ylabel="training loss")
-        try: return plots.mark(ax, self.suggestion, f"suggestion {self.suggestion:.2g}")
-        except RuntimeError: return ax
+        try: suggestion = self.suggestion
+        except RuntimeError: suggestion = None
+        return plots.plot_lr_find(self.lrs[:n], self.losses[:n], suggestion, ax)
 
 
 def snapshot(model, loss_func, opt, data):
