@@ -182,6 +182,10 @@ class Runner:
     the batch), `opt, model, loss_func, data` (of the learner), `in_train`, `n_epochs` (float), `n_iter`, `iters`
     (batches in this pass), `epoch` and `epochs`.
 
+    `status` says how the last fit went: "ok" until something else is known, "diverged" if a callback that looks for it
+    found a loss or a gradient that is not finite (`TerminateOnNonFinite`), "cancelled" if another callback left the
+    fit by `CancelTrainException`, "failed" if an exception ended it.
+
     Raises:
         ValueError: two callbacks of one name, or a name that is an attribute of the runner.
         TypeError: something that is no callback, `compile` not True or False.
@@ -189,7 +193,7 @@ class Runner:
 
     def __init__(self, cbs=None, cb_funcs=None, *, compile=False):
         if not isinstance(compile, bool): raise TypeError(f"compile is {compile!r}; it must be True or False")
-        self.in_train, self.learn, self._fitting = False, None, False
+        self.in_train, self.learn, self._fitting, self.status = False, None, False, "ok"
         self.logger = None  # where a row of statistics goes after each epoch; ProgressCallback sets it
         self._answers = {event: [] for event in EVENTS}
         self._compiled = None
@@ -217,7 +221,9 @@ class Runner:
                     with torch.no_grad():
                         self.all_batches("begin_validate", self.data.valid_dl)
                     self("after_epoch")
-            except CancelTrainException: self("after_cancel_train")
+            except CancelTrainException:
+                if self.status == "ok": self.status = "cancelled"
+                self("after_cancel_train")
 
     def all_batches(self, begin, dl):
         """One pass over `dl`, unless a callback returns True from the event `begin`."""
@@ -308,13 +314,16 @@ class Runner:
                 self._expose(cb)
                 self.cbs.append(cb)
             ordered = sorted(self.cbs, key=lambda cb: cb._order)
-            self.learn, self.epochs, self.epoch, self._fitting = learn, epochs, 0, True
+            self.learn, self.epochs, self.epoch, self._fitting, self.status = learn, epochs, 0, True, "ok"
             for cb in ordered: cb.set_runner(self)
             # Looked up once here and not at each of 25,000 batches. A callback with a `__call__` of its own gets
             # every event's name, as one of the lesson does.
             self._answers = {e: [a for cb in ordered if (a := _answer(cb, e)) is not None] for e in EVENTS}
             self.opt.zero_grad()
             with self._compiled.settings() if self._compiled else nullcontext(): yield
+        except BaseException:
+            self.status = "failed"
+            raise
         finally:
             for cb in self.cbs[len(lasting):]: delattr(self, cb.name)
             self.cbs, self._fitting, self.in_train = lasting, False, False
