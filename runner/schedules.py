@@ -286,7 +286,7 @@ def loader_states(*loaders):
     """Copy the states of the loaders' generators and which iterator of persistent workers they hold; a function that
     puts them back.
     """
-    generators = [(g, g.get_state()) for g in _generators(loaders)]
+    generators = [(g, g.get_state()) for g in generators_of(*loaders)]
     iterators = [(dl, dl._iterator) for dl in loaders if hasattr(dl, "_iterator")]
 
     def restore():
@@ -297,20 +297,33 @@ def loader_states(*loaders):
 
 def random_states():
     """Copy the random states of torch (every device), Python and numpy (if in use); a function that puts them back."""
-    cpu, python = torch.get_rng_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    numpy = sys.modules.get("numpy")
-    numpy_state = None if numpy is None else numpy.random.get_state()
-
-    def restore():
-        torch.set_rng_state(cpu)
-        random.setstate(python)
-        if numpy_state is not None: numpy.random.set_state(numpy_state)
-        if cuda: torch.cuda.set_rng_state_all(cuda)
-    return restore
+    return partial(set_random_state, random_state())
 
 
-def _generators(loaders):
+def random_state(generators=()):
+    """The random states of torch (every device), Python, numpy (if in use) and `generators`, for `set_random_state`.
+
+    Tensors, tuples and numbers, which `torch.load(weights_only=True)` can read.
+    """
+    state = {"torch": torch.get_rng_state(), "python": random.getstate(),
+             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+             "generators": [g.get_state() for g in generators]}
+    if (numpy := sys.modules.get("numpy")) is not None:
+        kind, keys, *rest = numpy.random.get_state()
+        state["numpy"] = (kind, keys.tolist(), *rest)
+    return state
+
+
+def set_random_state(state, generators=()):
+    """Put back what `random_state` returned, or a part of it; `generators` are the same in the same order."""
+    if "torch" in state: torch.set_rng_state(state["torch"])
+    if "python" in state: random.setstate(state["python"])
+    if "numpy" in state and (numpy := sys.modules.get("numpy")): numpy.random.set_state(state["numpy"])
+    if state.get("cuda") and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state["cuda"])
+    for g, was in zip(generators, state.get("generators", ()), strict=True): g.set_state(was)
+
+
+def generators_of(*loaders):
     """The `torch.Generator`s that the loaders and their samplers, however nested, draw from, each once."""
     found, todo = {}, [*loaders]
     while todo:
