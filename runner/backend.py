@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from runner.core import Callback
-from runner.schedules import random_states
+from runner.states import random_states
 
 SHARE = 0.01    # of the fit's training batches may go into the measurement
 MOST = 20       # steps of each setting

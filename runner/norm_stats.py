@@ -26,7 +26,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.data import BatchSampler
 
 from runner.rows import Rows, text_table
-from runner.schedules import loader_states, module_states, random_states
+from runner.states import loader_states, module_states, random_states
 from runner.stats import Probe, choose, first_tensor
 
 TORCH_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
