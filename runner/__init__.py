@@ -22,6 +22,7 @@ from runner.core import (
 from runner.data import DataBunch, Dataset, get_dls
 from runner.hooks import Hook, Hooks, append_stats
 from runner.metrics import AvgStats, AvgStatsCallback, Recorder, accuracy
+from runner.nonfinite import TerminateOnNonFinite, replay
 from runner.norm_stats import NormStats, preflight, train_eval_gap
 from runner.progress import ProgressCallback
 from runner.rows import Rows
@@ -41,7 +42,8 @@ __all__ = [
     "EVENTS", "ActivationStats", "AvgStats", "AvgStatsCallback", "BatchTransformXCallback", "CPUBackendCallback",
     "Callback", "CancelBatchException", "CancelEpochException", "CancelException", "CancelTrainException",
     "CudaCallback", "DataBunch", "Dataset", "GradientStats", "Hook", "Hooks", "LR_Find", "Learner", "NormStats",
-    "ParamScheduler", "ParameterStats", "Probe", "ProgressCallback", "Recorder", "Rows", "Runner", "TrainEvalCallback",
-    "accuracy", "annealer", "append_stats", "camel2snake", "combine_scheds", "get_dls", "listify", "preflight",
-    "sched_cos", "sched_exp", "sched_lin", "sched_no", "train_eval_gap", "view_tfm",
+    "ParamScheduler", "ParameterStats", "Probe", "ProgressCallback", "Recorder", "Rows", "Runner",
+    "TerminateOnNonFinite", "TrainEvalCallback", "accuracy", "annealer", "append_stats", "camel2snake",
+    "combine_scheds", "get_dls", "listify", "preflight", "replay", "sched_cos", "sched_exp", "sched_lin", "sched_no",
+    "train_eval_gap", "view_tfm",
 ]
