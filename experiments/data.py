@@ -1,6 +1,6 @@
-"""Image data for the experiments: MNIST where it can be had, else scikit-learn's digits, never without saying so.
+"""Image data for the experiments: MNIST or Fashion-MNIST where it can be had, else scikit-learn's digits, and loudly.
 
-Search for MNIST: the folder that was named, then the user's cache, then torchvision's download into that cache.
+Search: the folder that was named, then the user's cache, then torchvision's download into that cache.
 """
 
 import hashlib
@@ -20,15 +20,25 @@ import torch.nn.functional as F
 from experiments.errors import InputError, pick
 from runner import Dataset
 
-# name: (bytes, MD5) of the four files of MNIST, uncompressed, in <folder>/MNIST/raw as torchvision expects them.
-MNIST_FILES = {
-    "train-images-idx3-ubyte": (47_040_016, "6bbc9ace898e44ae57da46a324031adb"),
-    "train-labels-idx1-ubyte": (60_008, "a25bea736e30d166cdddb491f175f624"),
-    "t10k-images-idx3-ubyte": (7_840_016, "2646ac647ad5339dbf082846283269ea"),
-    "t10k-labels-idx1-ubyte": (10_008, "27ae3e4e09519cfbb04c329615203637"),
+# Data set, as torchvision calls its class and its folder: {file: (bytes, MD5)} of the four files, uncompressed, in
+# <folder>/<data set>/raw as torchvision expects them.
+FILES = {
+    "MNIST": {
+        "train-images-idx3-ubyte": (47_040_016, "6bbc9ace898e44ae57da46a324031adb"),
+        "train-labels-idx1-ubyte": (60_008, "a25bea736e30d166cdddb491f175f624"),
+        "t10k-images-idx3-ubyte": (7_840_016, "2646ac647ad5339dbf082846283269ea"),
+        "t10k-labels-idx1-ubyte": (10_008, "27ae3e4e09519cfbb04c329615203637"),
+    },
+    "FashionMNIST": {
+        "train-images-idx3-ubyte": (47_040_016, "f4a8712d7a061bf5bd6d2ca38dc4d50a"),
+        "train-labels-idx1-ubyte": (60_008, "9018921c3c673c538a1fc5bad174d6f9"),
+        "t10k-images-idx3-ubyte": (7_840_016, "8181f5470baa50b63fa0f6fddb340f0a"),
+        "t10k-labels-idx1-ubyte": (10_008, "15d484375f8d13e6eb1aabb0c3f46965"),
+    },
 }
-TRAIN_IMAGES = 50_000       # of MNIST's 60,000, the lesson's split; the other 10,000 validate
-NAMES = ("auto", "mnist", "digits")
+TITLES = {"MNIST": "MNIST", "FashionMNIST": "Fashion-MNIST"}
+TRAIN_IMAGES = 50_000       # of 60,000, the lesson's split; the other 10,000 validate
+NAMES = ("auto", "mnist", "fashion-mnist", "digits")
 PROBE_SECONDS = 5           # how long to wait for a sign of a network
 STALL_SECONDS = 15          # how long a download may stand still
 
@@ -37,14 +47,16 @@ STALL_SECONDS = 15          # how long a download may stand still
 class ImageData:
     """Training, validation and test images as `Dataset`s of flat float images `(N, 784)` and labels `(N,)`.
 
-    Pixels are scaled to 0..1, then normalised by the training set's scalar mean and standard deviation. `notice`
-    says what a user must know about the choice of data, or is empty.
+    Pixels are scaled to 0..1, then normalised by the training set's scalar moments `mean` and `std`, so that a pixel is
+    `x * std + mean`. `notice` says what a user must know about the choice of data, or is empty.
     """
 
     name: str
     train: Dataset
     valid: Dataset
     test: Dataset
+    mean: float
+    std: float
     notice: str = ""
     c: int = 10
 
@@ -53,31 +65,38 @@ class ImageData:
                 "test images, 28x28")
 
 
-def load_data(name="auto", data_dir=None, limit=None):
-    """Load MNIST or the digits.
+def load_data(name="auto", data_dir=None, limit=None, auto=("MNIST",)):
+    """Load MNIST, Fashion-MNIST or the digits.
 
     Args:
-        name: "mnist", "digits" or "auto": MNIST if it can be had, else the digits with a notice that says why.
-        data_dir: folder that holds `MNIST/raw/`. It must be whole. None takes the environment variable
-            NORMS_DATA_DIR, which may name a folder without MNIST (the search then goes on) but not a damaged one.
+        name: "mnist", "fashion-mnist", "digits" or "auto": the first of `auto` that can be had, else the digits;
+            a notice says why it is not the first.
+        data_dir: folder that holds `MNIST/raw/` or `FashionMNIST/raw/`. It must be whole. None takes the environment
+            variable NORMS_DATA_DIR, which may name a folder without them (the search then goes on) but not a damaged
+            one.
         limit: only the first `limit` training images, and at most as many for validation.
+        auto: data sets, keys of `FILES`.
 
     Raises:
-        InputError: an unknown name, a folder without the files, a damaged file, MNIST asked for and not to be had.
+        InputError: an unknown name, a folder without the files, a damaged file, a data set asked for and not to be had.
     """
     name = pick(name, NAMES, "data set")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise InputError(f"limit is {limit!r}; it must be a positive number of training images, or left out for all")
     if name == "digits": return _digits(limit)
-    root, reasons = find_mnist(data_dir)
-    if root is not None: return _mnist(root, limit)
-    why = "\n".join(f"  - {reason}" for reason in reasons)
-    if name == "mnist":
-        raise InputError(f"MNIST is not to be had:\n{why}\nPut its four files into FOLDER/MNIST/raw and name FOLDER by "
-                         "--data-dir, or use --data digits")
-    return _digits(limit, notice=f"THIS IS NOT MNIST. MNIST is not to be had:\n{why}\n"
-                   "In its place: scikit-learn's built-in digits (1,797 images of 8x8 pixels, resized to 28x28).\n"
-                   "For MNIST put its four files into FOLDER/MNIST/raw and name FOLDER by --data-dir.")
+    notice = ""
+    wanted = auto if name == "auto" else [k for k, title in TITLES.items() if title.lower() == name]
+    for kind in wanted:
+        root, reasons = find_images(kind, data_dir, last=kind == wanted[-1])
+        if root is not None: return _mnist(kind, root, limit, notice and f"{notice}In its place: {TITLES[kind]}.")
+        why = "\n".join(f"  - {reason}" for reason in reasons)
+        if name != "auto":
+            raise InputError(f"{TITLES[kind]} is not to be had:\n{why}\nPut its four files into FOLDER/{kind}/raw and "
+                             "name FOLDER by --data-dir, or use --data digits")
+        notice += f"THIS IS NOT {TITLES[kind]}. {TITLES[kind]} is not to be had:\n{why}\n"
+    return _digits(limit, notice=f"{notice}In its place: scikit-learn's built-in digits (1,797 images of 8x8 pixels, "
+                   f"resized to 28x28).\nFor {TITLES[auto[0]]} put its four files into FOLDER/{auto[0]}/raw and name "
+                   "FOLDER by --data-dir.")
 
 
 def cache_dir():
@@ -85,72 +104,78 @@ def cache_dir():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "runnernorms"
 
 
-def find_mnist(data_dir=None):
-    """The folder that holds `MNIST/raw` with four sound files, and why the places before it did not serve.
+def find_images(kind, data_dir=None, last=True):
+    """The folder that holds `<kind>/raw` with four sound files, and why the places before it did not serve.
 
-    Returns `(folder or None, reasons)`. Raises InputError for a named folder without the files or a damaged file.
+    `last` is whether no other data set would do: then a named folder without the files is an error. Returns
+    `(folder or None, reasons)`. Raises InputError for that, and for a damaged file.
     """
-    reasons = []
+    reasons, files = [], FILES[kind]
     from_env = data_dir is None and os.environ.get("NORMS_DATA_DIR")
     if data_dir is not None or from_env:
         root = Path(data_dir if data_dir is not None else from_env)
-        missing = _missing(root)
-        if not missing: return _checked(root), reasons
+        missing = _missing(root, kind)
+        if not missing: return _checked(root, kind), reasons
         problem = (f"the folder {str(root)!r} does not exist" if not root.is_dir() else
-                   f"{str(root / 'MNIST' / 'raw')!r} lacks {', '.join(missing)}")
-        if not from_env or len(missing) < len(MNIST_FILES):
-            raise InputError(f"{problem}. A data folder must hold MNIST/raw/ with the files {', '.join(MNIST_FILES)} "
-                             "(uncompressed): name the folder above MNIST/, or leave out --data-dir to search the "
+                   f"{str(root / kind / 'raw')!r} lacks {', '.join(missing)}")
+        if (last and not from_env) or len(missing) < len(files):
+            raise InputError(f"{problem}. A data folder must hold {kind}/raw/ with the files {', '.join(files)} "
+                             f"(uncompressed): name the folder above {kind}/, or leave out --data-dir to search the "
                              "cache and then download, or use --data digits")
-        reasons.append(f"NORMS_DATA_DIR: {problem}")
+        reasons.append(f"{'NORMS_DATA_DIR' if from_env else '--data-dir'}: {problem}")
     cache = cache_dir()
-    if not _missing(cache): return _checked(cache), reasons
+    if not _missing(cache, kind): return _checked(cache, kind), reasons
     reasons.append("the cache of an earlier download is empty")
-    try: download_mnist(cache)
+    try: download(cache, kind)
     except OSError as e:
         reasons.append(f"the download failed: {e}")
         return None, reasons
-    return _checked(cache), reasons
+    return _checked(cache, kind), reasons
 
 
-def _missing(root):
-    return [f for f in MNIST_FILES if not (root / "MNIST" / "raw" / f).is_file()]
+def _missing(root, kind):
+    return [f for f in FILES[kind] if not (root / kind / "raw" / f).is_file()]
 
 
-def _checked(root):
+def _checked(root, kind):
     """`root`, after its four files were read and found whole."""
-    for name, (size, md5) in MNIST_FILES.items():
-        path = root / "MNIST" / "raw" / name
+    for name, (size, md5) in FILES[kind].items():
+        path = root / kind / "raw" / name
         try: content = path.read_bytes()
         except OSError as e: raise InputError(f"can't read {str(path)!r}: {e.strerror}; make it readable") from e
         md5_found = hashlib.md5(content, usedforsecurity=False).hexdigest()
         if len(content) != size: fault = f"is {len(content):,} bytes long and must be {size:,} (half-written?)"
-        elif md5_found != md5: fault = f"is damaged: its MD5 is {md5_found} and MNIST's is {md5}"
+        elif md5_found != md5: fault = f"is damaged: its MD5 is {md5_found} and {TITLES[kind]}'s is {md5}"
         else: continue
         raise InputError(f"the file {str(path)!r} {fault}. Delete it and put a sound copy in its place; one in the "
                          "cache is downloaded again once it is deleted")
     return root
 
 
-def download_mnist(root):
-    """Download MNIST by torchvision into `root`, whole or not at all.
+def download(root, kind):
+    """Download the data set `kind` by torchvision into `root`, whole or not at all.
 
     Raises:
         OSError: no network within a few seconds, or a download that stands still, or a folder that can't be written.
     """
-    from torchvision.datasets import MNIST
-    _probe([mirror + MNIST.resources[1][0] for mirror in MNIST.mirrors])
+    images = _class(kind)
+    _probe([mirror + images.resources[1][0] for mirror in images.mirrors])
     root.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(STALL_SECONDS)  # torchvision sets none of its own
     try:
         with tempfile.TemporaryDirectory(dir=root) as half:
-            try: MNIST(half, train=True, download=True)
+            try: images(half, train=True, download=True)
             except RuntimeError as e: raise OSError(str(e)) from e
             # Into place only when complete: an interrupted download leaves nothing behind.
-            shutil.rmtree(root / "MNIST", ignore_errors=True)
-            os.replace(Path(half) / "MNIST", root / "MNIST")
+            shutil.rmtree(root / kind, ignore_errors=True)
+            os.replace(Path(half) / kind, root / kind)
     finally: socket.setdefaulttimeout(timeout)
+
+
+def _class(kind):
+    from torchvision import datasets
+    return getattr(datasets, kind)
 
 
 def _probe(urls):
@@ -176,12 +201,11 @@ def _probe(urls):
     raise OSError(f"no network ({answers[0]})" if answers else f"no answer from the network within {PROBE_SECONDS} s")
 
 
-def _mnist(root, limit):
-    from torchvision.datasets import MNIST
-    both, test = MNIST(str(root), train=True), MNIST(str(root), train=False)
+def _mnist(kind, root, limit, notice=""):
+    both, test = (_class(kind)(str(root), train=train) for train in (True, False))
     n = TRAIN_IMAGES
-    return _image_data("MNIST", (both.data[:n], both.targets[:n]), (both.data[n:], both.targets[n:]),
-                       (test.data, test.targets), 255, limit)
+    return _image_data(TITLES[kind], (both.data[:n], both.targets[:n]), (both.data[n:], both.targets[n:]),
+                       (test.data, test.targets), 255, limit, notice)
 
 
 def _digits(limit, notice=""):
@@ -203,4 +227,5 @@ def _image_data(name, train, valid, test, top, limit, notice=""):
 
     def dataset(images, labels, n=None):
         return Dataset(((images[:n].float() / top - mean) / std).flatten(1), labels[:n])
-    return ImageData(name, dataset(*train, limit), dataset(*valid, limit), dataset(*test), notice)
+    parts = dataset(*train, limit), dataset(*valid, limit), dataset(*test)
+    return ImageData(name, *parts, mean.item(), std.item(), notice)

@@ -104,8 +104,8 @@ def add_image_arguments(parser, experiment, seeds=1, auto="MNIST if it can be ha
     """Declare the options of an experiment on images; `auto` says what `--data auto` takes."""
     parser.add_argument("--data", default="auto", metavar="NAME",
                         help=f"{', '.join(n for n in NAMES if n != 'auto')}, or auto (default): {auto}")
-    parser.add_argument("--data-dir", metavar="DIR", help="folder that holds MNIST/raw/ (default: $NORMS_DATA_DIR, the "
-                        "user's cache, then a download into it)")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder that holds MNIST/raw/ or FashionMNIST/raw/ (default: "
+                        "$NORMS_DATA_DIR, the user's cache, then a download into it)")
     parser.add_argument("--limit", type=int, metavar="N", help="use the first N training images only, and at most N "
                         "validation images (default: all)")
     add_arguments(parser, experiment, seeds)

@@ -17,11 +17,11 @@ def alone(tmp_path_factory, monkeypatch):
     """Every test starts from the same random state, with an empty cache of its own and without a network."""
     torch.manual_seed(0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr("experiments.data.download_mnist", no_network)
+    monkeypatch.setattr("experiments.data.download", no_network)
     monkeypatch.delenv("NORMS_DATA_DIR", raising=False)
 
 
-def no_network(root):
+def no_network(root, kind):
     raise OSError("no network in the tests")
 
 

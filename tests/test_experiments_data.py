@@ -15,7 +15,7 @@ from experiments import data
 from experiments.errors import InputError
 from experiments.models import conv_layer
 
-REAL_DOWNLOAD = data.download_mnist     # before the fixture that forbids it
+REAL_DOWNLOAD = data.download     # before the fixture that forbids it
 
 
 def idx(images, labels):
@@ -31,14 +31,15 @@ def tiny(monkeypatch):
     g = torch.Generator().manual_seed(0)
     parts = [idx(torch.randint(0, 256, (n, 28, 28), generator=g).byte(), torch.randint(0, 10, (n,), generator=g).byte())
              for n in (16, 5)]
-    files = dict(zip(data.MNIST_FILES, (f for part in parts for f in part), strict=True))
-    monkeypatch.setattr(data, "MNIST_FILES", {k: (len(v), hashlib.md5(v).hexdigest()) for k, v in files.items()})
+    files = dict(zip(data.FILES["MNIST"], (f for part in parts for f in part), strict=True))
+    sound = {k: (len(v), hashlib.md5(v).hexdigest()) for k, v in files.items()}
+    for kind in data.FILES: monkeypatch.setitem(data.FILES, kind, sound)
     monkeypatch.setattr(data, "TRAIN_IMAGES", 12)
     return files
 
 
-def put(files, root):
-    raw = root / "MNIST" / "raw"
+def put(files, root, kind="MNIST"):
+    raw = root / kind / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     for name, content in files.items(): (raw / name).write_bytes(content)
     return root
@@ -76,10 +77,10 @@ def test_limit_cuts_training_and_validation_but_not_the_moments():
 def test_folder_then_environment_then_cache(tiny, tmp_path, monkeypatch):
     folder, env, cache = (put(tiny, tmp_path / n) for n in ("folder", "env", "cache/runnernorms"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert data.find_mnist()[0] == cache
+    assert data.find_images("MNIST")[0] == cache
     monkeypatch.setenv("NORMS_DATA_DIR", str(env))
-    assert data.find_mnist()[0] == env
-    assert data.find_mnist(str(folder))[0] == folder
+    assert data.find_images("MNIST")[0] == env
+    assert data.find_images("MNIST", str(folder))[0] == folder
     d = data.load_data("auto", folder)
     assert (d.name, len(d.train), len(d.valid), len(d.test)) == ("MNIST", 12, 4, 5)
 
@@ -90,6 +91,32 @@ def test_auto_falls_back_to_the_digits_loudly():
     assert "THIS IS NOT MNIST" in d.notice
     assert "the download failed: no network in the tests" in d.notice
     assert "--data-dir" in d.notice
+
+
+def test_the_first_of_several_that_can_be_had(tiny, tmp_path):
+    both = ("FashionMNIST", "MNIST")
+    d = data.load_data("auto", put(tiny, tmp_path), auto=both)
+    assert d.name == "MNIST"
+    assert d.notice.startswith("THIS IS NOT Fashion-MNIST. Fashion-MNIST is not to be had:\n  - --data-dir: ")
+    assert d.notice.endswith("In its place: MNIST.")
+    with pytest.raises(InputError, match=r"FashionMNIST/raw' lacks .* must hold FashionMNIST/raw/"):
+        data.load_data("fashion-mnist", tmp_path, auto=both)
+    put(tiny, tmp_path, "FashionMNIST")
+    for name in ("auto", "fashion-mnist"):
+        d = data.load_data(name, tmp_path, auto=both)
+        assert (d.name, d.notice, len(d.train)) == ("Fashion-MNIST", "", 12)
+    assert data.load_data("mnist", tmp_path, auto=both).name == "MNIST"
+    notice = data.load_data("auto", auto=both).notice
+    assert "THIS IS NOT Fashion-MNIST" in notice
+    assert "THIS IS NOT MNIST" in notice
+    assert "For Fashion-MNIST put its four files into FOLDER/FashionMNIST/raw" in notice
+
+
+def test_pixels_come_back_by_the_moments():
+    d = data.load_data("digits", limit=50)
+    pixels = d.train.x * d.std + d.mean
+    assert pixels.min().item() == pytest.approx(0, abs=1e-6)
+    assert pixels.max().item() == pytest.approx(1, abs=1e-6)
 
 
 def test_environment_without_mnist_goes_on_and_says_so(tmp_path, monkeypatch):
@@ -161,7 +188,7 @@ def server(tiny, monkeypatch):
         threading.Thread(target=srv.serve_forever, daemon=True).start()
         monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{srv.server_address[1]}/"])
         monkeypatch.setattr(MNIST, "resources", [(k[1:], hashlib.md5(v).hexdigest()) for k, v in packed.items()])
-        monkeypatch.setattr(data, "download_mnist", REAL_DOWNLOAD)
+        monkeypatch.setattr(data, "download", REAL_DOWNLOAD)
         yield packed
         srv.shutdown()
 
@@ -186,14 +213,14 @@ def test_broken_download_leaves_nothing_behind(server):
 
 def test_no_network_gives_up_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])      # nothing listens there
-    with pytest.raises(OSError, match="no network"): REAL_DOWNLOAD(tmp_path / "cache")
+    with pytest.raises(OSError, match="no network"): REAL_DOWNLOAD(tmp_path / "cache", "MNIST")
     assert not (tmp_path / "cache").exists()
 
 
 def test_silent_network_gives_up_after_the_probe(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "PROBE_SECONDS", 0.3)
     monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: time.sleep(3))    # as a hanging name look-up does
-    with pytest.raises(OSError, match=r"no answer from the network within 0\.3 s"): REAL_DOWNLOAD(tmp_path)
+    with pytest.raises(OSError, match=r"no answer from the network within 0\.3 s"): REAL_DOWNLOAD(tmp_path, "MNIST")
 
 
 def test_conv_layer_needs_a_maker_of_norms():
