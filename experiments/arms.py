@@ -6,7 +6,9 @@ from collections import Counter
 from itertools import pairwise
 
 import torch
+from torch import nn
 
+from experiments.errors import InputError
 from experiments.models import get_runner
 from experiments.results import Result, RunFolder, text_table
 from runner import (
@@ -45,7 +47,7 @@ def train(model, images, row, device, label, cbs=(), *, tfm=None, backend=None, 
         label: for the progress bar.
         cbs: further callbacks.
         tfm: transform of the flat images of a batch; None views them as `(N, 1, 28, 28)`.
-        backend: a `CPUBackendCallback`; None for one that measures.
+        backend: a `CPUBackendCallback` for a model with convolutions; None for one that measures.
         drop_last: whether to leave out the last training batch if it is smaller than the others.
         compile: whether to compile the steps.
 
@@ -55,17 +57,18 @@ def train(model, images, row, device, label, cbs=(), *, tfm=None, backend=None, 
     order, device = torch.Generator().manual_seed(row["seed"]), torch.device(device)
     dls = get_dls(images.train, images.valid, row["batch_size"], drop_last=drop_last, generator=order)
     rate, sched = schedule(row["lr"])
+    convolutions = device.type == "cpu" and any(isinstance(m, nn.Conv2d) for m in model.modules())
     backend = backend or CPUBackendCallback()
     learn, run = get_runner(model, DataBunch(*dls, images.c), rate, [
         Recorder(), AvgStatsCallback(accuracy), CudaCallback(device),
-        BatchTransformXCallback(tfm or view_tfm(1, 28, 28)), backend, ProgressCallback(label),
-        *([ParamScheduler("lr", sched)] if sched else []), *cbs], compile=compile)
+        BatchTransformXCallback(tfm or view_tfm(1, 28, 28)), ProgressCallback(label),
+        *([backend] if convolutions else []), *([ParamScheduler("lr", sched)] if sched else []), *cbs], compile=compile)
     row = {**row, "parameters": sum(p.numel() for p in model.parameters())}
     start, error = time.perf_counter(), None
     # A norm that refuses its input (torch's batch norm does, one value per channel) is a row, not a crash.
     try: run.fit(row["epochs"], learn)
     except ValueError as e: error = str(e)
-    if device.type == "cpu": row["backend"] = {**(backend.choice or {}), "reason": backend.reason}
+    if convolutions: row["backend"] = {**(backend.choice or {}), "reason": backend.reason}
     arm = next(iter(row))
     epochs = [{arm: row[arm], "seed": row["seed"], **r} for r in run.avg_stats.history]
     row.update({n: epochs[-1][n] if epochs else math.nan for n in FIGURES})
@@ -74,6 +77,13 @@ def train(model, images, row, device, label, cbs=(), *, tfm=None, backend=None, 
     row["status"] = "failed" if error else "ok" if finite else "diverged"
     if error: row["error"] = error
     return epochs, row, run.recorder.losses
+
+
+def check_batch_size(batch_size, images):
+    """Raise unless the training images fill one batch."""
+    if batch_size > len(images.train):
+        raise InputError(f"batch size is {batch_size} and there are {len(images.train)} training images; take a "
+                         "smaller batch size or a larger limit")
 
 
 def schedule(lr):

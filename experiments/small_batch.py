@@ -17,6 +17,7 @@ from torch import nn
 from experiments.arms import (
     MEASURED,
     by_arm,
+    check_batch_size,
     heading,
     mean,
     measured,
@@ -115,9 +116,7 @@ def run(config):
     """Train every arm, print as it goes, write the run folder: a `Result`."""
     images = load_data(config.data, config.data_dir, config.limit)
     config.epochs = config.epochs or (1 if images.name == "MNIST" else DIGITS_EPOCHS)
-    if config.batch_size > len(images.train):
-        raise InputError(f"batch size is {config.batch_size} and there are {len(images.train)} training images; take a "
-                         "smaller batch size or a larger limit")
+    check_batch_size(config.batch_size, images)
 
     def arm(norm, seed, label):
         epochs, row, losses = train_arm(config, images, norm, seed, label)
