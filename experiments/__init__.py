@@ -5,7 +5,7 @@ EXPERIMENTS = {
     "small-batch": ("experiments.small_batch", "batch norm fails at batch size 2, running batch norm does not",
                     "5 min on MNIST, 40 s on the digits"),
     "breast-cancer": ("experiments.breast_cancer", "five exercises on batch norm, the breast cancer data", "2 s"),
-    "vmap": ("experiments.vmap_batchnorm", "batch norm written for one image and mapped over the batch", "1 min"),
+    "vmap": ("experiments.vmap_batchnorm", "batch norm written for one image and mapped over the batch", "2 min"),
 }
 TOOLS = {
     "bench": ("experiments.bench", "what the norms, the runner, hooks and an epoch cost, as ratios", "ten minutes"),

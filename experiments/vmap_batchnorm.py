@@ -45,8 +45,8 @@ PUBLISHED = {"baseline": 0.54, "vanilla": 0.66, "per-example": 0.66}
 # not looked at. The published run is a draw too: it may lie 3 sqrt(1 + 1/n) of these from the mean of n seeds, and the
 # half of a digit that was read off.
 STD, READ_OFF = 0.016, 0.005
-# The largest difference of the loss between the two norm arms in 2,000 steps: rounding, 1e-16 at first, grows on the
-# way; this leaves it nine decades, and a difference of the functions far above.
+# The largest difference of the loss between the two norm arms in 2,000 steps. Rounding, 1e-16 at first, may grow on the
+# way: this leaves it nine decades, and a difference of the functions is far above.
 SAME = 1e-7
 
 
