@@ -8,6 +8,7 @@ EXPERIMENTS = {
     "vmap": ("experiments.vmap_batchnorm", "batch norm written for one image and mapped over the batch", "2 min"),
 }
 TOOLS = {
+    "inside": ("experiments.inside", "look inside a short training: all pictures on one page", "20 s"),
     "bench": ("experiments.bench", "what the norms, the runner, hooks and an epoch cost, as ratios", "ten minutes"),
     "table": ("experiments.table", "print the results table of a run folder as Markdown", "at once"),
 }

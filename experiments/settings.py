@@ -1,5 +1,6 @@
 """The settings that experiments share, their checks and their options on the command line."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -65,6 +66,12 @@ def is_int(v): return isinstance(v, int) and not isinstance(v, bool)
 def positive(name, v):
     """Raise unless `v`, the setting called `name`, is a positive integer."""
     if not (is_int(v) and v >= 1): raise InputError(f"{name} is {v!r}; it must be a positive integer")
+
+
+def positive_number(name, v, such_as):
+    """Raise unless `v`, the setting called `name`, is a finite number above 0, such as `such_as`."""
+    if not (isinstance(v, (int, float)) and 0 < v < math.inf):
+        raise InputError(f"{name} is {v!r}; it must be a positive number such as {such_as}")
 
 
 def some_once(name, values):

@@ -30,7 +30,15 @@ from experiments.arms import (
 from experiments.data import TRAIN_IMAGES, load_data
 from experiments.errors import InputError, pick
 from experiments.models import conv_layer, get_cnn_model, init_alike
-from experiments.settings import ImageSettings, add_choice, add_image_arguments, choose, from_args, positive
+from experiments.settings import (
+    ImageSettings,
+    add_choice,
+    add_image_arguments,
+    choose,
+    from_args,
+    positive,
+    positive_number,
+)
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
 from runner import CPUBackendCallback
 
@@ -85,8 +93,7 @@ class Config(ImageSettings):
         self.backend = pick(self.backend, BACKENDS, "backend")
         positive("batch size", self.batch_size)
         if self.epochs is not None: positive("epochs", self.epochs)
-        if not isinstance(self.lr, (int, float)) or not 0 < self.lr < math.inf:
-            raise InputError(f"lr is {self.lr!r}; it must be a positive number such as 0.4")
+        positive_number("lr", self.lr, 0.4)
         super().__post_init__()
         if self.compile:
             from runner.compiled import CompileError, require_compiler

@@ -378,13 +378,16 @@ class TrainEvalGap:
     cause: str
     channels: dict
 
-    def __str__(self):
+    def table(self):
+        """Header and lines of the table, in words."""
         head = ("layer", "values", "gap", "image", "own", "channel", "share", "mean off", "var ratio", "reach",
                 "train", "eval")
         names = ("values", "gap", "image", "own", "channel", "share", "mean_off", "var_ratio", "reach", "train_max",
                  "eval_max")
-        lines = [[f"{row['path']} {row['module']}", *(_cell(row.get(name)) for name in names)] for row in self.rows]
-        return f"{text_table(head, lines)}\n{self.cause}"
+        return head, [[f"{row['path']} {row['module']}", *(_cell(row.get(name)) for name in names)]
+                      for row in self.rows]
+
+    def __str__(self): return f"{text_table(*self.table())}\n{self.cause}"
 
 
 def _cell(value):

@@ -192,18 +192,19 @@ class Probe(Callback):
         """
         found = []
         for path in self._stores:
-            ran, values = self._values(path, self.layouts[path])
-            found += [(i, self._tagged(i) | {self.kind: path, "n": self._stores[path].sizes[i]}
-                       | {name: column[k] for name, column in values.items()}) for k, i in enumerate(ran)]
+            ran, values = self._values(path, ["n", *self.layouts[path]])
+            found += [(i, self._tagged(i) | {self.kind: path} | {name: column[k] for name, column in values.items()})
+                      for k, i in enumerate(ran)]
         return Rows(row for _, row in sorted(found, key=lambda pair: pair[0]))  # stable: in a batch as the model has it
 
     def series(self, path, *names, phase="train"):
         """Numbers of `path` over time: `(steps, values)`, with another list of values for each further name."""
         if path not in self._stores:
             raise KeyError(f"{type(self).__name__} did not look at {path!r}; it looked at: {', '.join(self._stores)}")
-        unknown = [name for name in names if name not in self.layouts[path]]
-        if unknown:
-            raise KeyError(f"{type(self).__name__} has no {unknown[0]!r}; choose of: {', '.join(self.layouts[path])}")
+        known = ["n", *self.layouts[path]]
+        for name in names:
+            if name not in known:
+                raise KeyError(f"{type(self).__name__} has no {name!r}; choose of: {', '.join(known)}")
         ran, values = self._values(path, names)
         kept = [(k, tags["step"]) for k, i in enumerate(ran) if (tags := self._tagged(i))["phase"] == phase]
         return [step for _, step in kept], *([values[name][k] for k, _ in kept] for name in names)
@@ -218,9 +219,12 @@ class Probe(Callback):
         rows = store.rows()
         ran = [i for i in range(len(rows)) if store.sizes[i]]
         pieces = dict(zip(layout, rows[ran].split([k or 1 for k in layout.values()], 1), strict=True))
-        columns = {name: (pieces[name][:, 0] if layout[name] is None else pieces[name]).tolist() for name in names}
-        return ran, {name: [self.derived(name, v, store.sizes[i]) for v, i in zip(column, ran, strict=True)]
-                     for name, column in columns.items()}
+
+        def column(name):
+            if name == "n": return [store.sizes[i] for i in ran]
+            values = (pieces[name][:, 0] if layout[name] is None else pieces[name]).tolist()
+            return [self.derived(name, v, store.sizes[i]) for v, i in zip(values, ran, strict=True)]
+        return ran, {name: column(name) for name in names}
 
     def __getstate__(self):
         """A copy takes the numbers along, and not the model."""

@@ -296,7 +296,7 @@ def test_phases_are_kept_apart():
         ("valid", 0, 0, 6, 24), ("valid", 0, 2, 6, 18),
         ("train", 1, 0, 6, 12), ("train", 1, 2, 8, 12), ("train", 1, 4, 10, 12),
         ("valid", 1, 0, 12, 24), ("valid", 1, 2, 12, 18)]
-    assert stats.series("2", "mean", phase="valid")[0] == [6, 6, 12, 12]
+    assert stats.series("2", "n", phase="valid") == ([6, 6, 12, 12], [24, 18, 24, 18])
 
 
 def test_validation_alone_leaves_training_untouched():
@@ -485,4 +485,4 @@ def test_an_unknown_path_or_number_is_an_error_that_names_what_there_is():
     stats = ActivationStats("2", verbose=False)
     fitted(stats)
     with pytest.raises(KeyError, match="did not look at '1'; it looked at: 2"): stats.series("1", "mean")
-    with pytest.raises(KeyError, match="has no 'median'; choose of: mean, std, min"): stats.series("2", "median")
+    with pytest.raises(KeyError, match="has no 'median'; choose of: n, mean, std, min"): stats.series("2", "median")

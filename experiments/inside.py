@@ -1,0 +1,269 @@
+"""Look inside a short training: every picture, and one page that lays them out.
+
+Trains the five-layer network of small-batch with one norm for some hundred steps and writes into the run folder the
+pictures, the figures as CSV, and report.html: what each norm's statistics rest on, losses and rates, activations,
+gradients, updates, what the norms normalise by, and how far training and evaluation part. The page needs no network.
+"""
+
+import math
+import statistics
+from dataclasses import dataclass
+
+import torch
+
+from experiments import settings
+from experiments.arms import check_batch_size, heading, plural, seeds_and_device, train
+from experiments.data import load_data
+from experiments.errors import pick
+from experiments.models import get_runner
+from experiments.report import Report
+from experiments.results import Result, RunFolder, versions
+from experiments.small_batch import CHANNELS, NORMS, build
+from runner import (
+    ActivationStats,
+    BatchTransformXCallback,
+    CudaCallback,
+    DataBunch,
+    Dataset,
+    GradientStats,
+    LR_Find,
+    NormStats,
+    ParameterStats,
+    Rows,
+    TerminateOnNonFinite,
+    get_dls,
+    preflight,
+    train_eval_gap,
+    view_tfm,
+)
+from runner.explain import explanation
+
+VALID_IMAGES = 2000         # at most as many validate: this is a look and not a measurement
+GAP_IMAGES = 500            # of them go through the network in both modes
+SEARCH_STEPS = 500          # of the rate finder, at most
+
+
+@dataclass
+class Config(settings.ImageSettings):
+    """Settings of the look.
+
+    `norm` is a name in `small_batch.NORMS`. About `steps` training steps are taken (whole epochs), one batch in `every`
+    is measured and the first ten. The first of `seeds` is looked into; of the others only the losses are drawn.
+
+    Raises:
+        InputError: a value that makes no sense.
+    """
+
+    norm: str = "BatchNorm2d"
+    batch_size: int = 2
+    lr: float = 0.4
+    steps: int = 1000
+    every: int = 5
+
+    def __post_init__(self):
+        self.norm = pick(self.norm, NORMS, "norm")
+        for name in ("batch_size", "steps", "every"): settings.positive(name.replace("_", " "), getattr(self, name))
+        settings.positive_number("lr", self.lr, 0.4)
+        super().__post_init__()
+
+
+def run(config):
+    """Look before, during and after the training, write the run folder and its report: a `Result`."""
+    images = load_data(config.data, config.data_dir, config.limit)
+    check_batch_size(config.batch_size, images)
+    epochs = math.ceil(config.steps * config.batch_size / len(images.train))
+    images.train = Dataset(*images.train[:max(config.batch_size, config.steps * config.batch_size // epochs)])
+    images.valid = Dataset(*images.valid[:VALID_IMAGES])
+    folder = RunFolder(config.out, "inside", config, {"data": str(images)})
+    header = heading(
+        images, f"conv layers {CHANNELS}, pool, linear, norm {config.norm}",
+        f"run:     batch size {config.batch_size}, lr {config.lr}, {plural(epochs, 'epoch')} of "
+        f"{len(images.train) // config.batch_size:,} steps, {seeds_and_device(config)}")
+    print(header, flush=True)
+    report = Report(f"{config.norm} at batch size {config.batch_size}, lr {config.lr}",
+                    f"The five-layer network on {images.name}, seed {config.seeds[0]}, torch {versions()['torch']}")
+    look = Look(config, images, epochs, folder, report)
+    look.before()
+    look.training()
+    look.inside()
+    look.after()
+    look.loop()
+    page = report.write(folder.path / "report.html")
+    folder.write_json("summary.json", {"experiment": "inside", "data": images.name, "rows": look.rows})
+    print(f"\n{look.words}\n{page} lays out {plural(look.pictures, 'picture')}; they and the figures lie beside it.")
+    return Result(look.rows, None, look.words, folder.path)
+
+
+class Look:
+    """One look: what is seen at each stage goes into the report, and into files beside it."""
+
+    def __init__(self, config, images, epochs, folder, report):
+        self.config, self.images, self.epochs, self.folder, self.report = config, images, epochs, folder, report
+        self.seed, self.view, self.pictures = config.seeds[0], view_tfm(1, 28, 28), 0
+
+    def picture(self, name, drawn, caption):
+        """Save the figure of the axes `drawn` as `name`.png and show it."""
+        from runner import plots
+        path = self.folder.path / f"{name}.png"
+        plots.save((drawn[0] if isinstance(drawn, list) else drawn).figure, path)
+        self.report.picture(path, caption)
+        self.pictures += 1
+
+    def data(self):
+        """New loaders, of one order for every seed."""
+        order = torch.Generator().manual_seed(self.seed)
+        return DataBunch(*get_dls(self.images.train, self.images.valid, self.config.batch_size, drop_last=True,
+                                  generator=order), self.images.c)
+
+    # --- the stages -------------------------------------------------------------------------------------------
+
+    def before(self):
+        """What the norms' statistics rest on, and the rate finder."""
+        data, model = self.data(), build(self.config.norm, self.seed, self.images.c)
+        found = preflight(model, data.train_dl, tfm=self.view)
+        print(f"\n{found}\n", flush=True)
+        self.report.section("Before training: what each statistic rests on").table(
+            ["", "layer", "norm", "images", "map", "values per statistic", "what follows"],
+            [[f.level, f.path, f.module, f.batch, "x".join(map(str, f.map)), f.values, f.text] for f in found.findings],
+            words=(0, 1, 2, 6), warn=[i for i, f in enumerate(found.findings) if f.level != "ok"])
+        if not found.findings: self.report.text("The network has no norm layer.")
+
+        finder = LR_Find(min(SEARCH_STEPS, self.config.steps))
+        learn, runner = get_runner(model.to(self.config.device), data, self.config.lr,
+                                   [CudaCallback(self.config.device), BatchTransformXCallback(self.view)])
+        runner.fit(self.epochs, learn, cbs=finder)
+        try: said = f"Its suggestion is {finder.suggestion:.2g}."
+        except RuntimeError: said = "The loss did not fall clearly enough for a suggestion."
+        self.report.section("Rate finder")
+        self.picture("lr_find", finder.plot(), "The training loss while the rate grows exponentially, each batch and "
+                     f"smoothed. {said} This training takes {self.config.lr}.")
+
+    def training(self):
+        """Train every seed, the first under observation; losses and rates."""
+        config, measured = self.config, {"every": self.config.every}
+        self.activations, self.gradients = ActivationStats(**measured), GradientStats(**measured)
+        self.parameters = ParameterStats("*.weight", **measured)
+        self.norms = NormStats(**measured) if NORMS[config.norm] else None
+        self.guard = TerminateOnNonFinite(self.folder.path / "diverged.pt")
+        looking = [cb for cb in (self.activations, self.gradients, self.parameters, self.norms, self.guard) if cb]
+        self.rows, curves = [], {}
+        for seed in config.seeds:
+            model = build(config.norm, seed, self.images.c)
+            row = {"norm": config.norm, "batch_size": config.batch_size, "lr": config.lr, "epochs": self.epochs,
+                   "seed": seed}
+            epochs, row, losses = train(model, self.images, row, config.device, f"{config.norm}, seed {seed}",
+                                        looking if seed == self.seed else [TerminateOnNonFinite()], drop_last=True)
+            for r in epochs: self.folder.add_metrics(r)
+            self.rows.append(row)
+            curves[f"seed {seed}"] = range(len(losses)), losses
+            if seed == self.seed: self.model, self.history = model, epochs
+        self.run = self.activations.run
+        self.run.recorder.rows.to_csv(self.folder.path / "losses.csv")
+        first = self.rows[0]
+        self.words = (f"Training loss {first['train_loss']:.3g}, validation loss {first['valid_loss']:.3g}, validation "
+                      f"accuracy {first['valid_accuracy']:.3f} (seed {self.seed}).")
+        if first["status"] == "failed": self.words = f"The training failed: {first['error']}"
+        if self.guard.record: self.words = self.guard.record["report"]
+        self.report.section("Training").text(self.words, warn=first["status"] != "ok")
+
+        from runner import plots
+        recorder = self.run.recorder
+        _, (left, right) = plots.figure(2, width=5.5, height=3.6)
+        plots.plot_losses(recorder.losses, ax=left, valid=[r["valid_loss"] for r in self.history])
+        plots.plot_rates(recorder.lrs, ax=right)
+        self.picture("losses", [left, right], "Training loss of each batch and smoothed, the validation loss at each "
+                     "epoch's end, and the learning rate.")
+        if len(curves) > 1:
+            width = max(1, len(recorder.losses) // 25)
+            self.picture("seeds", plots.plot_runs(curves, smooth=width, ylabel=f"training loss, mean of {width}"),
+                         "The training loss from other seeds: other weights, another order of the images.")
+
+    def inside(self):
+        """Activations, gradients, updates, norms."""
+        near = f"{self.activations.near:g}"
+        self.report.section("Activations")
+        self.picture("activations", self.activations.plot(),
+                     "Mean and standard deviation of what each layer puts out (path in the network), at the first "
+                     "measured steps and at all.")
+        self.picture("activation_histograms", self.activations.plot_histograms(), "How the values of each layer are "
+                     "distributed, over time: the darker, the more values; white is none.")
+        self.picture("near_zero", self.activations.plot_near_zero(), f"The share of values with |x| of at most {near}: "
+                     "units that say nothing, whatever their sign.")
+        self.report.section("Gradients and updates")
+        self.picture("gradients", self.gradients.plot(), "Mean and standard deviation of the loss's gradient with "
+                     "respect to what each layer puts out.")
+        self.picture("gradient_histograms", self.gradients.plot_histograms(), "How these gradients are distributed, "
+                     "over time; triangles mark steps that reach beyond the picture.")
+        self.picture("updates", self.parameters.plot_ratios(), "How far a step moves each weight, relative to its size "
+                     "(norms; log10). A rule of thumb wants about -3.")
+        stats = {"activations": self.activations, "gradients": self.gradients, "parameters": self.parameters}
+        if self.norms: self.norm_layers()
+        for name, probe in stats.items():
+            rows = probe.rows
+            for r in rows: del r["hist"]
+            rows.to_csv(self.folder.path / f"{name}.csv")
+
+    def norm_layers(self):
+        """What the norms normalise by, against what they keep."""
+        from runner import plots
+        norms = self.norms
+        self.report.section("What the norms normalise by")
+        values = {path: sorted(set(norms.series(path, "n")[1])) for path in norms.paths}
+        self.report.text("Values behind each statistic of a batch: " + "; ".join(
+            f"{path}: {', '.join(f'{n:,}' for n in ns)}" for path, ns in values.items()) + ".")
+        if all("running_var" in norms.layouts[path] for path in norms.paths):
+            for what, words in (("mean", "means"), ("var", "variances")):
+                series = {path: norms.series(path, what, f"running_{what}") for path in norms.paths}
+                self.picture(f"norm_{words}", plots.plot_channels(series, ylabel=f"{what} per channel"),
+                             f"The batches' {words} and the running ones, which evaluation uses, over the channels: "
+                             "median and the band from 10 to 90 %.")
+        scales = {path: norms.series(path, "scale") for path in norms.paths}
+        medians = {path: (steps, [statistics.median(map(abs, v)) for v in values])
+                   for path, (steps, values) in scales.items()}
+        self.picture("norm_scales", plots.plot_lines(medians, yscale="log", xlabel="step",
+                                                     ylabel="median of |weight / std|", ordered=True),
+                     "What each norm multiplies its input by, weight / std: the median over its channels.")
+        clamped = {path: norms.series(path, "clamped") for path in norms.paths if "clamped" in norms.layouts[path]}
+        if clamped:
+            hits = {path: [step for step, n in zip(*at, strict=True) if n] for path, at in clamped.items()}
+            said = [f"{path} up to step {steps[-1]}" for path, steps in hits.items() if steps]
+            self.report.text("The clamp raised a variance in " + ("; ".join(said) or "no layer") + ".")
+        rows = [{k: v for k, v in r.items() if not isinstance(v, list)} for r in norms.rows]
+        Rows(rows).to_csv(self.folder.path / "norms.csv")
+
+    def after(self):
+        """How far training and evaluation part."""
+        xb = self.images.valid[:GAP_IMAGES][0].to(self.config.device)
+        self.report.section("Training mode against evaluation mode")
+        try: gap = train_eval_gap(self.model, xb, batch_size=self.config.batch_size, tfm=self.view)
+        except ValueError as e:                     # a norm that refuses its input, which the preflight has said
+            self.report.text(str(e), warn=True)
+            return
+        print(f"\n{gap}", flush=True)
+        self.report.text(f"The same {len(xb)} validation images in both modes, in training mode in batches of "
+                         f"{self.config.batch_size}. {gap.cause}")
+        header, rows = gap.table()
+        self.report.table(header, rows, words=(0,))
+
+    def loop(self):
+        """Who answered which event."""
+        self.report.section("The loop").code(explanation(self.run.cbs))
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+def add_arguments(parser):
+    """Declare the options of `python -m experiments inside`."""
+    parser.add_argument("--norm", default="BatchNorm2d", metavar="NORM", help=f"one of {', '.join(NORMS)}")
+    parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="training batch size (default: 2)")
+    parser.add_argument("--lr", type=float, default=0.4, metavar="X", help="learning rate (default: 0.4)")
+    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="training steps (default: 1000)")
+    parser.add_argument("--every", type=int, default=5, metavar="N",
+                        help="measure one batch in N, and the first ten (default: 5)")
+    settings.add_image_arguments(parser, "inside")
+
+
+def main(args):
+    """Run with parsed options; the exit status is 0: a training that diverges is worth a look."""
+    run(Config(**settings.from_args(args)))
+    return 0
