@@ -144,7 +144,7 @@ def _legend(ax, named=12):
 def _spare_outliers(ax):
     """Cut a linear axis if without it the lines, each less its outliers, would get less than a twentieth of it."""
     if ax.get_yscale() != "linear": return
-    lines = [[y for y in line.get_ydata(orig=False).tolist() if math.isfinite(y)] for line in ax.lines]
+    lines = [[y for y in line.get_ydata(orig=False).tolist() if math.isfinite(y)] for line in _data_lines(ax)]
     ranges = [_inner_range(ys, ys, 3) for ys in lines if len(ys) >= 8]      # of fewer one can't tell
     if not ranges: return
     low, high = min(a for a, _ in ranges), max(b for _, b in ranges)
@@ -154,9 +154,16 @@ def _spare_outliers(ax):
 
 def _cut(ax, low, high):
     """Limit the y axis to `low` to `high` and mark what lies beyond."""
-    lines, pad = list(ax.lines), 0.05 * (high - low)
+    pad = 0.05 * (high - low)
     ax.set_ylim(low - pad, high + pad)
-    for line in lines: _mark_beyond(ax, *line.get_data(), line.get_ydata(), line.get_color())
+    for line in _data_lines(ax):
+        ys = line.get_ydata(orig=False)
+        _mark_beyond(ax, line.get_xdata(), ys, ys, line.get_color())
+
+
+def _data_lines(ax):
+    """The lines of `ax` without those that span it, such as a `mark`."""
+    return [line for line in ax.lines if line.get_transform() is ax.transData]
 
 
 def _mark_beyond(ax, xs, lows, highs, colour):

@@ -185,6 +185,8 @@ def test_finder_ends_its_axis_at_the_height_from_which_the_loss_fell():
     assert legend(ax) == ["suggestion 0.012"]
     assert list(ax.lines[-1].get_xdata()) == [0.0123, 0.0123]
     assert plots.plot_lr_find(lrs, losses).get_legend() is None
+    again = plots.plot_lr_find(lrs, losses, ax=plots.mark(plots.plot_line([]), 1e-3, "mine"))
+    assert [line.get_marker() for line in again.lines].count("v") == 0      # the vertical line is no loss of 0
 
 
 def test_runs_of_one_and_of_several_seeds():
@@ -285,6 +287,8 @@ def test_histograms_by_hand():
     # On [0, 1), [1, 2]: 10 and 0 at step 0, 7 and 3 at step 1. Rows go upwards, columns are steps.
     expected = [[math.log1p(10), math.log1p(7)], [0.0, math.log1p(3)]]
     assert [list(row) for row in image.get_array()] == [pytest.approx(row) for row in expected]
+    assert image.get_clim() == pytest.approx((0, math.log1p(10)), abs=1e-8)
+    assert image.to_rgba([0.0]).tolist() == [[1, 1, 1, 1]]      # no count is white
     assert ax.get_xlim() == (-0.5, 1.5)
     assert ax.get_ylim() == (0.0, 2.0)
     assert ax.get_title(loc="left") == "0.conv"

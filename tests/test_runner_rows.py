@@ -53,6 +53,7 @@ def test_where(rows):
     chosen = rows.where(phase="train", module="0")
     assert type(chosen) is Rows
     assert chosen["step", "loss"] == [(0, 2.5), (1, 1.0)]
+    assert rows.where(step=1, module="0") == rows[-1:]      # a row without the column has no such value
     assert rows.where(phase="test") == []
     assert rows.where() == rows
 
