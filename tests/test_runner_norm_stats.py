@@ -322,6 +322,7 @@ class Changes(nn.Module):
     def forward(self, x):
         self.in_place += 1
         self.replaced, self.new = self.replaced + 1, torch.ones(1)
+        if self.calls == 2: self.register_buffer("late", torch.ones(1))
         self.plain.add_(1)
         self.calls += 1
         self.log.append(random.random())
@@ -397,7 +398,7 @@ def test_a_compiled_model_is_looked_at_as_it_was_written(way):
     twin(x)
     plain(x)
     f, = preflight(twin, x).findings
-    assert f.text == "64 values per statistic"
+    assert (f.path, f.text) == ("0._orig_mod.2" if way == "a part" else "0.2", "64 values per statistic")
     assert train_eval_gap(twin, x).rows["gap"] == train_eval_gap(plain, x).rows["gap"]
 
 
@@ -473,6 +474,22 @@ def test_norms_of_an_images_own_have_no_gap():
     assert report.rows["channel"] == [None] * 5
     assert report.channels == {}
     assert report.cause == "The modes agree: the difference at output is 0 of its size, at no layer more than 0."
+
+
+def test_what_follows_may_write_into_the_norms_output_and_input():
+    class Add(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            y = self.norm(x := x * 2)
+            x += 1e3
+            return y.mul_(0)
+    x = torch.randn(8, 3)
+    row, _ = train_eval_gap(Add(), x).rows
+    alone, _ = train_eval_gap(nn.Sequential(nn.BatchNorm1d(3)), x * 2).rows
+    assert {**alone, "path": "norm"} == row
 
 
 def test_dropout_shows_in_the_output_and_not_as_the_norms_own():
