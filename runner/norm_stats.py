@@ -573,6 +573,7 @@ class NormStats(Probe):
         stats = NormStats(every=10)                         # all norm layers, or types, or paths such as "4.*"
         run.fit(1, learn, cbs=stats)
         stats.series("4.2", "var", "running_var")           # steps, and for each name a list of lists
+        stats.plot("var")
 
     A row has, with K statistics per batch (batch norms: the channels) or per image (GroupNorm: the groups,
     InstanceNorm: the channels, LayerNorm: 1):
@@ -633,6 +634,21 @@ class NormStats(Probe):
         clamped = [(used > running[1]).sum()] if _clamps(m) else []
         numbers = mean.view(-1, k).mean(0), var.view(-1, k).mean(0), *(running or ()), scale, *clamped
         self.take(path, torch.cat([t.reshape(-1).float() for t in numbers]), groups.shape[1])
+
+    def plot(self, name="mean", axes=None, phase="train"):
+        """The batch's `name`, "mean" or "var", and the running one over time, a panel per layer with both; the axes.
+
+        Raises:
+            ValueError: another name; no layer that was looked at keeps running statistics.
+        """
+        from runner import plots
+        if name not in ("mean", "var"): raise ValueError(f"NormStats.plot: name is {name!r}; choose 'mean' or 'var'")
+        kept = [path for path, layout in self.layouts.items() if "running_var" in layout]
+        if not kept:
+            raise ValueError("NormStats.plot compares with running statistics, and no norm that was looked at keeps "
+                             "any; plot a number of your own choice from stats.series(path, name)")
+        return plots.plot_channels({path: self.series(path, name, f"running_{name}", phase=phase) for path in kept},
+                                   axes, ylabel=name)
 
 
 def _clamps(m):

@@ -3,7 +3,9 @@
 import copy
 import math
 import random
+import statistics
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.nn.functional as F
@@ -749,6 +751,24 @@ def test_past_statistics_without_buffers_are_used_for_the_scale():
     fitted(own, stats)
     assert list(stats.rows[0])[-3:] == ["mean", "var", "scale"]
     assert stats.rows[0]["scale"] == [0.5] * 4
+
+
+def test_the_picture_has_a_panel_for_each_norm_with_running_statistics():
+    stats = quiet()
+    fitted(nn.Sequential(GroupNorm(2, 4), BatchNorm(4)), stats)
+    for name in ("mean", "var"):
+        ax, = stats.plot(name)
+        steps, batch, running = stats.series("0.1", name, f"running_{name}")
+        assert (ax.get_title(loc="left"), ax.get_ylabel()) == ("0.1", name)
+        for label, values in (("batch: median", batch), ("running: median", running)):
+            line = next(line for line in ax.lines if line.get_label() == label)
+            assert list(line.get_xdata()) == steps
+            assert list(line.get_ydata()) == pytest.approx([statistics.median(v) for v in values])
+    plt.close("all")
+    with pytest.raises(ValueError, match="name is 'scale'; choose 'mean' or 'var'"): stats.plot("scale")
+    stats = quiet()
+    fitted(GroupNorm(2, 4), stats)
+    with pytest.raises(ValueError, match="no norm that was looked at keeps any; plot a number"): stats.plot()
 
 
 @pytest.mark.parametrize("norm", [BatchNorm(4), RunningBatchNorm(4), nn.GroupNorm(2, 4), nn.RMSNorm(3), LayerNorm()])
