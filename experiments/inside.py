@@ -213,10 +213,8 @@ class Look:
             f"{path}: {', '.join(f'{n:,}' for n in ns)}" for path, ns in values.items()) + ".")
         if all("running_var" in norms.layouts[path] for path in norms.paths):
             for what, words in (("mean", "means"), ("var", "variances")):
-                series = {path: norms.series(path, what, f"running_{what}") for path in norms.paths}
-                self.picture(f"norm_{words}", plots.plot_channels(series, ylabel=f"{what} per channel"),
-                             f"The batches' {words} and the running ones, which evaluation uses, over the channels: "
-                             "median and the band from 10 to 90 %.")
+                self.picture(f"norm_{words}", norms.plot(what), f"The batches' {words} and the running ones, which "
+                             "evaluation uses, over the channels: median and the band from 10 to 90 %.")
         scales = {path: norms.series(path, "scale") for path in norms.paths}
         medians = {path: (steps, [statistics.median(map(abs, v)) for v in values])
                    for path, (steps, values) in scales.items()}

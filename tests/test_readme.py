@@ -10,10 +10,11 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 def test_python_examples_run(capsys):
     examples = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(examples) == 4
+    assert len(examples) == 5
     names = {}
     for example in examples: exec(compile(example, "README.md", "exec"), names)
-    assert names["run"].n_iter == 50
+    assert names["run"].n_iter == 599               # of the fit under observation
+    assert len(names["steps"]) == 69                # the first ten and one in ten
     assert len(names["means"]) == 599       # 1,197 images in batches of 2
     assert "valid_accuracy" in capsys.readouterr().out
     plt.close("all")
