@@ -25,7 +25,7 @@ from runner.backend import _set, _without_hooks
 from runner.core import Callback, CancelTrainException
 from runner.states import generators_of, random_state, random_states, set_random_state
 
-FAR = 20        # steps between two looks where the losses don't lie on the host
+EMPTY = {"tensors": ([], []), "moved": ([], [])}
 
 
 class TerminateOnNonFinite(Callback):
@@ -47,10 +47,13 @@ class TerminateOnNonFinite(Callback):
     Args:
         path: a file for the record, written once by `torch.save`; None for none.
         keep: how many of the last batches the record lists.
-        every: take a copy of what training changes every so many steps, to repeat the steps since then. None is 1 on a
-            CPU and 20 elsewhere. At 1 each step is repeated from its own start, whatever callbacks do to losses,
-            gradients and weights; above 1 steps that such a callback changes don't repeat, and the report says so.
+        every: copy all that training changes every so many steps.
         grads: look at the gradients too. Without it a bad gradient is found by the loss of the step after it.
+
+    The steps since a copy are repeated, up to the failing one. On a CPU that one has its own weights and optimizer
+    state, which it hasn't changed yet; so whatever callbacks did in the steps before (clipping, say), it repeats bit
+    for bit, unless it depends on buffers that they had a part in, as RunningBatchNorm's. Such steps, and on other
+    devices all steps that follow a changed one, repeat if `every` is 1; the report says so if they didn't.
 
     On another device than a CPU losses and norms of gradients stay there, and are brought to the host in one copy each
     `every` batches and at the end of a pass, for which the host waits; by then the optimizer has taken up to `every`
@@ -66,9 +69,10 @@ class TerminateOnNonFinite(Callback):
         rows        the last `keep` batches: in_train, epoch, step (training batches done before), batch (in its pass),
                     loss, grad_norm (L2, all gradients), groups (each parameter group's lr, momentum, ...), indices
         indices     how the indices were found, and whether they are confirmed; or why there are none
-        snapshots   up to two states that a training step or validation started from, the last before the failing batch:
-                    tensors (parameters, buffers), modes, opt, grads (left by a cancelled step), steps (those since:
-                    xb and yb as the model got them, random: torch's state, row)
+        snapshots   up to three states that a training step or validation started from, the last before the failing
+                    batch: tensors (parameters, buffers), modes, opt, grads (left by a cancelled step; None where
+                    buffers and gradients follow from the snapshot before), steps (those since: xb and yb as the model
+                    got them, random: torch's state, row)
         random      random states (torch, Python, numpy, loaders' generators) at the start of the pass
         settings, versions    oneDNN and threads; torch and Python
 
@@ -84,8 +88,8 @@ class TerminateOnNonFinite(Callback):
 
     _order = 1000   # after whatever changes the batch, the loss or the gradients
 
-    def __init__(self, path=None, *, keep=20, every=None, grads=True):
-        for name, n in (("keep", keep), ("every", 1 if every is None else every)):
+    def __init__(self, path=None, *, keep=20, every=20, grads=True):
+        for name, n in (("keep", keep), ("every", every)):
             if not isinstance(n, int) or isinstance(n, bool) or n < 1:
                 raise ValueError(f"TerminateOnNonFinite: {name} is {n!r}; it must be an integer of at least 1")
         self.path, self.keep, self.every, self.grads = path, keep, every, grads
@@ -104,7 +108,6 @@ class TerminateOnNonFinite(Callback):
         self.record, params = None, params_of(self.opt)
         self.device = params[0].device
         self.host = all(p.device.type == "cpu" for p in params)
-        self.interval = self.every or (1 if self.host else FAR)
         self.sound = not flaw(params)
 
     def begin_epoch(self): self._begin(self.data.train_dl)
@@ -112,7 +115,7 @@ class TerminateOnNonFinite(Callback):
     def begin_validate(self):
         self._look()
         if self.rows and self.sound and flaw(self.params):          # by the last step, whose loss nobody will see
-            self._snapshot()
+            self.ring.append(self._snapshot())
             self._stop(self.rows[-1][0])
         self._begin(self.data.valid_dl)
 
@@ -129,10 +132,12 @@ class TerminateOnNonFinite(Callback):
 
     def begin_batch(self):
         run = self.run
-        if self.fresh or len(self.ring[-1]["steps"]) >= self.interval:
-            self._look()
-            if self.fresh or run.in_train: self._snapshot()
-            else: self.ring[-1]["steps"].clear()                    # evaluation starts every batch alike
+        full = self.fresh or len(self.ring[-1]["steps"]) >= self.every
+        if full: self._look()
+        if self.fresh or (full and run.in_train):
+            self.ring.append(self._snapshot(self.ring.popleft() if len(self.ring) == 2 else EMPTY))
+            self.fresh = False
+        elif full or (self.host and not run.in_train): self.ring[-1]["steps"].clear()   # evaluation changes nothing
         row = {"in_train": run.in_train, "epoch": run.epoch, "step": run.n_iter, "batch": self.batch,
                "loss": None, "grad_norm": None,
                "groups": [{k: v.clone() if torch.is_tensor(v) else v for k, v in group.items() if k != "params"}
@@ -184,18 +189,15 @@ class TerminateOnNonFinite(Callback):
     # --- while all is well ------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _snapshot(self):
-        """Copy what training changes, into the memory of the older of the two copies."""
-        old = self.ring.popleft() if len(self.ring) == 2 else {"tensors": ([], []), "moved": ([], [])}
+    def _snapshot(self, old=EMPTY):
+        """A copy of what training changes, in the memory of an `old` one."""
         now = {name: t for name, (_, d, k) in self.slots.items() if (t := d[k]) is not None}
         state = {p: dict(s) for p, s in self.run.opt.state.items() if torch.is_tensor(p)}
         moved = [v for s in state.values() for v in s.values() if torch.is_tensor(v)]
-        self.ring.append({
-            "names": list(now), "tensors": copies(list(now.values()), *old["tensors"]),
-            "state": state, "moved": copies(moved, *old["moved"]),
-            "modes": [m.training for m in self.modules.values()],
-            "grads": {i: p.grad.clone() for i, p in enumerate(self.params) if p.grad is not None}, "steps": []})
-        self.fresh = False
+        return {"names": list(now), "tensors": copies(list(now.values()), *old["tensors"]),
+                "state": state, "moved": copies(moved, *old["moved"]),
+                "modes": [m.training for m in self.modules.values()], "steps": [],
+                "grads": {i: p.grad.clone() for i, p in enumerate(self.params) if p.grad is not None}}
 
     def _look(self):
         """Bring the losses and norms that lie on the device to the host, in one copy; stop at the first bad one."""
@@ -216,6 +218,12 @@ class TerminateOnNonFinite(Callback):
         while self.rows[-1][0] is not row: self.rows.pop()          # what came before anybody looked
         steps = self.ring[-1]["steps"]
         while steps and steps[-1]["row"] is not row: steps.pop()
+        if self.host and row["in_train"] and len(steps) > 1 and not steps[-1]["stepped"]:
+            # Weights and optimizer are still what the step began with, the buffers and gradients no longer.
+            snap = {**self._snapshot(), "grads": None, "steps": [steps.pop()]}
+            now = dict(zip(snap["names"], snap["tensors"][1], strict=True))
+            weights = {name: now[name] for name, (_, d, k) in self.slots.items() if isinstance(d[k], nn.Parameter)}
+            self.ring = [*self.ring, {**snap, "names": list(weights), "tensors": (None, list(weights.values()))}]
         self.record = record = self._record()
         words = []
         restore = random_states()
@@ -364,6 +372,7 @@ class _Repeat:
                 self.put(snap)
                 self.note_parameters("step" if before else "start")
                 if before and (found := self.first(usual)): return {**found, **place(before)}, words
+                words, last = [], snap is record["snapshots"][-1]
                 for step in snap["steps"]:
                     before = row = step["row"]
                     good = self.do(step)
@@ -372,8 +381,9 @@ class _Repeat:
                                  f"{self.loss!r}" + ", without compiling" * record["compiled"]
                                  + ", after steps that a callback may have changed; every=1 needs none of them"
                                  * (step is not snap["steps"][0])]
-                    failing = snap is record["snapshots"][-1] and step is snap["steps"][-1]
+                    if words and not last: continue                 # the next snapshot knows better
                     found = self.first(usual)
+                    failing = last and step is snap["steps"][-1]
                     if found and (failing or not good or found["phase"] == "step"):
                         return {**found, **place(row)}, words
                     usual |= {key(e) for e in self.events}
@@ -389,6 +399,7 @@ class _Repeat:
             names = ", ".join(sorted(set(snap["modes"]) ^ set(self.modules)))
             raise ValueError(f"replay: record and learner don't have the same modules ({names} only in one of them); "
                              "build model and loss as they were for the fit")
+        if snap["grads"] is None: have = {name: have.get(name) for name in want}     # weights only
         if have != want:
             name = next(n for n in [*want, *have] if have.get(n) != want.get(n))
             raise ValueError(f"replay: {name} has the shape {have.get(name)} in the learner and {want.get(name)} in "
@@ -399,7 +410,7 @@ class _Repeat:
                 _, d, k = self.slots[name]
                 d[k].copy_(was)
         for path, training in snap["modes"].items(): self.modules[path].training = training
-        for i, p in enumerate(self.params):
+        for i, p in enumerate(self.params if snap["grads"] is not None else ()):
             p.grad = snap["grads"][i].to(p.device, copy=True) if i in snap["grads"] else None
         self.events = []
 

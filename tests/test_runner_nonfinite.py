@@ -181,7 +181,7 @@ def found(record):
     return tuple(f[k] for k in ("phase", "module", "in_train", "epoch", "step", "batch"))
 
 
-@pytest.mark.parametrize("every", [None, 4])
+@pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_names_what_a_plain_loop_finds_and_replay_finds_it_again(name, every, capsys):
     expected, seen = by_hand(made(name), usual=(0,) if name == "behind a mask" else ())
@@ -318,11 +318,11 @@ class Look(Callback):
         assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self.model.modules())
 
 
-@pytest.mark.parametrize(("every", "keep"), [(None, 20), (4, 3)])
+@pytest.mark.parametrize(("every", "keep"), [(1, 20), (4, 3)])
 def test_memory_is_bounded_and_given_back(every, keep):
     look = Look()
     cb, run = fit(learner(linear(6, 8), dropout, linear(8)), TerminateOnNonFinite(every=every, keep=keep), 3, [look])
-    assert look.most == [2, every or 1, keep]
+    assert look.most == [2, every, keep]
     assert (run.status, cb.record, len(cb.ring), len(cb.rows)) == ("ok", None, 0, 0)
 
 
@@ -388,27 +388,49 @@ class Late(Callback):
     def after_step(self): raise CancelBatchException
 
 
+class Spoil(Callback):
+    """NaN in one image, after the other callbacks."""
+
+    _order = 500
+
+    def begin_batch(self):
+        if self.in_train and self.n_iter == 7: self.run.xb = self.xb * torch.tensor([[1.0] * 6, [torch.nan] * 6])
+
+
+class Far(TerminateOnNonFinite):
+    """As on another device: losses and norms are looked at every few batches only."""
+
+    name = "terminate_on_non_finite"
+
+    def begin_fit(self):
+        super().begin_fit()
+        self.host = False
+
+
+def noisy(): return learner(nn.Identity, Root, dropout, linear(6), momentum=0.9)
+
+
 @pytest.mark.parametrize("cb", [Clip, Augment, EverySecond, Late])
 @pytest.mark.parametrize("every", [1, 3])
 def test_with_callbacks_that_change_batches_gradients_or_steps(cb, every, capsys):
-    def make(): return learner(nn.Identity, Root, dropout, linear(6), momentum=0.9)
-
-    class Spoil(Callback):
-        """NaN in one image, after the other callbacks."""
-        _order = 500
-
-        def begin_batch(self):
-            if self.in_train and self.n_iter == 7: self.run.xb = self.xb * torch.tensor([[1.0] * 6, [torch.nan] * 6])
-    watch, run = fit(make(), TerminateOnNonFinite(every=every), cbs=[cb(), Spoil()])
+    watch, run = fit(noisy(), TerminateOnNonFinite(every=every), cbs=[cb(), Spoil()])
     assert run.status == "diverged"
     assert found(watch.record) == ("batch", None, True, 0, 7, 7)
-    # Between two copies only clipping isn't known: at every=1 there are none between.
-    assert watch.record["repeats"] is not (cb is Clip and every == 3)
-    again = replay(watch.record, make())
-    assert again.same is watch.record["repeats"]
-    if cb is Clip and every == 3:
-        assert "not repeated bit for bit: the loss of step " in watch.record["report"]
-        assert "after steps that a callback may have changed; every=1 needs none of them" in watch.record["report"]
+    assert watch.record["repeats"]
+    assert replay(watch.record, noisy()).same
+
+
+def test_steps_that_do_not_repeat_are_told():
+    """Where the failing step's own start isn't kept, it matters that the steps before it were clipped."""
+    watch, _ = fit(noisy(), Far(every=5), cbs=[Clip(), Spoil()])
+    assert found(watch.record) == ("batch", None, True, 0, 7, 7)
+    assert not watch.record["repeats"]
+    first = next(r for r in watch.record["rows"] if r["step"] == 6)     # the first after a clipped one since step 5
+    assert f"not repeated bit for bit: the loss of step 6 (epoch 0) was {first['loss']!r} and" in watch.record["report"]
+    assert "after steps that a callback may have changed; every=1 needs none of them" in watch.record["report"]
+    assert not replay(watch.record, noisy()).same
+    watch, _ = fit(noisy(), Far(every=1), cbs=[Clip(), Spoil()])
+    assert watch.record["repeats"]
 
 
 def test_gradients_left_by_a_cancelled_batch_are_looked_at():
@@ -523,16 +545,6 @@ def test_a_model_that_cannot_be_copied_is_told_and_can_be_replayed():
 
 
 # --- where the losses don't lie on the host -----------------------------------------------------------------------
-
-class Far(TerminateOnNonFinite):
-    """As on another device: losses and norms are looked at every few batches only."""
-
-    name = "terminate_on_non_finite"
-
-    def begin_fit(self):
-        super().begin_fit()
-        self.host = False
-
 
 @pytest.mark.parametrize("name", CASES)
 def test_late_looks_find_the_same(name):
