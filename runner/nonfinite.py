@@ -1,8 +1,8 @@
 """Where a run went wrong: `TerminateOnNonFinite` stops it and names the module; `replay` repeats the step.
 
-While all is well the callback keeps a copy of what a step starts from, and looks at loss and gradients. Nothing is
-hooked until one of them is not finite. Then the step is done once more, on a copy of the model or, by `replay`, on a
-learner built anew, with hooks on every module and on every operation of the backward pass.
+While all is well the callback keeps a copy of what some steps start from, and looks at the loss. Nothing is hooked
+until that is not finite. Then the last steps are done once more, on a copy of the model or, by `replay`, on a learner
+built anew, with hooks on every module and on every operation of the backward pass.
 """
 
 import copy
@@ -32,7 +32,7 @@ class TerminateOnNonFinite(Callback):
     """Stops the fit when the loss or a gradient is NaN or infinite, and says where that began.
 
     `run.status` is then "diverged"; training and validation are watched. On a CPU the fit ends before the optimizer
-    takes the bad step, so the weights are the last good ones. One line is printed, such as
+    takes the step with the bad loss. One line is printed, such as
 
         diverged at step 12 (epoch 0): first non-finite value in the output of 2.1 GeneralRelu (forward, training),
         8 infinite of 64; the loss was 4.1e+30 one step before
@@ -48,7 +48,9 @@ class TerminateOnNonFinite(Callback):
         path: a file for the record, written once by `torch.save`; None for none.
         keep: how many of the last batches the record lists.
         every: copy all that training changes every so many steps.
-        grads: look at the gradients too. Without it a bad gradient is found by the loss of the step after it.
+        grads: look at the gradients too, and stop before a bad one reaches the weights. Otherwise the loss of the step
+            after it gives it away, and it is named all the same. To look takes about 4 % of a small network's step
+            at batch size 2, more than all the rest.
 
     The steps since a copy are repeated, up to the failing one. On a CPU that one has its own weights and optimizer
     state, which it hasn't changed yet; so whatever callbacks did in the steps before (clipping, say), it repeats bit
@@ -67,7 +69,8 @@ class TerminateOnNonFinite(Callback):
                     "batch", "module": its path, "class", "what", "nan", "inf", "of": counts of values}, or None
         repeats     whether the repeated steps had the recorded losses bit for bit
         rows        the last `keep` batches: in_train, epoch, step (training batches done before), batch (in its pass),
-                    loss, grad_norm (L2, all gradients), groups (each parameter group's lr, momentum, ...), indices
+                    loss, grad_norm (L2, all gradients; without `grads` of the repeated steps only), stepped (whether
+                    the optimizer did), groups (each parameter group's lr, momentum, ...), indices
         indices     how the indices were found, and whether they are confirmed; or why there are none
         snapshots   up to three states that a training step or validation started from, the last before the failing
                     batch: tensors (parameters, buffers), modes, opt, grads (left by a cancelled step; None where
@@ -76,10 +79,11 @@ class TerminateOnNonFinite(Callback):
         random      random states (torch, Python, numpy, loaders' generators) at the start of the pass
         settings, versions    oneDNN and threads; torch and Python
 
-    The memory: two copies of parameters, buffers and optimizer state, and the batches since the older one. The indices
-    are drawn anew from the loader's sampler, after the failure, and compared by their targets with the batches that
-    are kept; a loader without a sampler, and an `IterableDataset`, has none. A model that draws from Python's or
-    numpy's generator, or counts in attributes, may not repeat itself; the report says so then.
+    The memory: two copies of parameters, buffers and optimizer state, and the batches since the older one, at most `2 *
+    every`. The indices are drawn anew from the loader's sampler, after the failure, and compared by their targets with
+    the batches that are kept; a loader without a sampler, and an `IterableDataset`, has none. A model that draws from
+    Python's or numpy's generator, or counts in attributes, may not repeat itself; the report says so then. Leave the
+    callback out of a search by `LR_Find`, which means to diverge.
 
     Raises:
         ValueError: at construction, a `keep` or `every` that is no positive integer; at the start of a fit, a path in
@@ -88,7 +92,7 @@ class TerminateOnNonFinite(Callback):
 
     _order = 1000   # after whatever changes the batch, the loss or the gradients
 
-    def __init__(self, path=None, *, keep=20, every=20, grads=True):
+    def __init__(self, path=None, *, keep=20, every=20, grads=False):
         for name, n in (("keep", keep), ("every", every)):
             if not isinstance(n, int) or isinstance(n, bool) or n < 1:
                 raise ValueError(f"TerminateOnNonFinite: {name} is {n!r}; it must be an integer of at least 1")
@@ -98,7 +102,8 @@ class TerminateOnNonFinite(Callback):
 
     def _clear(self):
         self.rows, self.ring = deque(maxlen=self.keep), deque(maxlen=2)     # (row, its pass); snapshots
-        self.unseen, self.step = [], None                                   # rows whose figures lie on the device
+        self.unseen = []                                                    # rows whose figures lie on the device
+        self.now = {"row": None, "batch": 0, "fresh": True}
 
     def begin_fit(self):
         if self.path is not None and not Path(self.path).absolute().parent.is_dir():
@@ -124,34 +129,31 @@ class TerminateOnNonFinite(Callback):
         self._look()
         run = self.run
         self.modules, self.slots = parts_of(run.model, run.loss_func, run.opt)
-        self.params = params_of(run.opt)
+        self.optimizer, self.params = run.opt, params_of(run.opt)
         # Persistent workers draw a seed for their first pass only.
         self.this = {"dl": dl, "random": random_state(generators_of(run.data.train_dl, run.data.valid_dl)),
                      "seeded": getattr(dl, "_iterator", None) is None}
-        self.batch, self.fresh, self.step = 0, True, None
+        self.now.update(row=None, batch=0, fresh=True)
 
     def begin_batch(self):
-        run = self.run
-        full = self.fresh or len(self.ring[-1]["steps"]) >= self.every
+        run, now = self.run, self.now
+        full = now["fresh"] or len(self.ring[-1]["steps"]) >= self.every
         if full: self._look()
-        if self.fresh or (full and run.in_train):
+        if now["fresh"] or (full and run.in_train):
             self.ring.append(self._snapshot(self.ring.popleft() if len(self.ring) == 2 else EMPTY))
-            self.fresh = False
+            now["fresh"] = False
         elif full or (self.host and not run.in_train): self.ring[-1]["steps"].clear()   # evaluation changes nothing
-        row = {"in_train": run.in_train, "epoch": run.epoch, "step": run.n_iter, "batch": self.batch,
-               "loss": None, "grad_norm": None,
-               "groups": [{k: v.clone() if torch.is_tensor(v) else v for k, v in group.items() if k != "params"}
-                          for group in run.opt.param_groups]}
+        now["row"] = row = {
+            "in_train": run.in_train, "epoch": run.epoch, "step": run.n_iter, "batch": now["batch"], "loss": None,
+            "grad_norm": None, "backward": False, "stepped": False, "groups": [*map(dict, self.optimizer.param_groups)]}
         random = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda": random["cuda"] = torch.cuda.get_rng_state_all()
         xb = run.xb.clone() if torch.is_tensor(run.xb) else run.xb  # the model may write into its input
-        self.step = {"row": row, "xb": xb, "yb": run.yb, "random": random,
-                     "backward": False, "stepped": False}
-        self.ring[-1]["steps"].append(self.step)
+        self.ring[-1]["steps"].append({"row": row, "xb": xb, "yb": run.yb, "random": random})
         self.rows.append((row, self.this))
 
     def after_loss(self):
-        row, loss = self.step["row"], self.run.loss
+        row, loss = self.now["row"], self.run.loss
         if self.host:
             row["loss"] = loss.item()
             if not math.isfinite(row["loss"]): self._stop(row)
@@ -160,27 +162,26 @@ class TerminateOnNonFinite(Callback):
             self.unseen.append(row)
 
     def after_backward(self):
-        self.step["backward"] = True
+        row = self.now["row"]
+        row["backward"] = True
         if not self.grads: return
-        grads = [g._values() if g.is_sparse else g for p in self.params if (g := p.grad) is not None]
-        if not grads: return
-        row, norms = self.step["row"], torch._foreach_norm(grads)
+        norms = norms_of(self.params)
         if self.host:
             row["grad_norm"] = math.hypot(*[n.item() for n in norms])
             # An infinite norm may be that of finite gradients, whose squares overflow.
-            if not math.isfinite(row["grad_norm"]) and flaw(grads): self._stop(row)
-        else: row["grad_norm"] = torch.linalg.vector_norm(torch.stack([n.to(self.device) for n in norms]))
+            if not math.isfinite(row["grad_norm"]) and flaw([p.grad for p in self.params]): self._stop(row)
+        elif norms: row["grad_norm"] = torch.linalg.vector_norm(torch.stack([n.to(self.device) for n in norms]))
 
-    def after_step(self): self.step["stepped"] = True
+    def after_step(self): self.now["row"]["stepped"] = True
 
     def after_cancel_batch(self):
         """Learn how far a batch came that an earlier callback cancelled: this one didn't hear of its last event."""
-        step = self.step
-        if step is None or not step["row"]["in_train"] or step["row"]["loss"] is None: return
-        if step["backward"]: step["stepped"] = True
+        row = self.now["row"]
+        if row is None or not row["in_train"] or row["loss"] is None: return
+        if row["backward"]: row["stepped"] = True
         elif any(p.grad is not None for p in self.params): self.after_backward()    # left to the next batch
 
-    def after_batch(self): self.batch, self.step = self.batch + 1, None
+    def after_batch(self): self.now.update(row=None, batch=self.now["batch"] + 1)
 
     def after_epoch(self): self._look()
 
@@ -192,7 +193,7 @@ class TerminateOnNonFinite(Callback):
     def _snapshot(self, old=EMPTY):
         """A copy of what training changes, in the memory of an `old` one."""
         now = {name: t for name, (_, d, k) in self.slots.items() if (t := d[k]) is not None}
-        state = {p: dict(s) for p, s in self.run.opt.state.items() if torch.is_tensor(p)}
+        state = {p: dict(s) for p, s in self.optimizer.state.items() if torch.is_tensor(p)}
         moved = [v for s in state.values() for v in s.values() if torch.is_tensor(v)]
         return {"names": list(now), "tensors": copies(list(now.values()), *old["tensors"]),
                 "state": state, "moved": copies(moved, *old["moved"]),
@@ -218,7 +219,7 @@ class TerminateOnNonFinite(Callback):
         while self.rows[-1][0] is not row: self.rows.pop()          # what came before anybody looked
         steps = self.ring[-1]["steps"]
         while steps and steps[-1]["row"] is not row: steps.pop()
-        if self.host and row["in_train"] and len(steps) > 1 and not steps[-1]["stepped"]:
+        if self.host and row["in_train"] and len(steps) > 1 and not row["stepped"]:
             # Weights and optimizer are still what the step began with, the buffers and gradients no longer.
             snap = {**self._snapshot(), "grads": None, "steps": [steps.pop()]}
             now = dict(zip(snap["names"], snap["tensors"][1], strict=True))
@@ -249,6 +250,9 @@ class TerminateOnNonFinite(Callback):
         for row, this in self.rows:
             indices, _ = found[id(this)]
             row["indices"] = indices and indices[row["batch"]]
+        kept = [step["row"] for snap in self.ring for step in snap["steps"]]        # some of the rows, or more
+        for row in (*rows, *kept):
+            for group in row["groups"]: group.pop("params", None)
         return plain({
             "report": "", "finding": None, "repeats": False, "rows": rows, "indices": found[id(self.rows[-1][1])][1],
             "snapshots": [self._opened(snap) for snap in self.ring], "random": self.this["random"],
@@ -301,7 +305,7 @@ def draw_indices(this, data, rows, snapshots):
 
 @dataclass
 class Replay:
-    """What `replay` saw: the finding, the failing step's loss, whether all was as recorded, and the report."""
+    """What `replay` saw: the finding, the loss of its step, whether all was as recorded, and the report."""
 
     finding: dict
     loss: float
@@ -320,9 +324,9 @@ def replay(record, learn):
 
     The batches are those of the record, as the model got them; so neither `learn.data` nor callbacks are needed, and
     random transforms repeat. Dropout repeats by the recorded random state. The convolution backend and the number of
-    threads are the recorded ones meanwhile. Afterwards model, loss and optimizer of `learn` are what they were at the
-    failing step, before the optimizer took it, with its gradients if it came to them; random state and settings are
-    those from before.
+    threads are the recorded ones meanwhile. Afterwards model, loss and optimizer of `learn` are what they were in the
+    step that the finding names, before the optimizer took it (unless that was at fault), with its gradients if it came
+    to them; random state and settings are those from before.
 
     Args:
         record: a `TerminateOnNonFinite`'s record, or the path of its file.
@@ -382,6 +386,7 @@ class _Repeat:
                                  + ", after steps that a callback may have changed; every=1 needs none of them"
                                  * (step is not snap["steps"][0])]
                     if words and not last: continue                 # the next snapshot knows better
+                    if row["grad_norm"] is None: row["grad_norm"] = self.norm       # nobody had looked
                     found = self.first(usual)
                     failing = last and step is snap["steps"][-1]
                     if found and (failing or not good or found["phase"] == "step"):
@@ -416,7 +421,7 @@ class _Repeat:
 
     def do(self, step):
         """Do one step as it was done; whether its loss and gradients are finite. `self.loss` is the loss, a float."""
-        row, self.stack, self.nodes, self.forward = step["row"], [], {}, True
+        row, self.stack, self.nodes, self.forward, self.norm = step["row"], [], {}, True, None
         for group, was in zip(self.opt.param_groups, row["groups"], strict=True): group.update(was)
         xb, yb = tree_map_only(torch.Tensor, lambda t: t.to(self.device, copy=True), (step["xb"], step["yb"]))
         set_random_state(step["random"])
@@ -427,11 +432,12 @@ class _Repeat:
         self.forward, self.loss = False, loss.item()
         self.note("loss", LOSS, f"the loss, by {self.loss_name}", loss)
         if not math.isfinite(self.loss): return False
-        if not step["backward"]: return True
+        if not row["backward"]: return True
         loss.backward()
         self.note_parameters("backward", lambda p: p.grad, "the gradient of ")
         good = not flaw([p.grad for p in self.params])
-        if step["stepped"]:
+        self.norm = math.hypot(*[n.item() for n in norms_of(self.params)])
+        if row["stepped"]:
             self.opt.step()
             self.opt.zero_grad()
             self.note_parameters("step")
@@ -522,6 +528,12 @@ def parts_of(model, loss_func, opt):
 
 
 def params_of(opt): return [p for group in opt.param_groups for p in group["params"]]
+
+
+def norms_of(params):
+    """The L2 norms of the gradients, one by one."""
+    grads = [g._values() if g.is_sparse else g for p in params if (g := p.grad) is not None]
+    return torch._foreach_norm(grads) if grads else []
 
 
 def copies(tensors, before, into):

@@ -181,14 +181,14 @@ def found(record):
     return tuple(f[k] for k in ("phase", "module", "in_train", "epoch", "step", "batch"))
 
 
-@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("settings", [{"every": 1, "grads": True}, {"every": 4}, {}])
 @pytest.mark.parametrize("name", CASES)
-def test_names_what_a_plain_loop_finds_and_replay_finds_it_again(name, every, capsys):
+def test_names_what_a_plain_loop_finds_and_replay_finds_it_again(name, settings, capsys):
     expected, seen = by_hand(made(name), usual=(0,) if name == "behind a mask" else ())
     phase, layer, training = CASES[name][2]
     assert expected[:3] == (phase, None if layer is None else str(layer), training)    # the case is what it says
     assert expected[3:] != (0, 0, 0) or phase == "step"
-    cb, run = fit(made(name), TerminateOnNonFinite(every=every, keep=30))
+    cb, run = fit(made(name), TerminateOnNonFinite(keep=30, **settings))
     record = cb.record
     assert run.status == "diverged"
     if phase == "loss": assert record["finding"]["module"] == "(loss)"
@@ -202,7 +202,7 @@ def test_names_what_a_plain_loop_finds_and_replay_finds_it_again(name, every, ca
         data = made(name).data
         ds = data.train_ds if row["in_train"] else data.valid_ds
         assert torch.equal(ds[row["indices"]][0].nan_to_num(9), xb.nan_to_num(9))
-    assert len(rows) == len(seen) + (phase == "step")
+    assert len(rows) == len(seen) + (phase == "step" or (phase == "backward" and "grads" not in settings))
     assert record["indices"] == "drawn anew; the targets of the batches kept agree"
 
     learn = made(name)
@@ -249,10 +249,9 @@ print(again.same, repr(again.loss), again.report, sep="|")
 """
 
 
-@pytest.mark.parametrize(("name", "every"), [("backward alone", 5)])
-def test_replay_in_another_process_repeats_the_loss_bit_for_bit(tmp_path, name, every):
-    path = tmp_path / "diverged.pt"
-    cb, _ = fit(made(name), TerminateOnNonFinite(path, every=every))
+def test_replay_in_another_process_repeats_the_loss_bit_for_bit(tmp_path):
+    name, path = "backward alone", tmp_path / "diverged.pt"
+    cb, _ = fit(made(name), TerminateOnNonFinite(path, every=5, grads=True))
     code = PROGRAM.format(tests=str(TESTS), path=str(path), name=name)
     out = subprocess.run([sys.executable, "-c", code], cwd=TESTS.parent, capture_output=True, text=True, check=True)
     row = cb.record["rows"][-1]
@@ -282,7 +281,7 @@ def test_the_record_is_plain_and_holds_no_path(tmp_path, capsys):
     rows, step = record["rows"], record["finding"]["step"]
     assert [r["step"] for r in rows] == [step - 3, step - 2, step - 1, step]
     assert [r["groups"][0]["lr"] for r in rows] == [0.1 * (1 - s / 11 / 2) for s in range(step - 3, step + 1)]
-    assert rows[-1]["grad_norm"] is None                                                # the loss came first
+    assert rows[-1]["grad_norm"] is None                            # the loss came first; the others by repetition
     assert all(r["grad_norm"] > 0 for r in rows[:-1])
     assert set(record["random"]) == {"torch", "python", "cuda", "generators", "numpy"}
     for name, p in learn.model.named_parameters():                  # the stop came before the step: the same weights
@@ -292,9 +291,10 @@ def test_the_record_is_plain_and_holds_no_path(tmp_path, capsys):
     assert torch.equal(last["yb"], yb)
 
 
-def test_gradient_norm_and_rows_are_those_of_a_plain_loop():
+@pytest.mark.parametrize("grads", [True, False])
+def test_gradient_norms_are_those_of_a_plain_loop(grads):
     learn, twin = made("one image"), made("one image")
-    cb, _ = fit(learn, TerminateOnNonFinite(keep=50))
+    cb, _ = fit(learn, TerminateOnNonFinite(keep=50, grads=grads))
     torch.manual_seed(6)
     for row, (xb, yb) in zip(cb.record["rows"][:-1], twin.data.train_dl, strict=False):
         twin.loss_func(twin.model(xb), yb).backward()
@@ -326,7 +326,7 @@ def test_memory_is_bounded_and_given_back(every, keep):
     assert (run.status, cb.record, len(cb.ring), len(cb.rows)) == ("ok", None, 0, 0)
 
 
-@pytest.mark.parametrize("settings", [{}, {"every": 3}, {"grads": False}])
+@pytest.mark.parametrize("settings", [{}, {"every": 1}, {"grads": True}])
 @pytest.mark.parametrize("generator", [True, False])
 def test_a_run_that_goes_well_is_the_same_bit_for_bit(settings, generator):
     ends = []
@@ -434,7 +434,7 @@ def test_steps_that_do_not_repeat_are_told():
 
 
 def test_gradients_left_by_a_cancelled_batch_are_looked_at():
-    cb, _ = fit(made("backward alone"), cbs=[EverySecond()])
+    cb, _ = fit(made("backward alone"), TerminateOnNonFinite(grads=True), cbs=[EverySecond()])
     expected, _ = by_hand(made("backward alone"))
     assert found(cb.record)[:2] == expected[:2]
     assert 13 in cb.record["rows"][-1]["indices"]
@@ -569,7 +569,7 @@ def test_late_looks_are_one_copy_every_few_batches(monkeypatch):
 
         def begin_batch(self): looks.append(0)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (looks.append(len(self)), tolist(self))[1])
-    run = Runner([Far(every=4), Count()])
+    run = Runner([Far(every=4, grads=True), Count()])
     run.fit(1, learn)
     assert [n for n in looks if n] == [8, 8, 6, 3]                  # 11 losses and norms of training, 3 of validation
     assert run.status == "ok"
