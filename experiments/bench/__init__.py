@@ -20,7 +20,7 @@ from experiments.results import RunFolder, markdown_table, text_table, versions
 PARTS = {
     "norms": ("experiments.bench.norms", "a training step with each norm, against torch's own norm"),
     "runner": ("experiments.bench.runner", "an epoch by the Runner, against a loop written out by hand"),
-    "hooks": ("experiments.bench.hooks", "the Runner with statistics of all layers, against the Runner without"),
+    "hooks": ("experiments.bench.hooks", "the Runner with statistics of all layers, or a watch, against without"),
     "epoch": ("experiments.bench.epoch", "the main job at batch size 2, against the lesson's way of doing it"),
     "compiled": ("experiments.bench.compiled", "the Runner with compile=True, against the Runner without"),
     "growth": ("experiments.bench.growth", "a step at batch sizes 1 to 512, against the network without a norm"),

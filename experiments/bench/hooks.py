@@ -1,4 +1,4 @@
-"""What it costs to look: the runner with statistics of its layers, against the runner without.
+"""What it costs to look: the runner with statistics of its layers and norms, or a watch on its losses, against without.
 
 All layers: the five conv layers and the linear one. Activations, gradients and updates each with mean, standard
 deviation, extremes, shares near zero and not finite, and a histogram of 40 bins. nn.BatchNorm2d, one thread; at batch
@@ -10,18 +10,30 @@ import torch.nn.functional as F
 
 from experiments.bench.runner import per_step, trainer, with_runner
 from experiments.bench.timing import row
-from runner import ActivationStats, DataBunch, GradientStats, Hooks, Learner, ParameterStats, append_stats
+from runner import (
+    ActivationStats,
+    DataBunch,
+    GradientStats,
+    Hooks,
+    Learner,
+    NormStats,
+    ParameterStats,
+    TerminateOnNonFinite,
+    append_stats,
+)
+
+STEADY = {"first": 0, "verbose": False}
 
 # arm: (what makes its callbacks, {batch size: the ratio aimed at})
 LOOKS = {
-    "ActivationStats": (lambda: [activations(1)], {64: 1.25}),
-    "ActivationStats(every=10)": (lambda: [activations(10)], {2: 1.10, 64: 1.05}),
-    "GradientStats(every=10)": (lambda: [GradientStats(every=10, first=0, verbose=False)], {}),
-    "ParameterStats(every=10)": (lambda: [ParameterStats(every=10, first=0, verbose=False)], {}),
+    "ActivationStats": (lambda: [ActivationStats(**STEADY)], {64: 1.25}),
+    "ActivationStats(every=10)": (lambda: [ActivationStats(every=10, **STEADY)], {2: 1.10, 64: 1.05}),
+    "GradientStats(every=10)": (lambda: [GradientStats(every=10, **STEADY)], {}),
+    "ParameterStats(every=10)": (lambda: [ParameterStats(every=10, **STEADY)], {}),
+    "NormStats(every=10)": (lambda: [NormStats(every=10, **STEADY)], {}),
+    "TerminateOnNonFinite": (lambda: [TerminateOnNonFinite()], {}),
+    "TerminateOnNonFinite(grads=False)": (lambda: [TerminateOnNonFinite(grads=False)], {}),
 }
-
-
-def activations(every): return ActivationStats(every=every, first=0, verbose=False)
 
 
 def with_append_stats(model, opt, dl):
