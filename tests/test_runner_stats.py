@@ -76,7 +76,7 @@ def plain_description(x, near, bins, start, end):
 def test_describe_equals_the_definition(shape, limits, host):
     x = torch.randn(shape, dtype=torch.float64) * 2 + 0.3
     if x.numel() > 1: x.view(-1)[0] = 60.0                          # beyond 6 std
-    found = describe(x, 0.5, 8, limits, host)
+    found = describe(x, 0.5, 8, limits, host=host)
     found = found if host else found.tolist()
     mean, std = found[:2]
     low, high = x.min().item(), x.max().item()
@@ -94,7 +94,7 @@ def test_describe_equals_the_definition(shape, limits, host):
 @pytest.mark.parametrize("host", [True, False])
 @pytest.mark.parametrize("value", [0.0, 2.5, -1e6])
 def test_describe_of_equal_values_has_no_spread_and_all_counts(value, host):
-    found = describe(torch.full((4, 3), value), 1e-3, 5, "range", host)
+    found = describe(torch.full((4, 3), value), 1e-3, 5, "range", host=host)
     found = found if host else found.tolist()
     assert found[:4] == [value, 0, value, value]
     assert found[4] == (0 if value == 0 else 12)
@@ -104,7 +104,7 @@ def test_describe_of_equal_values_has_no_spread_and_all_counts(value, host):
 @pytest.mark.parametrize("host", [True, False])
 def test_describe_counts_what_is_not_finite_and_leaves_the_histogram_empty(host):
     x = torch.tensor([0.0, 1.0, math.nan, math.inf, -math.inf, -2.0])
-    found = describe(x, 0.5, 4, "symmetric", host)
+    found = describe(x, 0.5, 4, "symmetric", host=host)
     found = found if host else found.tolist()
     assert found[4:6] == [5, 3]                                     # nan is not near zero
     assert math.isnan(found[0])
@@ -114,7 +114,7 @@ def test_describe_counts_what_is_not_finite_and_leaves_the_histogram_empty(host)
 @pytest.mark.parametrize("host", [True, False])
 @pytest.mark.parametrize("x", [[3e38, 3e38, -1.0], [3e38, -3e38, 0.0], [1e30, 1.0, -1e30]])
 def test_describe_survives_values_at_the_end_of_float32(x, host):
-    found = describe(torch.tensor(x), 0.5, 4, "range", host)
+    found = describe(torch.tensor(x), 0.5, 4, "range", host=host)
     found = found if host else found.tolist()
     assert found[2:6] == pytest.approx([min(x), max(x), sum(abs(v) > 0.5 for v in x), 0])
     # Elsewhere than on the host the width itself overflows in the second case.
@@ -125,7 +125,23 @@ def test_describe_survives_values_at_the_end_of_float32(x, host):
 def test_describe_of_far_away_values_keeps_their_spread(host):
     x = torch.randn(1000) + 1e4
     expected = x.double().std().item()
-    assert float(describe(x, 1e-3, 4, "range", host)[1]) == pytest.approx(expected, rel=1e-3)
+    assert float(describe(x, 1e-3, 4, "range", host=host)[1]) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("host", [True, False])
+def test_the_histogram_of_a_sample_counts_every_channel_and_column_alike(host):
+    x = torch.zeros(16, 6, 7, 7)
+    for c in range(6): x[:, c] += 6 * c
+    x += (torch.arange(7) + 0.5) * 6 / 7                            # the column: 42 values, a bin each
+    for sample, step in ((4704, 1), (1500, 5), (700, 11)):          # with no divisor in common with 4704
+        found = describe(x, 0.5, 42, (0, 36), sample, host)
+        counts = torch.tensor((found if host else found.tolist())[8:]).view(6, 7)
+        assert counts.sum() == len(range(0, 4704, step)) <= sample
+        alone = describe(x, 0.5, 42, (0, 36), host=host)
+        assert list(found[:8]) == list(alone[:8])                   # all else is of all values
+        for along in (0, 1):                                        # columns, channels
+            found = counts.sum(along).float()
+            assert found.max() - found.min() <= 0.1 * found.mean()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
@@ -398,7 +414,7 @@ def test_memory_is_bounded_by_measuring_fewer_batches(capsys):
 def test_numbers_on_a_device_come_to_the_host_by_blocks(monkeypatch):
     monkeypatch.setattr("runner.stats.BLOCK", 4)
     here, there = (ActivationStats("2", verbose=False) for _ in range(2))
-    there.describe = lambda x: describe(x, there.near, there.bins, there.limits, host=False)   # as on a GPU
+    there.describe = lambda x: describe(x, there.near, there.bins, there.limits, host=False)       # as on a GPU
     fitted(here, epochs=2)
     fitted(there, epochs=2)
     assert there._stores["2"].block.shape == (4, 48)
@@ -472,6 +488,7 @@ def test_a_scripted_model_is_refused():
     ({"phases": "test"}, "phases is 'test'; there is 'train' and 'valid', one or a list"),
     ({"phases": []}, r"phases is \[\]"),
     ({"near": -1}, "near is -1; it must be a number of at least 0"),
+    ({"sample": 0}, "sample is 0; it must be a positive integer, or None"),
     ({"bins": 1}, "bins is 1; it must be an integer of at least 2"),
     ({"limits": "auto"}, "limits is 'auto'; it must be 'symmetric', 'range', a positive number"),
     ({"limits": 0}, "limits is 0"),
