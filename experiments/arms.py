@@ -72,6 +72,7 @@ def train(model, images, row, device, label, cbs=(), *, tfm=None, backend=None, 
     arm = next(iter(row))
     epochs = [{arm: row[arm], "seed": row["seed"], **r} for r in run.avg_stats.history]
     row.update({n: epochs[-1][n] if epochs else math.nan for n in FIGURES})
+    row["valid_accuracies"] = [r["valid_accuracy"] for r in epochs]
     row["seconds"] = time.perf_counter() - start
     finite = all(math.isfinite(row[n]) for n in FIGURES)
     row["status"] = "failed" if error else "ok" if finite else "diverged"
@@ -186,6 +187,12 @@ def by_arm(rows, key="arm"):
 def mean(values):
     """Mean of accuracies; a run that diverged to NaN counts as 0 correct."""
     return sum(v if v is not None and math.isfinite(v) else 0.0 for v in values) / len(values)
+
+
+def course(rows):
+    """The validation accuracy after each epoch, the mean over one arm's `rows`, one per seed."""
+    # not strict: a run that a norm refused has no epochs, and then there is no mean
+    return [mean(accs) for accs in zip(*(r["valid_accuracies"] for r in rows), strict=False)]
 
 
 def measured(rows):

@@ -145,7 +145,8 @@ class Evaluate(Callback):
         if self.in_train and self.n_iter >= self.steps: raise CancelEpochException
 
     def after_batch(self):
-        if not self.in_train or self.n_iter % EVERY or self.n_iter <= EVERY * len(self.found): return
+        # A batch that `begin_batch` has cancelled is counted too.
+        if not self.in_train or self.n_iter % EVERY or self.n_iter > self.steps: return
         self.model.eval()
         with torch.no_grad(): self.found.append(accuracy(self.model(self.x), self.y))
         self.model.train()

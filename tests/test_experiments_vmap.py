@@ -68,9 +68,9 @@ def test_pixels_lie_in_0_to_1():
 
 
 def test_a_short_run_on_the_digits(tmp_path, capsys):
-    result = vmap_batchnorm.run(Config(data="digits", limit=300, steps=25, out=str(tmp_path / "run")))
+    result = vmap_batchnorm.run(Config(data="digits", limit=300, steps=29, out=str(tmp_path / "run")))
     assert [r["arm"] for r in result.rows] == list(ARMS)
-    assert [(r["steps"], r["epochs"], r["status"]) for r in result.rows] == [(25, 9, "ok")] * 3
+    assert [(r["steps"], r["epochs"], r["status"]) for r in result.rows] == [(29, 10, "ok")] * 3
     assert 0 < result.rows[2]["loss_difference"] < 1e-12
     assert result.rows[1]["valid_loss"] == pytest.approx(result.rows[2]["valid_loss"], rel=1e-12)
     assert result.rows[0]["valid_loss"] != pytest.approx(result.rows[1]["valid_loss"], rel=1e-2)
@@ -80,7 +80,7 @@ def test_a_short_run_on_the_digits(tmp_path, capsys):
     curves = json.loads((tmp_path / "run" / "curves.json").read_text())
     assert [len(curves[a]["accuracy"]) for a in ARMS] == [2, 2, 2]      # after steps 10 and 20
     assert curves["vanilla"]["accuracy"] == curves["per-example"]["accuracy"]
-    assert len(curves["per-example"]["difference"]) == 25
+    assert len(curves["per-example"]["difference"]) == 29
     assert (tmp_path / "run" / "vmap.png").read_bytes().startswith(b"\x89PNG")
     assert "largest difference of the loss from vanilla's: " in capsys.readouterr().out
     assert read_summary(tmp_path / "run")["published"] == {"baseline": 0.54, "vanilla": 0.66, "per-example": 0.66}
