@@ -132,4 +132,4 @@ def read_summary(path):
 def markdown_table(header, rows):
     """The table of `runner.rows.text_table` in Markdown."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(str(c) for c in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
