@@ -64,6 +64,21 @@ def conv_layer(ni, nf, ks=3, stride=2, norm=None, **kwargs):
     return nn.Sequential(*layers)
 
 
+class ResidualBlock(nn.Module):
+    """`x + f(x)`, f two 3x3 convolutions of stride 2 without bias, each with a norm and leaky ReLU.
+
+    f's map has a quarter of x's height and width, rounded up, and must have one position, for the sum to broadcast:
+    `(N, nf, H, W)` in and out, H and W up to 4.
+    """
+
+    def __init__(self, nf, norm):
+        super().__init__()
+        self.f = nn.Sequential(*(layer for _ in range(2) for layer in (
+            nn.Conv2d(nf, nf, 3, stride=2, padding=1, bias=False), norm(nf), nn.LeakyReLU())))
+
+    def forward(self, x): return x + self.f(x)
+
+
 def get_cnn_layers(data, nfs, layer, **kwargs):
     """Conv layers with the channels `nfs` from one input channel, kernel 5 first and 3 after, then pool and linear.
 

@@ -1,0 +1,133 @@
+"""Training runs with a published accuracy: what a run is, when it counts as reproduced, and the table of several."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from experiments.arms import by_arm, course, heading, plural, seeds_and_device, statuses, train
+from experiments.data import TRAIN_IMAGES
+from experiments.small_batch import EXPECTED_MEAN, EXPECTED_STD, FAILED
+
+# The standard deviation of one run above batch size 2. The lesson ran one function twice, or nearly: its own BatchNorm
+# and torch's, 3 epochs at lr 1.0. They differ by 0.0110 after the first epoch and by 0.0106 after the third, and a
+# difference of two draws has sqrt(2) of the deviation of one. Nothing else that is published speaks of it.
+STD = 0.008
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: `build(seed, c)` makes its network; `lr` is for `experiments.arms.schedule`.
+
+    `published` are validation accuracies, one per epoch from the first on. `claim` says what must hold of the mean over
+    n seeds in the epoch of the last one, p:
+
+    - "near": p is a draw as each of the seeds is: within 3 STD sqrt(1 + 1/n) of it;
+    - "at least": the same from below, no limit above;
+    - "fails", "holds": at batch size 2, what `small-batch` asks of batch norm and of running batch norm;
+    - "": nothing.
+
+    `note` stands behind the published figures in the table.
+    """
+
+    build: Callable
+    batch_size: int
+    lr: float | tuple
+    epochs: int = 1
+    published: tuple = ()
+    claim: str = ""
+    note: str = ""
+
+    def bounds(self, n):
+        """The least and the most that the mean of `n` seeds may be, or None where nothing is claimed."""
+        tolerance = 3 * STD * math.sqrt(1 + 1 / n)
+        if self.claim == "near": return self.published[-1] - tolerance, min(1.0, self.published[-1] + tolerance)
+        if self.claim == "at least": return self.published[-1] - tolerance, math.inf
+        if self.claim == "fails": return -math.inf, FAILED
+        if self.claim == "holds": return EXPECTED_MEAN - 3 * EXPECTED_STD / math.sqrt(n), math.inf
+        return None
+
+
+def train_run(run, name, model, images, seed, device, label):
+    """Train `model`, the network of the `Run` called `name`: `(rows per epoch, final row, training losses)`."""
+    return train(model, images, {"arm": name, "batch_size": run.batch_size, "lr": run.lr, "seed": seed,
+                                 "epochs": run.epochs}, device, label)
+
+
+def judged(run, accuracies):
+    """Of the `accuracies` after each epoch the one that `run` is judged by, or 0 if there are none."""
+    return accuracies[(len(run.published) or len(accuracies)) - 1] if accuracies else 0.0
+
+
+def in_words(bounds):
+    """'at least 0.947', 'below 0.5', '0.942 to 0.998' or '-'."""
+    if bounds is None: return "-"
+    low, high = bounds
+    if math.isinf(high): return f"at least {low:.3f}"
+    return f"below {high:g}" if math.isinf(low) else f"{low:.3f} to {high:.3f}"
+
+
+def judge(runs, what):
+    """A function that judges the rows of `runs`, `{name: Run}`; `what` they are, such as "lesson's runs"."""
+    def judge(rows, data, train_images):
+        if data != "MNIST" or train_images != TRAIN_IMAGES:
+            return None, f"The {what} were not compared with the published ones, which are on MNIST in full."
+        within, missed, n = 0, [], len({r["seed"] for r in rows})
+        for name, arm in by_arm(rows).items():
+            bounds, measured = runs[name].bounds(len(arm)), judged(runs[name], course(arm))
+            if bounds is None: continue
+            if bounds[0] <= measured <= bounds[1]: within += 1
+            else: missed.append(f"{name} {measured:.3f} ({in_words(bounds)} needed)")
+        if not within + len(missed): return None, f"None of these {what} has a published figure to compare with."
+        said = f"{within} of {within + len(missed)} means of {plural(n, 'seed')} are within their tolerance"
+        return not missed, (f"The {what} were {'NOT ' if missed else ''}reproduced: {said}"
+                            f"{'; missed: ' + ', '.join(missed) if missed else ''}.")
+    return judge
+
+
+def table(runs):
+    """A function that makes header and lines of the table of a `summary.json`: a line per run of `runs`.
+
+    The range is that of the seeds in the epoch that is judged.
+    """
+    def table(summary):
+        lines = []
+        for name, rows in by_arm(summary["rows"]).items():
+            run = runs[name]
+            accs = [judged(run, r["valid_accuracies"]) for r in rows]
+            published = ", ".join(f"{p:.4f}" for p in run.published) + run.note
+            lines.append([name, str(run.batch_size), _rate(run.lr), published or "-",
+                          ", ".join(f"{a:.4f}" for a in course(rows)) or "-",
+                          f"{min(accs):.4f} to {max(accs):.4f}" if len(accs) > 1 else "-",
+                          in_words(run.bounds(len(rows))), str(len(rows)),
+                          f"{sum(r['seconds'] for r in rows) / len(rows):.0f}", statuses(rows)])
+        return ["run", "batch", "lr", "published", "valid accuracy per epoch", "range", "needed", "seeds",
+                "seconds", "status"], lines
+    return table
+
+
+def _rate(lr): return " to ".join(f"{v:g}" for v in (lr if isinstance(lr, tuple) else [lr]))
+
+
+def header(images, config, network):
+    """The lines above the first run."""
+    return heading(images, network, f"run:     {seeds_and_device(config)}", f"runs:    {', '.join(config.arms)}")
+
+
+def picture(runs, rows, curves, images, path):
+    """Draw the last accuracy of every run and seed, beside the training losses of the first seed."""
+    from runner import plots
+    arms = by_arm(rows)
+    fig, (left, right) = plots.figure(2, width=6.0, height=1.6 + 0.3 * len(arms))
+    whole = images.name == "MNIST" and len(images.train) == TRAIN_IMAGES
+    plots.plot_groups({name: [judged(runs[name], r["valid_accuracies"]) for r in rs] for name, rs in arms.items()},
+                      left, reference={name: list(runs[name].published[-1:]) for name in arms} if whole else None,
+                      xlabel=f"validation accuracy, {plural(max(map(len, arms.values())), 'seed')}, bar: mean",
+                      title=images.name)
+    left.set_xlim(0, 1)
+    losses = {name: curves[name]["losses"] for name in arms if curves[name]["losses"][1]}
+    plots.plot_lines(losses, right, yscale="log", xlabel="training step", title=f"seed {rows[0]['seed']}",
+                     ylabel="training loss, mean of 2 % of the steps")
+    # Chance is a loss of 2.3. A run on its way to infinity would press all the others flat.
+    low = min((y for _, ys in losses.values() for y in ys if 0 < y < 10), default=1)
+    right.set(xscale="log", ylim=(low / 1.5, 10))
+    plots.save(fig, path)
