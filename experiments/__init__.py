@@ -7,6 +7,7 @@ EXPERIMENTS = {
     "breast-cancer": ("experiments.breast_cancer", "five exercises on batch norm, the breast cancer data", "2 s"),
     "vmap": ("experiments.vmap_batchnorm", "batch norm written for one image and mapped over the batch", "2 min"),
     "lenet": ("experiments.lenet", "LeNet takes fewer epochs with batch norm, on Fashion-MNIST", "5 min"),
+    "lesson": ("experiments.lesson", "every training run of the batch norm lesson", "5 min"),
     "one-epoch": ("experiments.one_epoch", "how accurate a network becomes in one epoch", "3 min"),
 }
 TOOLS = {
