@@ -126,7 +126,7 @@ def picture(runs, rows, curves, images, path):
     left.set_xlim(0, 1)
     losses = {name: curves[name]["losses"] for name in arms if curves[name]["losses"][1]}
     plots.plot_lines(losses, right, yscale="log", xlabel="training step", title=f"seed {rows[0]['seed']}",
-                     ylabel="training loss, mean of 2 % of the steps")
+                     ylabel="training loss, means of 2 %")
     # Chance is a loss of 2.3. A run on its way to infinity would press all the others flat.
     low = min((y for _, ys in losses.values() for y in ys if 0 < y < 10), default=1)
     right.set(xscale="log", ylim=(low / 1.5, 10))
