@@ -113,7 +113,7 @@ def run_arms(experiment, config, data, arms, train_arm, *, header, judge, table,
     Args:
         experiment, config: the name and the settings, with `seeds` and `out`.
         data: what it is run on, with `name`, `train`, `valid` and a `str`.
-        arms: pairs `(name, seed)`.
+        arms: a list of pairs `(name, seed)`; `train_arm` may append to it.
         train_arm: `f(name, seed, label)` runs one: `(rows per epoch, final row, curve)`. The curves of the first seed
             are kept, anything that JSON takes.
         header: the lines above the first arm.
@@ -184,9 +184,14 @@ def by_arm(rows, key="arm"):
     return {name: [r for r in rows if r[key] == name] for name in names}
 
 
-def mean(values):
+def finite(accuracy):
+    """An accuracy, 0 where a run diverged to NaN."""
+    return accuracy if accuracy is not None and math.isfinite(accuracy) else 0.0
+
+
+def mean(accuracies):
     """Mean of accuracies; a run that diverged to NaN counts as 0 correct."""
-    return sum(v if v is not None and math.isfinite(v) else 0.0 for v in values) / len(values)
+    return sum(map(finite, accuracies)) / len(accuracies)
 
 
 def course(rows):
