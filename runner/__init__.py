@@ -23,7 +23,9 @@ from runner.data import DataBunch, Dataset, get_dls
 from runner.hooks import Hook, Hooks, append_stats
 from runner.metrics import AvgStats, AvgStatsCallback, Recorder, accuracy
 from runner.nonfinite import TerminateOnNonFinite, replay
-from runner.norm_stats import NormStats, preflight, train_eval_gap
+from runner.norm_gap import train_eval_gap
+from runner.norm_preflight import preflight
+from runner.norm_stats import NormStats
 from runner.progress import ProgressCallback
 from runner.rows import Rows
 from runner.schedules import (

@@ -1,0 +1,132 @@
+"""What a norm layer is and normalises by, seen from outside, and how to look at a model without leaving a trace.
+
+A norm layer is known by its class, if that is one of torch's, or by a protocol of two methods. The norms of `norms`
+have them and a norm of your own can, without an import from anywhere:
+
+    statistic_groups(x)     `x` as `(statistics, values)`: a row for each mean and variance that a batch has of its own,
+                            with the values behind it; where images have their own, image after image
+    running_moments(b)      only where training too normalises by running statistics: their mean and variance as used
+                            now (clamped, say, where the buffer `running_var` is not), `(C,)` each, and how many images
+                            they remember at batches of `b`, or None
+
+Running statistics used in evaluation are looked for as `running_mean` and `running_var`, `(C,)` each. A layer of
+another kind with "Norm" in its class's name is reported as unknown.
+"""
+
+import math
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from runner.states import loader_states, module_states, random_states
+
+TORCH_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+PROTOCOL = "a method statistic_groups(x) that returns x as (statistics, values)"
+
+
+def known(m):
+    """Whether `m` is a norm layer that can be looked at."""
+    return isinstance(m, TORCH_NORMS) or hasattr(m, "statistic_groups")
+
+
+def norm_layers(model):
+    """The norm layers of `model`, `{module: path}`, and in the same form those that are unknown.
+
+    What lies within a norm layer is its own affair. Not unknown are modules that hold a norm layer, and torch's own.
+    """
+    norms, strange, within = {}, {}, set()
+    for path, m in model.named_modules():
+        if m in within: continue
+        if known(m):
+            norms[m] = path
+            within.update(m.modules())
+        elif ("Norm" in type(m).__name__ and not type(m).__module__.startswith("torch.")
+              and not any(known(inner) for inner in m.modules())): strange[m] = path
+    return norms, strange
+
+
+def statistic_groups(m, x):
+    """`x`, the input of the norm layer `m`, as `(statistics, values)`: the protocol for torch's norms too.
+
+    Of `nn.SyncBatchNorm` they are the values of this process. Shapes: `x` `(N, C, *spatial)`, for `nn.LayerNorm` and
+    `nn.RMSNorm` `(*, *normalized_shape)`.
+    """
+    if hasattr(m, "statistic_groups"): return m.statistic_groups(x)
+    if isinstance(m, _BatchNorm): return x.transpose(0, 1).flatten(1)
+    if isinstance(m, nn.GroupNorm): return x.reshape(len(x) * m.num_groups, -1)
+    if isinstance(m, _InstanceNorm):
+        return x.flatten(1) if x.ndim == m._get_no_batch_dim() else x.flatten(0, 1).flatten(1)
+    return x.reshape(-1, math.prod(m.normalized_shape))
+
+
+def shared(m, x):
+    """Whether the images of a batch share the statistics of the norm layer `m`: they do if two have as many as one."""
+    if not hasattr(m, "statistic_groups"): return isinstance(m, _BatchNorm)
+    one = x[:1]
+    return len(m.statistic_groups(torch.cat((one, one)))) == len(m.statistic_groups(one))
+
+
+def running_statistics(m):
+    """Copies of the running mean and variance that the layer `m` evaluates by, `(C,)` each, or None if it has none."""
+    mean, var = (getattr(m, name, None) for name in ("running_mean", "running_var"))
+    return None if mean is None or var is None else (mean.clone(), var.clone())
+
+
+def eps_of(m, x):
+    """What the norm layer `m` adds to the variance of `x`."""
+    eps = getattr(m, "eps", 0.0)
+    return torch.finfo(x.dtype).eps if eps is None else eps         # None: nn.RMSNorm's own way
+
+
+@contextmanager
+def undone(model, *loaders):
+    """What happens to `model`, the loaders and the random states is undone at the end, and whenever the function that
+    this yields is called (see `module_states`). Nothing is recorded for gradients, and what is compiled runs eagerly:
+    it would pass hooks by.
+    """
+    if any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+        raise ValueError(f"{type(model).__name__} has layers that don't know their channels yet; run one batch through "
+                         "the model first")
+    compiled = any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
+                   for m in model.modules())
+    parts = module_states(model), loader_states(*loaders), random_states()
+
+    def restore():
+        for part in parts: part()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager") if compiled else nullcontext(): yield restore
+    finally: restore()
+
+
+@contextmanager
+def hooked(modules, before=None, after=None):
+    """`before(module, input)` and `after(module, input, output)` at every run of `modules`, until the block is left."""
+    handles = []
+
+    def given(args, kwargs): return next(iter((*args, *kwargs.values())), None)
+    try:
+        for m in modules:
+            if before: handles.append(m.register_forward_pre_hook(
+                lambda m, args, kwargs: before(m, given(args, kwargs)), with_kwargs=True))
+            if after: handles.append(m.register_forward_hook(
+                lambda m, args, kwargs, y: after(m, given(args, kwargs), y), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles: handle.remove()
+
+
+def ready(model, xb, tfm, caller):
+    """The batch as the model gets it: on the model's device, then transformed."""
+    if not isinstance(xb, torch.Tensor):
+        raise TypeError(f"{caller} got a batch of {type(xb).__name__}; it needs a tensor xb of images: wrap what gives "
+                        "it, as in (b['image'] for b in loader)")
+    xb = xb.to(next(iter((*model.parameters(), *model.buffers())), xb).device)
+    return xb if tfm is None else tfm(xb)
+
+
+def wide(t):
+    """`t` without a graph in float64, in which no square overflows (float32 on MPS, which lacks it)."""
+    return t.detach().to(torch.float32 if t.device.type == "mps" else torch.float64)

@@ -1,0 +1,247 @@
+"""`preflight`: what norm layers rest on, said before training."""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.data import BatchSampler
+
+from runner.norm_layers import (
+    PROTOCOL,
+    eps_of,
+    hooked,
+    norm_layers,
+    ready,
+    running_statistics,
+    shared,
+    statistic_groups,
+    undone,
+    wide,
+)
+
+LEVELS = ("ok", "warn", "fail")
+
+# A variance taken over n normal values has the relative standard error sqrt(2 / (n - 1)); above a quarter, which is
+# below 33 values, the scale of a channel is mostly chance. (Values of one image are alike, so that the count flatters
+# large maps: take it for the most that a statistic can rest on.)
+NOISY = 0.25
+# Statistics of an image's own are the same in training and evaluation and not noise; but of n values mean and scale are
+# taken away for good. Above a quarter of them, which is below 8 values, there is a warning.
+LOST = 0.25
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What `preflight` found on one run of one norm layer.
+
+    `path` and `module` (the class's name) say where, `level` ("ok", "warn" or "fail") and `text` what follows. `batch`
+    (images) and `map` (sizes of the spatial axes) are what came in, `statistics` is how many the batch has and `values`
+    on how many each rests: None where the layer is unknown or didn't run. `last` is true of the smaller last batch.
+    """
+
+    path: str
+    module: str
+    level: str
+    text: str
+    batch: int | None = None
+    map: tuple = ()
+    statistics: int | None = None
+    values: int | None = None
+    last: bool = False
+
+    def __str__(self):
+        where = f"{self.path} {self.module}".lstrip()
+        if self.batch is not None: where += f", {'last batch of' if self.last else 'batch'} {self.batch}"
+        if len(self.map) == 1: where += f", length {self.map[0]}"
+        elif self.map: where += f", {'x'.join(map(str, self.map))} map"
+        return f"{self.level:<6}{where}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The report of `preflight`: a list of `Finding`s in the order of the forward; `str` has a line for each."""
+
+    findings: list = field(default_factory=list)
+
+    @property
+    def ok(self): return all(f.level != "fail" for f in self.findings)
+
+    def __str__(self):
+        counts = ", ".join(f"{sum(f.level == level for f in self.findings)} {level}" for level in LEVELS)
+        return "\n".join(map(str, (*self.findings, counts if self.findings else "no norm layer")))
+
+
+def preflight(model, xb, *, tfm=None):
+    """Say of every norm layer, before training, how many values its statistics rest on and what follows.
+
+    One batch goes through the model in training mode, without gradients; everything that this changes is put back
+    (parameters, buffers, attributes, modes, random states; also after an exception). Hooks of yours see the batch.
+
+    If `xb` is a loader whose sampler and data set tell the size of a smaller last batch, as many images go through
+    as well, and a layer is reported again where they fare worse.
+
+    What is looked for:
+
+    - statistics over one value (the output is constant, or torch refuses) or two (outputs are +-1), or so few that a
+      variance is mostly chance: its relative standard error over n normal values is sqrt(2 / (n - 1)), 141 % for 2,
+      25 % for 33. Where statistics are averaged over batches, n counts the images that they remember;
+    - an `eps` above the variance; a clamp that holds it;
+    - running statistics that are missing, do not move, or are not what training normalises by;
+    - a bias of a convolution or linear layer that the norm's mean takes off again;
+    - norms that are unknown or didn't run.
+
+    Args:
+        model: the model, as it is about to be trained.
+        xb: a batch, or a loader of such or of pairs `(xb, yb)`, of which the first is taken. (Where it is a
+            generator, that one is gone.)
+        tfm: transform of the batch, such as `view_tfm(1, 28, 28)`.
+
+    Returns:
+        A `Preflight`: `findings`, `ok` (no failure); print it.
+
+    Raises:
+        TypeError: batches that aren't tensors.
+        ValueError: an empty loader, layers that are not initialised.
+    """
+    model = getattr(model, "_orig_mod", model)                      # torch.compile's wrapper has it under this name
+    norms, strange = norm_layers(model)
+    frozen = {m for m in norms if model.training and not m.training}
+    with undone(model, xb) as restore:
+        first, rest = _first_batch(xb)
+        x = ready(model, first, tfm, "preflight")
+        model.train()
+        findings = _survey(model, norms, strange, frozen, x)
+        if 0 < rest < len(x):
+            restore()
+            model.train()
+            full = {f.path: f for f in reversed(findings)}
+            findings += [replace(f, last=True) for f in _survey(model, norms, strange, frozen, x[:rest])
+                         if f.batch is not None and _worse(f, full[f.path])]
+    return Preflight(findings)
+
+
+def _worse(f, than):
+    """Whether the finding `f` is worse than the other one; one failure is worse than another if it has fewer values."""
+    return (LEVELS.index(f.level), -(f.values or 0)) > (LEVELS.index(than.level), -(than.values or 0)) and (
+        f.level == "fail" or f.level != than.level)
+
+
+def _first_batch(data):
+    """The first batch of `data`, and the size of a smaller last one as far as that can be known (else 0)."""
+    if isinstance(data, torch.Tensor): return data, 0
+    try: xb = next(iter(data))
+    except StopIteration: raise ValueError("preflight got a loader without a batch; give it at least one") from None
+    if isinstance(xb, (tuple, list)): xb = xb[0]
+    # The loaders of `get_dls` have the batch sampler as their sampler.
+    samplers = getattr(data, "batch_sampler", None), getattr(data, "sampler", None)
+    sampler = next((s for s in samplers if isinstance(s, BatchSampler)), None)
+    if sampler is None or sampler.drop_last or not hasattr(sampler.sampler, "__len__"): return xb, 0
+    return xb, len(sampler.sampler) % sampler.batch_size
+
+
+def _survey(model, norms, strange, frozen, x):
+    """Run `x` through `model` and judge every norm layer on the way: a list of `Finding`s."""
+    found, inside, bias, images = [], [], (None, None), len(x)
+    paths = {m: path for path, m in model.named_modules()}
+
+    def enter(m, x): inside.append((m, x, running_statistics(m)))
+
+    def leave(m, x, y):
+        *_, before = inside.pop()
+        f = Finding(paths[m], type(m).__name__, "warn", f"unknown norm: give its class {PROTOCOL}", images,
+                    tuple(getattr(x, "shape", ()))[2:])
+        if m in norms:
+            level, text = _judge(m, x, before, m in frozen, paths.get(bias[0]) if bias[1] is x else None)
+            f = replace(f, level=level, text=text, **_shape(m, x))
+        if f not in found: found.append(f)
+
+    def keep(m, x, y):
+        nonlocal bias
+        if m.bias is not None and (isinstance(m, _ConvNd) or x.ndim == 2): bias = m, y
+    linear = [m for m in model.modules() if isinstance(m, (_ConvNd, nn.Linear))]
+    stopped = "didn't run in this forward pass"
+    with hooked((*norms, *strange), enter, leave), hooked(linear, after=keep):
+        try: model(x)
+        except ValueError as e:
+            m, x, _ = inside[-1] if inside else (None, None, None)
+            if m not in norms or _shape(m, x)["values"] > 1: raise
+            text = f"1 value per statistic: it refuses to train ({e})"
+            found.append(Finding(paths[m], type(m).__name__, "fail", text, images, **_shape(m, x)))
+            stopped = f"not reached, because {paths[m]} refuses"
+    ran = {f.path for f in found}
+    return found + [Finding(path, type(m).__name__, "warn", stopped) for m, path in {**norms, **strange}.items()
+                    if path not in ran]
+
+
+def _shape(m, x):
+    """The entries of a `Finding` on the input of a norm layer."""
+    # What torch's LayerNorm and RMSNorm get is not channels and a map.
+    positions = () if isinstance(m, (nn.LayerNorm, nn.RMSNorm)) else tuple(x.shape[2:])
+    return dict(zip(("map", "statistics", "values"), (positions, *statistic_groups(m, x).shape), strict=True))
+
+
+def _error(n):
+    """In words, by how much a variance over `n` values is off; empty if that is little."""
+    error = math.sqrt(2 / (n - 1)) if n > 1 else math.inf
+    return f"the variance has a standard error of {100 * error:.0f} %" if error > NOISY else ""
+
+
+def _judge(m, x, before, was_frozen, biased):
+    """Level and text for the norm layer `m`, which has just run on `x` with running statistics `before` it.
+
+    `was_frozen`: whether it was in evaluation mode in a model in training mode; `biased`: the path of the layer that
+    added a bias to `x` last.
+    """
+    if not m.training and before: return "ok", "in evaluation mode in training too: its running statistics stay"
+    groups, eps = wide(statistic_groups(m, x)), eps_of(m, x)
+    n, common, rms = groups.shape[1], shared(m, x), isinstance(m, nn.RMSNorm)
+    running = m.running_moments(len(x)) if hasattr(m, "running_moments") else None
+    var = running[1] if running else groups.square().mean(1) if rms else groups.var(1, unbiased=False)
+    live = var[var > 0]                                             # a ReLU leaves channels without any value
+    median = live.median().item() if len(live) else 0.0
+    if running: remarks = [_past_batches(n, len(x), running[2])]
+    else: remarks = [_one_batch(n, common, rms, eps < median)]
+
+    def remark(level, text): remarks.append((level, text))
+    if running and before and (held := int((var > m.running_var).sum())):
+        remark("ok", f"a clamp holds the variance of {held} of {len(var)} channels")
+    if n > 1 and eps > median:
+        remark("warn", f"eps {eps:g} is above the variance (median {median:.2g}): the input is hardly scaled")
+    after = running_statistics(m)
+    if after and all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+        remark("warn", "the running statistics don't move in training (momentum 0?), and evaluation uses them")
+    elif after and not common:
+        remark("warn", "evaluation normalises by running statistics and training by each image's own")
+    if common and not (after or running):
+        remark("warn", "no running statistics: in evaluation an output depends on the rest of its batch")
+    if was_frozen: remark("warn", "it was in evaluation mode, and model.train() at every epoch ends that")
+    # A statistic of one channel: its mean takes in the whole of the channel's bias.
+    if biased is not None and not (running or rms) and n == x[0, 0].numel() * (len(x) if common else 1):
+        remark("ok", f"the bias of {biased} before it is taken off again with the mean")
+    levels, texts = zip(*remarks, strict=True)
+    return max(levels, key=LEVELS.index), "; ".join(texts)
+
+
+def _past_batches(n, b, images):
+    """Level and text for `n` values of a batch of `b` images, averaged over `images` (None: not known how many)."""
+    text = f"{n} value{'s' * (n > 1)} of this batch, averaged with "
+    if images is None: return "ok", f"{text}earlier batches"
+    noise = _error(n * images / b)
+    return "warn" if noise else "ok", f"{text}about {images:.0f} images" + f": {noise}" * bool(noise)
+
+
+def _one_batch(n, common, rms, scaled):
+    """Level and text for `n` values per statistic of this batch.
+
+    `common`: the statistics are the batch's and not an image's; `rms`: of the second moment alone; `scaled`: the
+    variances are above eps.
+    """
+    text = f"{n} value{'s' * (n > 1)} per statistic"
+    if n == 1 and rms: return "fail", f"{text}: the output is +-weight whatever the size of the input"
+    if n == 1: return "fail", f"{text}: the output is constant (its bias), nothing passes"
+    if n == 2 and scaled and not rms: return "fail", f"{text}: outputs are about +-1 whatever the input"
+    if common: return ("warn", f"{text}: {_error(n)}") if _error(n) else ("ok", text)
+    if (1 if rms else 2) / n <= LOST: return "ok", text
+    return "warn", f"{text}, of which {'the scale takes 1' if rms else 'mean and scale take 2'}"
