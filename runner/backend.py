@@ -65,7 +65,7 @@ class CPUBackendCallback(Callback):
         try: times = self._measure(settings, steps)
         # What is wrong with the model the fit itself will say; one that can't be copied may be a good one.
         except Exception as e: return self._use(*now, f"a copy of the model failed ({type(e).__name__}: {e})")
-        finally: _set(*now)
+        finally: use_backend(*now)
         self.times = {s: statistics.median(t) * 1e3 for s, t in times.items()}
         best = min(self.times, key=self.times.get)
         if self.times[best] > GAIN * self.times[now]: best = now
@@ -75,12 +75,12 @@ class CPUBackendCallback(Callback):
         self._use(*best, "measured: " + ", ".join(f"{_words(*s)} {ms:.2f} ms" for s, ms in self.times.items()))
 
     def after_fit(self):
-        if self._before is not None: _set(*self._before)
+        if self._before is not None: use_backend(*self._before)
         self._before = None
 
     def _use(self, onednn, threads, reason):
         self.choice, self.reason, self._settled = {"onednn": onednn, "threads": threads}, reason, True
-        _set(onednn, threads)
+        use_backend(onednn, threads)
 
     def _measure(self, settings, steps):
         """Seconds of `steps` forward and backward passes with each of `settings`, in turn, after one uncounted each.
@@ -89,12 +89,12 @@ class CPUBackendCallback(Callback):
         """
         restore = random_states()
         try:
-            with _without_hooks(self.model, self.loss_func):
+            with without_hooks(self.model, self.loss_func):
                 model, loss_func = copy.deepcopy((self.model, self.loss_func))
             xb, yb = self.xb.clone(), self.yb
 
             def seconds(setting):
-                _set(*setting)
+                use_backend(*setting)
                 start = time.perf_counter()
                 loss_func(model(xb), yb).backward()
                 return time.perf_counter() - start
@@ -108,7 +108,7 @@ class CPUBackendCallback(Callback):
         finally: restore()
 
 
-def _set(onednn, threads):
+def use_backend(onednn, threads):
     torch.backends.mkldnn.set_flags(onednn)  # setting the attribute fails after `disable_global_flags`
     if torch.get_num_threads() != threads: torch.set_num_threads(threads)
 
@@ -121,7 +121,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 @contextmanager
-def _without_hooks(*tops):
+def without_hooks(*tops):
     """The modules' hooks set aside: copied along they would write into what they write into, or copy a whole run."""
     modules = [m for top in tops if isinstance(top, torch.nn.Module) for m in top.modules()]
     saved = [(m, name, m.__dict__[name]) for m in modules for name in _HOOKS if m.__dict__.get(name)]

@@ -1,0 +1,216 @@
+"""Recorded training steps done once more, with an eye on every value that is not finite; see `runner.nonfinite`."""
+
+import copy
+import math
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from runner.states import set_random_state
+
+LOSS = "(loss)"     # path of the loss function; no attribute can be called so
+
+
+class Repeat:
+    """Does recorded steps again and notes, in the order of computation, every value that is not finite."""
+
+    def __init__(self, model, loss_func, opt):
+        self.model, self.loss_func, self.opt = model, loss_func, opt
+        self.modules, self.slots = parts_of(model, loss_func, opt)
+        self.params = params_of(opt)
+        self.device = self.params[0].device
+        self.paths = {LOSS: LOSS, **{m: path for path, m in self.modules.items()}}
+        self.loss_name = getattr(loss_func, "__name__", type(loss_func).__name__)
+
+    def run(self, record):
+        """The finding, or None, and words on what isn't as recorded."""
+        usual, words, before = set(), [], None                      # usual: not finite in a good step either, as a mask
+        if record["optimizer"] != type(self.opt).__name__:
+            raise ValueError(f"replay: the learner's optimizer is {type(self.opt).__name__} and the record's "
+                             f"{record['optimizer']}; build the optimizer as it was for the fit")
+        with self.hooked():
+            for snap in record["snapshots"]:
+                self.put(snap)
+                self.note_parameters("step" if before else "start")
+                if before and (found := self.first(usual)): return {**found, **place(before)}, words
+                words, last = [], snap is record["snapshots"][-1]
+                for step in snap["steps"]:
+                    before = row = step["row"]
+                    good = self.do(step)
+                    if not words and row["loss"] is not None and not same_float(self.loss, row["loss"]):
+                        words = [f"not repeated bit for bit: the loss of {named(row)} was {row['loss']!r} and is "
+                                 f"{self.loss!r}" + ", without compiling" * record["compiled"]
+                                 + ", after steps that a callback may have changed; every=1 needs none of them"
+                                 * (step is not snap["steps"][0])]
+                    if words and not last: continue                 # the next snapshot knows better
+                    if row["grad_norm"] is None: row["grad_norm"] = self.norm       # nobody had looked
+                    found = self.first(usual)
+                    failing = last and step is snap["steps"][-1]
+                    if found and (failing or not good or found["phase"] == "step"):
+                        return {**found, **place(row)}, words
+                    usual |= {key(e) for e in self.events}
+                    self.events = []
+        return None, [*words, "when repeated no value is to blame: a callback changes loss, gradients or weights, or "
+                      "the model counts its steps or draws from another generator than torch's"]
+
+    def put(self, snap):
+        """Put model, loss and optimizer back to where `snap` was taken."""
+        have = {name: tuple(t.shape) for name, (_, d, k) in self.slots.items() if (t := d[k]) is not None}
+        want = {name: tuple(t.shape) for name, t in snap["tensors"].items()}
+        if set(snap["modes"]) != set(self.modules):
+            names = ", ".join(sorted(set(snap["modes"]) ^ set(self.modules)))
+            raise ValueError(f"replay: record and learner don't have the same modules ({names} only in one of them); "
+                             "build model and loss as they were for the fit")
+        if snap["grads"] is None: have = {name: have.get(name) for name in want}     # weights only
+        if have != want:
+            name = next(n for n in [*want, *have] if have.get(n) != want.get(n))
+            raise ValueError(f"replay: {name} has the shape {have.get(name)} in the learner and {want.get(name)} in "
+                             "the record (None: there is none); build model, loss and optimizer as for the fit")
+        self.opt.load_state_dict(copy.deepcopy(snap["opt"]))        # it would write into what it was given
+        with torch.no_grad():
+            for name, was in snap["tensors"].items():
+                _, d, k = self.slots[name]
+                d[k].copy_(was)
+        for path, training in snap["modes"].items(): self.modules[path].training = training
+        for i, p in enumerate(self.params if snap["grads"] is not None else ()):
+            p.grad = snap["grads"][i].to(p.device, copy=True) if i in snap["grads"] else None
+        self.events = []
+
+    def do(self, step):
+        """Do one step as it was done; whether its loss and gradients are finite. `self.loss` is the loss, a float."""
+        row, self.stack, self.nodes, self.forward, self.norm = step["row"], [], {}, True, None
+        for group, was in zip(self.opt.param_groups, row["groups"], strict=True): group.update(was)
+        xb, yb = tree_map_only(torch.Tensor, lambda t: t.to(self.device, copy=True), (step["xb"], step["yb"]))
+        set_random_state(step["random"])
+        self.note("batch", None, "the batch", (xb, yb))
+        with torch.set_grad_enabled(row["in_train"]):
+            loss = self.loss_func(self.model(xb), yb)
+        self.trace(loss, LOSS)
+        self.forward, self.loss = False, loss.item()
+        self.note("loss", LOSS, f"the loss, by {self.loss_name}", loss)
+        if not math.isfinite(self.loss): return False
+        if not row["backward"]: return True
+        loss.backward()
+        self.note_parameters("backward", lambda p: p.grad, "the gradient of ")
+        good = not flaw([p.grad for p in self.params])
+        self.norm = math.hypot(*[n.item() for n in norms_of(self.params)])
+        if row["stepped"]:
+            self.opt.step()
+            self.opt.zero_grad()
+            self.note_parameters("step")
+        return good
+
+    # --- what is seen -----------------------------------------------------------------------------------------
+
+    def note(self, phase, m, what, tree):
+        """Write down that `tree`, of which the module `m` is the cause, holds a value that isn't finite, if it does."""
+        if not (counts := flaw(tree)): return
+        path, kind = self.paths.get(m), self.loss_name if m is LOSS else None if m is None else type(m).__name__
+        if phase == "forward" and path.startswith(LOSS): phase = "loss"
+        self.events.append({"phase": phase, "module": path, "class": kind, "what": what, **counts})
+
+    def note_parameters(self, phase, of=lambda p: p, what=""):
+        for m, d, k in self.slots.values():
+            if isinstance(p := d[k], nn.Parameter) or m is None:
+                name = f"parameter {k} of the optimizer" if m is None else f"the {k} of {self.label(m)}"
+                self.note(phase, m, what + name, of(p))
+
+    def first(self, usual):
+        """The first event that is none of the `usual` ones, or None."""
+        return next((e for e in self.events if key(e) not in usual), None)
+
+    def label(self, m):
+        if m is LOSS: return self.loss_name
+        return f"{self.paths[m]} {type(m).__name__}" if self.paths[m] else f"the model, a {type(m).__name__}"
+
+    @contextmanager
+    def hooked(self):
+        """All modules with a hook before and one after their forward."""
+        handles = []
+        try:
+            for m in dict.fromkeys(self.modules.values()):
+                handles.append(m.register_forward_pre_hook(self.before, with_kwargs=True))
+                handles.append(m.register_forward_hook(self.after))
+            yield
+        finally:
+            for handle in handles: handle.remove()
+
+    def before(self, m, args, kwargs):
+        if not self.forward: return                                 # checkpointing does it again in the backward pass
+        caller = self.stack[-1] if self.stack else LOSS
+        self.trace((args, kwargs), caller)
+        self.note("forward", caller, f"what {self.label(caller)} hands to {self.label(m)}", (args, kwargs))
+        self.stack.append(m)
+
+    def after(self, m, args, out):
+        if not self.forward: return
+        self.stack.pop()
+        self.trace(out, m)
+        own = [] if m.training else [k for slots in (m._parameters, m._buffers) for k, t in slots.items() if flaw(t)]
+        self.note("forward", m, f"the output of {self.label(m)}"
+                  + f" (which has such values in its {', '.join(own)})" * bool(own), out)
+
+    def trace(self, tree, m):
+        """Watch the backward pass of the operations that led to `tree`; those without a module yet are of `m`."""
+        todo = [t.grad_fn for t in tree_leaves(tree) if torch.is_tensor(t)]
+        while todo:
+            node = todo.pop()
+            if node is None or node in self.nodes: continue
+            self.nodes[node] = m
+            what = f"a gradient that passes {node.name()} of {self.label(m)}"
+            node.register_hook(lambda grads, _, what=what: self.note("backward", m, what, grads))
+            todo += [n for n, _ in node.next_functions]
+
+
+# --- small parts --------------------------------------------------------------------------------------------------
+
+def parts_of(model, loss_func, opt):
+    """Modules by path, `{path: module}`, and what training changes by name, `{name: (module, dict or list, key)}`.
+
+    The latter are the parameters and buffers of the model and of a loss that is a module, and what else the optimizer
+    has, of no module.
+    """
+    modules = {}
+    if isinstance(model, nn.Module): modules.update(model.named_modules())
+    if isinstance(loss_func, nn.Module):
+        modules.update((f"{LOSS}.{n}" if n else LOSS, m) for n, m in loss_func.named_modules())
+    slots = {f"{path}.{k}" if path else k: (m, d, k) for path, m in modules.items()
+             for d in (m._parameters, m._buffers) for k in d}
+    known, params = {id(d[k]) for _, d, k in slots.values()}, params_of(opt)
+    slots.update((f"(optimizer).{i}", (None, params, i)) for i, p in enumerate(params) if id(p) not in known)
+    return modules, slots
+
+
+def params_of(opt): return [p for group in opt.param_groups for p in group["params"]]
+
+
+def norms_of(params):
+    """The L2 norms of the gradients, one by one."""
+    grads = [g._values() if g.is_sparse else g for p in params if (g := p.grad) is not None]
+    return torch._foreach_norm(grads) if grads else []
+
+
+def flaw(tree):
+    """How many values are NaN and infinite, and of how many, in the first tensor of `tree` that has some, or None."""
+    for t in tree_leaves(tree):
+        if not torch.is_tensor(t) or not (t.is_floating_point() or t.is_complex()): continue
+        if t.is_sparse: t = t._values()
+        if not torch.isfinite(t).all():
+            return {"nan": int(t.isnan().sum()), "inf": int(t.isinf().sum()), "of": t.numel()}
+    return None
+
+
+def same_float(a, b): return a == b or (math.isnan(a) and math.isnan(b))
+
+
+def key(event): return event["what"], event["nan"] > 0
+
+
+def place(row): return {k: row[k] for k in ("in_train", "epoch", "step", "batch")}
+
+
+def named(at):
+    if at["in_train"]: return f"step {at['step']} (epoch {at['epoch']})"
+    return f"batch {at['batch']} of the validation of epoch {at['epoch']} (after {at['step']} steps)"
