@@ -122,11 +122,13 @@ class Look:
         data, model = self.data(), build(self.config.norm, self.seed, self.images.c)
         found = preflight(model, data.train_dl, tfm=self.view)
         print(f"\n{found}\n", flush=True)
-        self.report.section("Before training: what each statistic rests on").table(
-            ["", "layer", "norm", "images", "map", "values per statistic", "what follows"],
-            [[f.level, f.path, f.module, f.batch, "x".join(map(str, f.map)), f.values, f.text] for f in found.findings],
-            words=(0, 1, 2, 6), warn=[i for i, f in enumerate(found.findings) if f.level != "ok"])
-        if not found.findings: self.report.text("The network has no norm layer.")
+        self.report.section("Before training: what each statistic rests on")
+        if found.findings:
+            self.report.table(["", "layer", "norm", "images", "map", "values per statistic", "what follows"], [
+                [f.level, f.path, f.module, f.batch, "x".join(map(str, f.map)), f.values, f.text]
+                for f in found.findings], words=(0, 1, 2, 6),
+                warn=[i for i, f in enumerate(found.findings) if f.level != "ok"])
+        else: self.report.text("The network has no norm layer.")
 
         finder = LR_Find(min(SEARCH_STEPS, self.config.steps))
         learn, runner = get_runner(model.to(self.config.device), data, self.config.lr,
