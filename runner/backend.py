@@ -14,7 +14,8 @@ from runner.states import random_states
 SHARE = 0.01    # of the fit's training batches may go into the measurement
 MOST = 20       # steps of each setting
 FEWEST = 3      # below this many there is nothing to measure, and the settings stay
-GAIN = 0.9      # another setting, or a second thread, must take at most this much of the time without it
+GAIN = 0.9      # another setting must take at most this much of the time of the user's own
+THREADS = 0.75  # and more threads at most this much of the time of fewer
 
 
 class CPUBackendCallback(Callback):
@@ -24,7 +25,7 @@ class CPUBackendCallback(Callback):
     lesson's network at batch size 2 takes about half the time with torch's own; from batch size 16 on oneDNN is the
     faster one. So before the first training batch forward and backward are timed with each setting, in turn, on a copy
     of the model and this batch; the settings stay unless another takes at most 0.9 of the time. A second thread must
-    earn its place by as much: beside other work it can make a step several times as long. Weights, buffers, hooks and
+    bring it to 0.75, for beside other work it can make a step several times as long. Weights, buffers, hooks and
     random state are as they were; the measurement takes about 1 % of the fit's training batches and is left out where
     that is too few to tell. After the fit the user's settings are back.
 
@@ -70,7 +71,7 @@ class CPUBackendCallback(Callback):
         best = min(self.times, key=self.times.get)
         if self.times[best] > GAIN * self.times[now]: best = now
         else:
-            fewer = [s for s in self.times if s[1] < best[1] and GAIN * self.times[s] <= self.times[best]]
+            fewer = [s for s in self.times if s[1] < best[1] and THREADS * self.times[s] <= self.times[best]]
             best = min(fewer, key=self.times.get, default=best)
         self._use(*best, "measured: " + ", ".join(f"{_words(*s)} {ms:.2f} ms" for s, ms in self.times.items()))
 
