@@ -61,7 +61,8 @@ def test_a_run_outside_its_tolerance_is_exit_status_1(tmp_path, monkeypatch, cap
     monkeypatch.setattr(data, "_digits", digits)
     argv = ["lesson", "--data", "digits", "--limit", "40", "--arms", "none", "--out", str(tmp_path / "run")]
     assert main(argv) == 1
-    assert "NOT reproduced: 0 of 1 averages of 1 seed are within their tolerance; missed: none" in capsys.readouterr().out
+    said = "NOT reproduced: 0 of 1 averages of 1 seed are within their tolerance; missed: none"
+    assert said in capsys.readouterr().out
 
 
 # --- why NaN ------------------------------------------------------------------------------------------------------
