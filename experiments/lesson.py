@@ -22,7 +22,7 @@ from experiments.arms import run_arms, windows
 from experiments.data import load_data
 from experiments.models import conv_layer, get_cnn_layers, init_alike
 from experiments.published import Run, train_run
-from experiments.settings import ImageSettings, add_choice, add_image_arguments, choose, from_args
+from experiments.settings import add_choice, add_image_arguments, from_args
 from experiments.small_batch import CHANNELS, build
 from runner import Hooks, append_stats
 
@@ -47,14 +47,11 @@ PUBLISHED = {name: list(run.published) for name, run in RUNS.items()}
 
 
 @dataclass
-class Config(ImageSettings):
+class Config(published.RunSettings):
     """Settings of the experiment; `arms` are names in `RUNS`."""
 
+    runs = RUNS
     arms: tuple = tuple(RUNS)
-
-    def __post_init__(self):
-        self.arms = choose(self.arms, RUNS, "arm")
-        super().__post_init__()
 
 
 # --- why NaN ------------------------------------------------------------------------------------------------------

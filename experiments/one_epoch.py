@@ -20,7 +20,7 @@ from experiments.arms import run_arms, windows
 from experiments.data import load_data
 from experiments.models import Lambda, ResidualBlock, conv_layer, flatten, init_alike
 from experiments.published import Run, train_run
-from experiments.settings import ImageSettings, add_choice, add_image_arguments, choose, from_args
+from experiments.settings import add_choice, add_image_arguments, from_args
 from experiments.small_batch import build
 from norms import RunningBatchNorm
 
@@ -52,14 +52,11 @@ PUBLISHED = {name: list(run.published) for name, run in RUNS.items() if run.publ
 
 
 @dataclass
-class Config(ImageSettings):
+class Config(published.RunSettings):
     """Settings of the experiment; `arms` are names in `RUNS`."""
 
+    runs = RUNS
     arms: tuple = tuple(RUNS)
-
-    def __post_init__(self):
-        self.arms = choose(self.arms, RUNS, "arm")
-        super().__post_init__()
 
 
 def run(config):

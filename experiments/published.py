@@ -4,9 +4,11 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from experiments.arms import by_arm, course, finite, heading, plural, seeds_and_device, statuses, train
 from experiments.data import TRAIN_IMAGES
+from experiments.settings import ImageSettings, choose
 from experiments.small_batch import FAILED, least_median
 
 # The standard deviation of one run above batch size 2. The lesson ran one function twice, or nearly: its own BatchNorm
@@ -46,6 +48,22 @@ class Run:
         if self.claim == "fails": return -math.inf, FAILED
         if self.claim == "holds": return least_median(n), math.inf
         return None
+
+
+@dataclass
+class RunSettings(ImageSettings):
+    """Settings of an experiment of several runs; `arms` are names in `runs`, which the subclass gives, `{name: Run}`.
+
+    Raises:
+        InputError: a value that makes no sense.
+    """
+
+    arms: tuple = ()
+    runs: ClassVar[dict] = {}
+
+    def __post_init__(self):
+        self.arms = choose(self.arms, self.runs, "arm")
+        super().__post_init__()
 
 
 def train_run(run, name, model, images, seed, device, label):

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from runner.states import loader_states, module_states, random_states
+from runner.states import holds_compiled, loader_states, module_states, random_states
 
 TORCH_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 PROTOCOL = "a method statistic_groups(x) that returns x as (statistics, values)"
@@ -90,8 +90,7 @@ def undone(model, *loaders):
     if any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers())):
         raise ValueError(f"{type(model).__name__} has layers that don't know their channels yet; run one batch through "
                          "the model first")
-    compiled = any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
-                   for m in model.modules())
+    compiled = holds_compiled(model)
     parts = module_states(model), loader_states(*loaders), random_states()
 
     def restore():

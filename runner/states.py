@@ -65,6 +65,11 @@ def module_states(*tops):
 _TORCHS = vars(torch.nn.Module()).keys()    # what every module has; its hooks may rightly come and go meanwhile
 
 
+def holds_compiled(model):
+    """Whether `model` or a part of it went through `torch.compile`, of which what is compiled passes hooks by."""
+    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
+
+
 def loader_states(*loaders):
     """Copy the states of the loaders' generators and which iterator of persistent workers they hold; a function that
     puts them back.

@@ -15,6 +15,7 @@ from torch import nn
 
 from runner.core import Callback, listify
 from runner.rows import Rows
+from runner.states import holds_compiled
 
 BLOCK = 256             # measured batches that lie on the device before one transfer brings them to the host
 PHASES = ("train", "valid")
@@ -96,8 +97,7 @@ class Probe(Callback):
         self.chosen = self.usual(model) if self.which is None else choose(
             self.candidates(model), self.which, self.kind, type(self).__name__)
         self.layouts = {path: self.layout(path, thing) for path, thing in self.chosen.items()}
-        self._compiled = any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
-                             for m in self.model.modules())
+        self._compiled = holds_compiled(self.model)
         widths = {path: sum(k or 1 for k in layout.values()) for path, layout in self.layouts.items()}
         rows = self._plan(8 * 4 + sum(8 + 4 * width for width in widths.values()))
         self._stores = {path: _Store(width, min(BLOCK, rows)) for path, width in widths.items()}

@@ -85,7 +85,10 @@ def test_describe_equals_the_definition(shape, limits, host):
         end = max(-max(low, mean - 6 * std), min(high, mean + 6 * std))
         start = -end
     else: start, end = limits
-    if start == end: return                                         # one value: no width to divide by, see below
+    if start == end:                                                # one value: no width to divide by
+        assert found[:8] == [mean, 0, low, high, abs(low) > 0.5, 0, start, end]
+        assert sum(found[8:]) == 1
+        return
     numbers, counts = plain_description(x, 0.5, 8, start, end)
     assert found[:8] == pytest.approx(numbers, rel=1e-12, abs=1e-12)
     assert found[8:] == counts
