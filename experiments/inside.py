@@ -89,7 +89,8 @@ def run(config):
     look.after()
     look.loop()
     page = report.write(folder.path / "report.html")
-    folder.write_json("summary.json", {"experiment": "inside", "data": images.name, "rows": look.rows})
+    folder.write_json("summary.json", {"experiment": "inside", "data": images.name, "rows": look.rows,
+                                       "updates": look.updates, "gap": look.gap})
     print(f"\n{look.words}\n{page} lays out {plural(look.pictures, 'picture')}; they and the figures lie beside it.")
     return Result(look.rows, None, look.words, folder.path)
 
@@ -100,6 +101,7 @@ class Look:
     def __init__(self, config, images, epochs, folder, report):
         self.config, self.images, self.epochs, self.folder, self.report = config, images, epochs, folder, report
         self.seed, self.view, self.pictures = config.seeds[0], view_tfm(1, 28, 28), 0
+        self.updates, self.gap = {}, None       # median ratio of update to weight in the second half; why modes part
 
     def picture(self, name, drawn, caption):
         """Save the figure of the axes `drawn` as `name`.png and show it."""
@@ -198,6 +200,9 @@ class Look:
                      "over time; triangles mark steps that reach beyond the picture.")
         self.picture("updates", self.parameters.plot_ratios(), "How far a step moves each weight, relative to its size "
                      "(norms; log10). A rule of thumb wants about -3.")
+        for path in self.parameters.paths:
+            _, ratios = self.parameters.series(path, "ratio")
+            if ratios: self.updates[path] = statistics.median(ratios[len(ratios) // 2:])
         stats = {"activations": self.activations, "gradients": self.gradients, "parameters": self.parameters}
         if self.norms: self.norm_layers()
         for name, probe in stats.items():
@@ -240,6 +245,7 @@ class Look:
             self.report.text(str(e), warn=True)
             return
         print(f"\n{gap}", flush=True)
+        self.gap = gap.cause
         self.report.text(f"The same {len(xb)} validation images in both modes, in training mode in batches of "
                          f"{self.config.batch_size}. {gap.cause}")
         header, rows = gap.table()

@@ -66,10 +66,10 @@ PUBLISHED = {"BatchNorm2d": [0.2604, 0.2348], "RunningBatchNorm": [0.9723, 0.973
 # or the criterion could not see a defect of ours. The standard deviation is that of the 24 runs in the records
 # experiments/results/running_*.json: 12 seeds, each before and after a change that altered no more than rounding.
 #
-# Now and then a run goes wrong, and rounding decides which: 1 of 30 on two kinds of machine ended at 0.099. From its
-# seed the same network ended at 0.968 in another run, at 0.962 with the other convolutions, at 0.955 in float64, and
-# at 0.954 by the literal definition. A mean says nothing then. So it is the median that counts; and a single run that
-# misses the mark is followed by two more seeds of this arm, of which together with it the median decides.
+# Now and then a run goes wrong, and rounding decides which: of the 30 runs in the records one ended at 0.099
+# (lesson.json, seed 0), and at 0.968 another time from the same seed on the same machine (small_batch.json). A mean
+# says nothing then. So it is the median that counts; and a single run that misses the mark is followed by two more
+# seeds of this arm, of which together with it the median decides.
 EXPECTED_MEAN, EXPECTED_STD = 0.950, 0.030
 MORE_SEEDS = 2              # of RunningBatchNorm, if it has one seed and that one misses the mark
 FAILED = 0.5                # a batch norm arm below this has failed

@@ -3,10 +3,12 @@
 import base64
 import csv
 import json
+import math
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -17,6 +19,7 @@ from experiments.__main__ import main
 from experiments.errors import InputError
 from experiments.report import Report
 
+ROOT = Path(__file__).parent.parent
 PICTURES = ("lr_find", "losses", "activations", "activation_histograms", "near_zero", "gradients",
             "gradient_histograms", "updates", "norm_scales")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -128,6 +131,18 @@ def test_a_training_that_diverges_is_shown_up_to_there(tmp_path, capsys):
 ])
 def test_settings_that_make_no_sense_are_refused(options, text):
     with pytest.raises(InputError, match=text): inside.Config(**options)
+
+
+def test_the_readme_says_what_the_committed_record_says():
+    record = json.loads((ROOT / "experiments" / "results" / "inside.json").read_text())
+    readme = " ".join((ROOT / "README.md").read_text().replace("\n> ", "\n").split())
+    assert record["gap"] in readme
+    powers = {path: round(math.log10(ratio)) for path, ratio in record["updates"].items()}
+    assert {powers.pop("4.2.weight"), powers.pop("7.weight")} == {-1}
+    assert len(powers) == 9
+    assert all(-8.5 <= power <= -7.5 for power in powers.values())
+    assert ("move by some 1e-8 of their size a step (median), those of the last norm and the linear layer by 1e-1"
+            in readme)
 
 
 # --- the page in a browser ----------------------------------------------------------------------------------------

@@ -389,6 +389,12 @@ def test_spread_of_the_criterion_is_that_of_the_committed_records():
     said = f"gave a mean of {statistics.mean(found['earlier']):.3f} ({low} to {high})".replace("0.", ".")
     assert said in " ".join((ROOT / "README.md").read_text().split())
     main_run = read_summary(ROOT / "experiments" / "results" / "small_batch.json")
+    lesson = read_summary(ROOT / "experiments" / "results" / "lesson.json")
+    others = [[r["valid_accuracy"] for r in run["rows"] if r[arm] == name] for run, arm, name in (
+        (main_run, "norm", "RunningBatchNorm"), (lesson, "arm", "RunningBatchNorm-batch-2"))]
+    runs = [*found["earlier"], *found["seeds"], *others[0], *others[1]]
+    assert (len(runs), sum(a < 0.5 for a in runs)) == (30, 1)
+    assert [round(seeds[0], 3) for seeds in others] == [0.968, 0.099]      # seed 0, as README and comment say
     assert judge(main_run["rows"], "MNIST", 50_000)[0] is True
 
 
