@@ -38,7 +38,7 @@ class EigenAdam(optim.Optimizer):
     Args:
         model: the network; the optimizer takes all its parameters, and inputs of its `nn.Conv2d`, `nn.Linear` and
             `GroupedLinear` layers, by hooks that `close()` removes.
-        lr: rate, the length of a step per coordinate.
+        lr: rate, the length of a step per coordinate; also a tensor `(K,)`, a rate for each of K networks in a `stack`.
         betas: what stays of m and of v at each renewal.
         eps: keeps quiet coordinates quiet.
         every: steps between renewals.
@@ -49,7 +49,8 @@ class EigenAdam(optim.Optimizer):
     """
 
     def __init__(self, model, lr=0.002, betas=(0.7, 0.996), eps=1e-8, *, every=4, refresh=125):
-        if not lr > 0: raise ValueError(f"EigenAdam got lr={lr!r}; it needs a positive number, such as 0.002")
+        if not torch.as_tensor(lr > 0).all():
+            raise ValueError(f"EigenAdam got lr={lr!r}; it needs a positive number, such as 0.002")
         super().__init__(model.parameters(), {"lr": lr, "betas": betas, "eps": eps})
         self.every, self.refresh, self.steps = every, refresh, 0
         self.inputs = {}        # weight: its layer's K groups, and A (K, d, d) once an input was seen
@@ -92,7 +93,9 @@ class EigenAdam(optim.Optimizer):
                     for name in ("G", "U", "m", "v"): state[name] = torch.zeros_like(p)
                 state["G"].add_(p.grad, alpha=1 / self.every)
                 if renew: self.renew(p, state, group, renewals)
-                p.add_(state["U"], alpha=-group["lr"])
+                lr = group["lr"]
+                if not torch.is_tensor(lr): p.add_(state["U"], alpha=-lr)
+                else: p.view(len(lr), -1).addcmul_(state["U"].view(len(lr), -1), lr.to(p)[:, None], value=-1)
         return loss
 
     def renew(self, p, state, group, n):

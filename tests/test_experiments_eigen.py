@@ -27,7 +27,8 @@ def test_without_a_basis_it_is_adam():
     nets = [nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 16, 4)) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
     betas = (0.8, 0.99)
-    opts = [EigenAdam(nets[0], 0.01, betas, every=1, refresh=10**6), torch.optim.Adam(nets[1].parameters(), 0.01, betas)]
+    opts = [EigenAdam(nets[0], 0.01, betas, every=1, refresh=10**6),
+            torch.optim.Adam(nets[1].parameters(), 0.01, betas)]
     g = gen(0)
     for _ in range(3):                                                  # before the first renewal that makes a basis
         x, y = torch.randn(5, 1, 6, 6, generator=g), torch.randint(4, (5,), generator=g)
@@ -145,5 +146,5 @@ def test_what_it_cannot_take_is_refused():
         EigenAdam(nn.Linear(2, 1), 0)
     for conv in (nn.Conv2d(1, 1, 3, dilation=2), nn.Conv2d(1, 1, 3, padding="same"),
                  nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")):
-        with pytest.raises(ValueError, match="can't take the inputs of Conv2d.*without dilation, padded by zeros"):
+        with pytest.raises(ValueError, match=r"can't take the inputs of Conv2d.*without dilation, padded by zeros"):
             EigenAdam(conv)

@@ -1,0 +1,318 @@
+"""The best that the small-batch network learns in one epoch at batch size 2, with only the training recipe free.
+
+The network is that of `small-batch`: conv layers 8, 16, 32, 64, 64, each conv, ReLU, norm; 50,000 training images, each
+seen once, two at a time, and one optimizer step per batch. Free are the optimizer and its rate, the norm's memory and
+averaged backward, recalibration, initialisation, the loss's smoothing and the order of the images.
+
+`--recipe tune` tries the recipes of `TRIED`, as many for RunningBatchNorm as for GroupNorm, and looks at validation
+images alone. `--recipe best` trains the best of each and reads the test images, once, at the end.
+"""
+
+import argparse
+import math
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import optim
+
+from experiments.arms import by_arm, check_batch_size, finite, heading, plural, run_arms, seeds_and_device, statuses
+from experiments.data import TRAIN_IMAGES, load_data
+from experiments.eigen import EigenAdam
+from experiments.models import conv_layer, get_cnn_model, init_alike
+from experiments.settings import ImageSettings, add_choice, add_image_arguments, choose, from_args, positive
+from experiments.small_batch import CHANNELS
+from experiments.stacked import stack, unstack
+from norms import GroupNorm, RunningBatchNorm, recalibrate
+from runner import (
+    BatchTransformXCallback,
+    Callback,
+    CudaCallback,
+    DataBunch,
+    Learner,
+    ParamScheduler,
+    ProgressCallback,
+    Runner,
+    get_dls,
+    view_tfm,
+)
+
+RUNNING, GROUP = "RunningBatchNorm", "GroupNorm"
+OPTIMIZERS = {
+    "SGD": lambda net, lr: optim.SGD(net.parameters(), lr),
+    "Adam": lambda net, lr: optim.Adam(net.parameters(), lr),
+    "EigenAdam": EigenAdam,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the network is trained: all that is free, and the norm.
+
+    The rate falls from `lr` linearly to 0. `memory` is how many images RunningBatchNorm's statistics remember
+    (`running_moments` says how that counts; it is of no use to GroupNorm), `groups` is GroupNorm's; after training
+    the statistics are taken anew from the first `recalibrated` training images, for RunningBatchNorm.
+    """
+
+    norm: str
+    optimizer: str
+    lr: float
+    batch_size: int = 2
+    memory: int = 200
+    average_backward: bool = True
+    recalibrated: int = 5000
+    groups: int = 4
+    smoothing: float = 0.0
+
+    def __str__(self):
+        norm = (f"memory {self.memory}{', averaged backward' * self.average_backward}" if self.running
+                else f"{self.groups} groups")
+        return (f"{self.norm}, {self.optimizer} {self.lr:g}, {norm}"
+                + f", smoothing {self.smoothing:g}" * bool(self.smoothing)
+                + f", batch {self.batch_size}" * (self.batch_size != 2))
+
+    @property
+    def running(self): return self.norm == RUNNING
+
+    @property
+    def free(self):
+        """The fields in which recipes that are trained at once may differ."""
+        return ("lr", "smoothing") if self.optimizer == "EigenAdam" else ("smoothing",)
+
+    @property
+    def alike(self): return {k: v for k, v in asdict(self).items() if k not in self.free}
+
+    def build(self, seed, c=10):
+        """The network; the same weights from the same seed for every recipe."""
+        share = 4 / (self.memory + 2)           # the newest batch's at batch size 2: memory = 2 (2 - share) / share
+
+        def norm(nf):
+            if not self.running: return GroupNorm(self.groups, nf)
+            return RunningBatchNorm(nf, share, rule="per_image", average_backward=self.average_backward)
+        model = get_cnn_model(argparse.Namespace(c=c), CHANNELS, conv_layer, norm=norm)
+        init_alike(model, seed)
+        return model
+
+
+# As many for each norm. The first eight are the same for both, the last two concern what it alone has.
+_COMMON = [("SGD", 0.05, 0.0), ("Adam", 0.001, 0.0), ("EigenAdam", 0.001, 0.0), ("EigenAdam", 0.0015, 0.0),
+           ("EigenAdam", 0.0015, 0.05), ("EigenAdam", 0.0015, 0.1), ("EigenAdam", 0.0015, 0.2),
+           ("EigenAdam", 0.0025, 0.1)]
+_ALONE = {RUNNING: [{"memory": 800}, {"average_backward": False}], GROUP: [{"groups": 2}, {"groups": 8}]}
+TRIED = [recipe for norm in (RUNNING, GROUP) for recipe in [
+    *(Recipe(norm, optimizer, lr, smoothing=smoothing) for optimizer, lr, smoothing in _COMMON),
+    *(Recipe(norm, "EigenAdam", 0.0015, smoothing=0.1, **alone) for alone in _ALONE[norm])]]
+BEST = {norm: Recipe(norm, "EigenAdam", 0.0015, smoothing=0.1) for norm in (RUNNING, GROUP)}
+
+# What the best recipe of RunningBatchNorm is held to, in test accuracy: over the seeds at batch size 2 the mean and the
+# least, and the mean at batch size 1. The published figure is 0.9723, of one seed, on the validation images.
+TARGET, LEAST, TARGET_ONE = 0.988, 0.985, 0.985
+SEEDS = 20          # for a verdict
+
+
+# --- training several seeds at once -------------------------------------------------------------------------------
+
+class SideBySide:
+    """Batches of several loaders side by side: `x` `(N, K, ...)`, `y` `(N, K)`."""
+
+    def __init__(self, loaders): self.loaders = loaders
+
+    def __len__(self): return min(map(len, self.loaders))
+
+    def __iter__(self):
+        for batches in zip(*self.loaders, strict=True):
+            yield tuple(torch.stack(part, 1) for part in zip(*batches, strict=True))
+
+
+class NoValidation(Callback):
+    """Leaves validation out: networks side by side are measured one by one afterwards."""
+
+    def begin_validate(self): return True
+
+
+def train_together(recipes, seeds, images, device="cpu", label=""):
+    """Networks trained for one epoch, all at once: a list, one for each of the `recipes` and its seed.
+
+    Each is what it would be trained alone, to rounding: `stack` says why. The order of its images is the one that
+    `experiments.arms.train` has for its seed.
+
+    Raises:
+        ValueError: recipes that differ in more than `Recipe.free`.
+    """
+    recipe = recipes[0]
+    if any(r.alike != recipe.alike for r in recipes):
+        raise ValueError(f"train_together got {[str(r) for r in recipes]}; trained at once they may differ in "
+                         f"{' and '.join(recipe.free)} alone")
+    models = [r.build(seed, images.c) for r, seed in zip(recipes, seeds, strict=True)]
+    net, k = stack(models), len(models)
+    loaders = [get_dls(images.train, images.valid, recipe.batch_size, drop_last=True,
+                       generator=torch.Generator().manual_seed(seed))[0] for seed in seeds]
+    smoothing = torch.tensor([r.smoothing for r in recipes], device=device)
+    rates = torch.tensor([r.lr for r in recipes]) if "lr" in recipe.free else recipe.lr
+
+    def sum_of_losses(pred, yb):                                            # (N, K c), (N, K)
+        logs = pred.view(*yb.shape, -1).log_softmax(2)
+        right = logs.gather(2, yb.unsqueeze(2)).squeeze(2)
+        return -((1 - smoothing) * right + smoothing * logs.mean(2)).sum() / len(yb)
+    opt = OPTIMIZERS[recipe.optimizer](net, rates)
+    Runner([CudaCallback(device), BatchTransformXCallback(view_tfm(k, 28, 28)), NoValidation(),
+            ParamScheduler("lr", lambda pos: rates * (1 - pos)), ProgressCallback(label)]).fit(
+                1, Learner(net, opt, sum_of_losses, DataBunch(SideBySide(loaders), None, images.c)))
+    unstack(net, models)
+    return models
+
+
+@torch.no_grad()
+def measure(model, data):
+    """Accuracy and mean loss of `model` on the `Dataset` `data`, in evaluation mode: plain floats."""
+    device = next(model.parameters()).device
+    model.eval()
+    pred = torch.cat([model(x.view(-1, 1, 28, 28).to(device)) for x in data.x.split(500)]).cpu()
+    return (pred.argmax(1) == data.y).float().mean().item(), F.cross_entropy(pred, data.y).item()
+
+
+def rows_of(recipes, seeds, images, device, label, test):
+    """The final rows of the `recipes`, each with its seed; `test` is whether to read the test images."""
+    start = time.perf_counter()
+    models = train_together(recipes, seeds, images, device, label)
+    seconds, rows = (time.perf_counter() - start) / len(seeds), []
+    for recipe, seed, model in zip(recipes, seeds, models, strict=True):
+        row = {"arm": str(recipe), **asdict(recipe), "seed": seed, "seconds": seconds, "status": "ok",
+               "parameters": sum(p.numel() for p in model.parameters())}
+        row["before"], _ = measure(model, images.valid)
+        n = recipe.recalibrated if recipe.running else 0
+        try:
+            if n: recalibrate(model, (x.view(-1, 1, 28, 28) for x in images.train.x.split(500)), n)
+        except ValueError: row["status"] = "diverged"
+        for name, data in [("valid", images.valid)] + [("test", images.test)] * test:
+            row[f"{name}_accuracy"], row[f"{name}_loss"] = measure(model, data)
+            if not math.isfinite(row[f"{name}_loss"]): row["status"] = "diverged"
+        rows.append(row)
+    return rows
+
+
+# --- the experiment -----------------------------------------------------------------------------------------------
+
+@dataclass
+class Config(ImageSettings):
+    """Settings of the run.
+
+    `norms` are RunningBatchNorm and GroupNorm, or one of them; `tune` tries `TRIED` instead of training the best; up to
+    `replicas` networks are trained at once.
+
+    Raises:
+        InputError: a value that makes no sense.
+    """
+
+    norms: tuple = (RUNNING, GROUP)
+    tune: bool = False
+    replicas: int = 20
+
+    def __post_init__(self):
+        self.norms = choose(self.norms, (RUNNING, GROUP), "norm")
+        positive("replicas", self.replicas)
+        super().__post_init__()
+
+
+def run(config):
+    """Train, print as it goes, write the run folder: a `Result`."""
+    images = load_data(config.data, config.data_dir, config.limit)
+    recipes = {str(r): r for r in (TRIED if config.tune else [*BEST.values(), replace(BEST[RUNNING], batch_size=1)])
+               if r.norm in config.norms}
+    check_batch_size(2, images)
+    arms = [(name, seed) for name in recipes for seed in config.seeds]
+    done = {}
+
+    def arm(name, seed, label):
+        if (name, seed) not in done:
+            here = [a for a in arms[arms.index((name, seed)):] if a not in done
+                    and recipes[a[0]].alike == recipes[name].alike][:config.replicas]
+            label += f" and {len(here) - 1} more" * (len(here) > 1)
+            rows = rows_of([recipes[a[0]] for a in here], [a[1] for a in here], images, config.device, label,
+                           test=not config.tune)
+            done.update(zip(here, rows, strict=True))
+        return [done[name, seed]], done[name, seed], None
+    return run_arms("best", config, images, arms, arm,
+                    header=header(config, images, recipes), judge=judge, table=table, draw=draw,
+                    published={RUNNING: [0.9723]})
+
+
+def header(config, images, recipes):
+    """What is run, on what, from what: the lines above the first arm."""
+    n = sum(p.numel() for p in BEST[RUNNING].build(0).parameters())
+    what = "tuning, on the validation images alone" if config.tune else "the best recipes, on the test images"
+    return heading(images, f"conv layers {CHANNELS}, pool, linear; {n:,} parameters",
+                   f"run:     {what}: one epoch, {plural(len(recipes), 'recipe')}, {seeds_and_device(config)}")
+
+
+def judge(rows, data, train_images):
+    """Whether the target was reached, True, False or None (not tested), and a sentence that says so."""
+    arms = by_arm(rows)
+    if "test_accuracy" not in rows[0]:
+        means = {name: statistics.mean(finite(r["valid_accuracy"]) for r in arm) for name, arm in arms.items()}
+        best = [max((n for n in means if n.startswith(norm)), key=means.get, default=None) for norm in (RUNNING, GROUP)]
+        return None, "Best on the validation images: " + "; ".join(f"{n} {means[n]:.4f}" for n in best if n) + "."
+    test = {(r["norm"], r["batch_size"]): [finite(q["test_accuracy"]) for q in arm]
+            for arm in arms.values() for r in arm[:1]}
+    if len(test) < 3: return None, "The target was not tested: that takes both norms."
+    two, one, group = (test[key] for key in ((RUNNING, 2), (RUNNING, 1), (GROUP, 2)))
+    mean, low, high = paired(two, group)
+    said = (f"RunningBatchNorm {statistics.mean(two):.4f} (target {TARGET}), the least of {plural(len(two), 'seed')} "
+            f"{min(two):.4f} (target {LEAST}); at batch size 1 {statistics.mean(one):.4f} (target {TARGET_ONE}); "
+            f"RunningBatchNorm minus GroupNorm, seed by seed, {mean:+.4f} (95 % interval {low:+.4f} to {high:+.4f})")
+    if train_images != TRAIN_IMAGES or len(two) < SEEDS:
+        return None, f"Test accuracy: {said}. The target was not tested: that takes MNIST in full and {SEEDS} seeds."
+    ok = statistics.mean(two) >= TARGET and min(two) >= LEAST and statistics.mean(one) >= TARGET_ONE
+    return ok, f"The target was {'' if ok else 'NOT '}reached. Test accuracy: {said}."
+
+
+def paired(a, b):
+    """The mean of the differences `a - b` and its 95 % confidence interval by Student's t: `(mean, low, high)`."""
+    from scipy.stats import t  # comes with scikit-learn
+    d = [x - y for x, y in zip(a, b, strict=True)]
+    mean = statistics.mean(d)
+    half = t.ppf(0.975, len(d) - 1) * statistics.stdev(d) / math.sqrt(len(d)) if len(d) > 1 else math.inf
+    return mean, mean - half, mean + half
+
+
+def table(summary):
+    """Header and lines of the table of a `summary.json`: one line per recipe."""
+    kinds = [k for k in ("valid", "test") if f"{k}_accuracy" in summary["rows"][0]]
+    lines = []
+    for name, arm in by_arm(summary["rows"]).items():
+        line = [name]
+        for kind in kinds:
+            accs = [finite(r[f"{kind}_accuracy"]) for r in arm]
+            line += [f"{statistics.mean(accs):.4f}", f"{min(accs):.4f} to {max(accs):.4f}"]
+        lines.append([*line, str(len(arm)), f"{sum(r['seconds'] for r in arm) / len(arm):.0f}", statuses(arm)])
+    return ["recipe", *(h for k in kinds for h in (f"{k} accuracy", "range")), "seeds", "seconds", "status"], lines
+
+
+def draw(rows, curves, path):
+    """The picture: accuracy per recipe and seed; of the best recipes on the test images."""
+    from runner import plots
+    kind = "test" if "test_accuracy" in rows[0] else "valid"
+    arms = by_arm(rows)
+    fig, (ax,) = plots.figure(1, width=9, height=1.5 + 0.3 * len(arms))
+    plots.plot_groups({name: [r[f"{kind}_accuracy"] for r in arm] for name, arm in arms.items()}, ax,
+                      xlabel=f"{'test' if kind == 'test' else 'validation'} accuracy after one epoch, bar: mean",
+                      title="the small-batch network by recipe")
+    plots.save(fig, path)
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+def add_arguments(parser):
+    """Declare the options of `python -m experiments best`."""
+    parser.add_argument("--tune", action="store_true", help="try all recipes, on the validation images alone")
+    parser.add_argument("--replicas", type=int, default=20, metavar="K", help="networks trained at once, at most "
+                        "(default: 20)")
+    add_choice(parser, "norms", (RUNNING, GROUP))
+    add_image_arguments(parser, "best")
+
+
+def main(args):
+    """Run with parsed options; the exit status."""
+    return run(Config(**from_args(args))).status
