@@ -19,7 +19,7 @@ def imports(file):
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import): yield from (a.name.split(".")[0] for a in node.names)
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0 or file.match("nbdev_style/nb_*.py"), f"{file} has a relative import"    # nbdev's own
+            assert node.level == 0 or file.match("nbdev_style/nb_*.py"), f"{file} has a relative import"   # but nbdev's
             yield node.module.split(".")[0] if node.level == 0 else "nbdev_style"
 
 
