@@ -290,7 +290,7 @@ class Runner:
 
     def _expose(self, cb):
         """Make `cb` an attribute of the runner under its name."""
-        if isinstance(cb, type) or not (callable(cb) and hasattr(cb, "set_runner")):
+        if isinstance(cb, type) or not hasattr(cb, "set_runner"):
             raise TypeError(f"{cb!r} is no callback; `cbs` takes instances, such as Recorder(), and `cb_funcs` what "
                             "makes them, such as Recorder or partial(AvgStatsCallback, accuracy)")
         if any(cb.name == other.name for other in self.cbs):
@@ -331,9 +331,12 @@ class Runner:
 
 
 def _answer(cb, event):
-    """What to call when `event` happens: the callback's own method, or None if it has none."""
+    """What to call when `event` happens: the callback's own method, or None if it has none.
+
+    A callback of a class that is no `Callback` and has no `__call__` is asked for a method of the event's name.
+    """
     if isinstance(cb, Callback) and type(cb).__call__ is Callback.__call__: return cb.handler(event)
-    return partial(cb, event)
+    return partial(cb, event) if callable(cb) else getattr(cb, event, None)
 
 
 class _Always:

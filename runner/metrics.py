@@ -138,7 +138,7 @@ class Recorder(Callback):
     def after_loss(self):
         run = self.run
         if not run.in_train: return
-        for group, lrs in zip(run.learn.opt.param_groups, self.lrs, strict=True): lrs.append(float(group["lr"]))
+        for group, lrs in zip(run.opt.param_groups, self.lrs, strict=True): lrs.append(float(group["lr"]))
         self._steps.append(run.n_iter)
         self._waiting.append(run.loss.detach())
 

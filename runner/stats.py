@@ -131,7 +131,7 @@ class Probe(Callback):
                 f"{rows * row_bytes / 1e6:.2g} MB")
 
     def _refuse(self, model):
-        if self.run._compiled is not None:
+        if getattr(self.run, "_compiled", None) is not None:      # a runner of the user's own has none
             from runner.compiled import CompileError
             raise CompileError(f"{type(self).__name__} taps the modules in each measured batch, and a compiled step "
                                "passes taps by; fit without compile=True")

@@ -10,24 +10,36 @@ import torch.nn.functional as F
 from reference import train_by_hand
 from torch import nn
 
-from norms import RunningBatchNorm
+from norms import BatchNorm, RunningBatchNorm
 from runner import (
     EVENTS,
+    ActivationStats,
     AvgStatsCallback,
     BatchTransformXCallback,
     Callback,
     CancelBatchException,
     CancelEpochException,
     CancelTrainException,
+    CPUBackendCallback,
+    CudaCallback,
     DataBunch,
     Dataset,
+    GradientStats,
     Hooks,
     Learner,
+    LR_Find,
+    NormStats,
+    ParameterStats,
+    ParamScheduler,
+    ProgressCallback,
     Recorder,
     Runner,
+    TerminateOnNonFinite,
     TrainEvalCallback,
+    accuracy,
     append_stats,
     get_dls,
+    sched_lin,
     view_tfm,
 )
 
@@ -339,6 +351,93 @@ def test_callback_copies_and_pickles_without_a_runner():
 def test_misspelt_event_is_refused_when_the_class_is_defined(wrong, right):
     with pytest.raises(TypeError, match=f"Mine.{wrong} is no event and would never be called; rename it to '{right}'"):
         type("Mine", (Callback,), {wrong: lambda self: None})
+
+
+class PlainCallback:
+    """The least that a runner asks of a callback: it is no `Callback` of ours, and nobody calls it."""
+
+    _order, name = 1, "plain"
+
+    def set_runner(self, run): self.run, self.losses = run, []
+
+    def after_loss(self): self.losses.append(self.run.loss.item())
+
+
+class CalledCallback(PlainCallback):
+    """As in the lesson: called with every event's name."""
+
+    def __call__(self, event):
+        answer = getattr(self, event, None)
+        return bool(answer and answer())
+
+
+@pytest.mark.parametrize("kind", [PlainCallback, CalledCallback])
+def test_callback_of_another_base_class(kind):
+    cb, recorder = kind(), Recorder()
+    Runner([cb, recorder]).fit(1, make_learn())
+    assert len(cb.losses) == 3
+    assert cb.losses[:2] == recorder.losses
+
+
+class OwnRunner:
+    """A runner somebody wrote for himself with the lesson's attributes and no others, and without validation."""
+
+    def __init__(self, cbs): self.cbs = sorted([TrainEvalCallback(), *cbs], key=lambda cb: cb._order)
+
+    def __call__(self, event):
+        for cb in self.cbs: cb(event)
+
+    def fit(self, epochs, learn):
+        self.epochs, self.model, self.opt, self.loss_func, self.data = epochs, *vars(learn).values()
+        for cb in self.cbs: cb.set_runner(self)
+        self("begin_fit")
+        try:
+            for self.epoch in range(epochs):
+                self.iters = len(self.data.train_dl)
+                self("begin_epoch")
+                for xb, yb in self.data.train_dl: self.batch(xb, yb)
+                self("begin_validate")
+                self("after_epoch")
+        except CancelTrainException: self("after_cancel_train")
+        finally: self("after_fit")
+
+    def batch(self, xb, yb):
+        self.xb, self.yb = xb, yb
+        self("begin_batch")
+        self.pred = self.model(self.xb)
+        self("after_pred")
+        self.loss = self.loss_func(self.pred, self.yb)
+        self("after_loss")
+        self.loss.backward()
+        self("after_backward")
+        self.opt.step()
+        self("after_step")
+        self.opt.zero_grad()
+        self("after_batch")
+
+
+class SkipValidation(Callback):
+    _order = 100
+
+    def begin_validate(self): return True
+
+
+@pytest.mark.parametrize("make", [
+    lambda: AvgStatsCallback(accuracy), lambda: ParamScheduler("lr", sched_lin(0.1, 0.01)), LR_Find,
+    lambda: BatchTransformXCallback(lambda x: 2 * x), CudaCallback, ProgressCallback, CPUBackendCallback,
+    ActivationStats, GradientStats, ParameterStats, NormStats, TerminateOnNonFinite,
+], ids=lambda make: getattr(make, "__name__", ""))
+def test_callbacks_do_the_same_in_a_runner_of_one_s_own(make):
+    model = nn.Sequential(nn.Linear(6, 5), BatchNorm(5), nn.Linear(5, 3))
+    learns = [make_learn(n_train=12, model=copy.deepcopy(model)) for _ in range(2)]
+    cbs = [[make(), Recorder()] for _ in learns]
+    Runner([*cbs[0], SkipValidation()]).fit(2, learns[0])
+    OwnRunner(cbs[1]).fit(2, learns[1])
+    for a, b in zip(*(learn.model.state_dict().values() for learn in learns), strict=True): assert torch.equal(a, b)
+    ours, own = (recorder for _, recorder in cbs)
+    assert ours.rows == own.rows
+    assert len(own.losses) == 12
+    if hasattr(cbs[0][0], "rows"): assert cbs[0][0].rows == cbs[1][0].rows
 
 
 def test_misspelt_event_of_a_mixin_is_refused():
