@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['normalize_to', 'children', 'ListContainer', 'nb_auto_export']
 
-# %% 06_hooks_init.ipynb #eec7da3b
+# %% 06_hooks_init.ipynb #9abc1b17
+from collections import UserList
+
 from experiments.models import (
     GeneralRelu,
     Lambda,
@@ -31,28 +33,23 @@ def children(m):
     """The modules right under `m`, as a list."""
     return list(m.children())
 
-# %% 06_hooks_init.ipynb #aadb1047
-class ListContainer:
-    """A list that takes a list of indices or of booleans as index too; its repr shows the length and ten items."""
+# %% 06_hooks_init.ipynb #0ab51c68
+class ListContainer(UserList):
+    """A list that takes a list of indices or of booleans as index too; its repr has the length and ten items."""
 
-    def __init__(self, items): self.items = listify(items)
+    def __init__(self, items=None): super().__init__(listify(items))
+
+    @property
+    def items(self): return self.data
 
     def __getitem__(self, i):
-        if not isinstance(i, (list, tuple)): return self.items[i]
-        if i and isinstance(i[0], bool): return [o for o, keep in zip(self.items, i, strict=True) if keep]
-        return [self.items[k] for k in i]
-
-    def __len__(self): return len(self.items)
-
-    def __iter__(self): return iter(self.items)
-
-    def __setitem__(self, i, item): self.items[i] = item
-
-    def __delitem__(self, i): del self.items[i]
+        if not isinstance(i, (list, tuple)): return self.data[i]
+        if i and isinstance(i[0], bool): return [o for o, keep in zip(self.data, i, strict=True) if keep]
+        return [self.data[k] for k in i]
 
     def __repr__(self):
-        more = f"{self.items[:10]}" if len(self) <= 10 else f"{self.items[:10]}"[:-1] + "...]"
-        return f"{type(self).__name__} ({len(self)} items)\n{more}"
+        shown = repr(self.data[:10])
+        return f"{type(self).__name__} ({len(self)} items)\n{shown[:-1] + '...]' if len(self) > 10 else shown}"
 
 # %% 06_hooks_init.ipynb #4f1e4278
 def nb_auto_export():
