@@ -25,12 +25,12 @@ NOTEBOOKS = sorted(path.stem for path in LESSONS.glob("*.ipynb"))
 MODULES = sorted(path.stem for path in LESSONS.glob("nb_*.py"))
 
 
-def python(*args, cwd, images=1000, **env):
+def python(*args, cwd, images=1000):
     """Run Python in a process of its own on so many images, writing nothing outside `cwd`; returns its output."""
     # A proxy that nobody answers at stands for a machine without a network: without MNIST the digits serve.
     env = {"PYTHONPATH": str(ROOT), "NORMS_LESSON_IMAGES": str(images), "XDG_CACHE_HOME": str(cwd),
-           "IPYTHONDIR": str(cwd), "MPLCONFIGDIR": str(cwd), "http_proxy": "http://127.0.0.1:9",
-           "https_proxy": "http://127.0.0.1:9", "NORMS_DATA_DIR": MNIST_DIR or "", **env}
+           "IPYTHONDIR": str(cwd), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9",
+           "NORMS_DATA_DIR": MNIST_DIR or ""}
     return subprocess.run([sys.executable, *args], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
 
 
