@@ -94,13 +94,17 @@ def get_cnn_model(data, nfs, layer, **kwargs):
     return nn.Sequential(*get_cnn_layers(data, nfs, layer, **kwargs))
 
 
-def init_cnn(m, uniform=False):
-    """Kaiming initialisation (`a=0.1`, normal or uniform) of every convolution in the tree under `m`; biases 0."""
-    init = nn.init.kaiming_uniform_ if uniform else nn.init.kaiming_normal_
+def init_cnn_(m, f):
+    """Initialise the weight of every convolution in the tree under `m` by `f(weight, a=0.1)`; biases 0."""
     for conv in m.modules():
         if isinstance(conv, nn.Conv2d):
-            init(conv.weight, a=0.1)
+            f(conv.weight, a=0.1)
             if conv.bias is not None: nn.init.zeros_(conv.bias)
+
+
+def init_cnn(m, uniform=False):
+    """`init_cnn_` with Kaiming initialisation, normal or uniform."""
+    init_cnn_(m, nn.init.kaiming_uniform_ if uniform else nn.init.kaiming_normal_)
 
 
 def init_alike(model, seed):
