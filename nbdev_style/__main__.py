@@ -1,6 +1,7 @@
 """Execute the lessons from scratch, clean them and export their modules: `python -m nbdev_style [NAME ...]`."""
 
 import argparse
+import subprocess
 import sys
 from pathlib import Path
 
@@ -42,8 +43,13 @@ def main(argv=None):
                         help="where notebooks and modules are written (default: in place)")
     args = parser.parse_args(argv)
     known = {path.stem: path for path in sorted(HERE.glob("*.ipynb"))}
-    for name in args.names or known:
+    names = args.names or list(known)
+    for name in names:
         if name not in known: parser.error(f"there is no lesson {name!r}; choose from: {', '.join(known)}")
+        if len(names) > 1:      # each in a process of its own, which has nothing left of the one before
+            code = subprocess.run([sys.executable, "-m", "nbdev_style", name, "--into", args.into]).returncode
+            if code: sys.exit(code)
+            continue
         execute(known[name], args.into)
         nb_export(args.into / known[name].name, args.into)
         print(f"{name}: executed", flush=True)
