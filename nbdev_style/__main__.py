@@ -46,13 +46,15 @@ def main(argv=None):
     names = args.names or list(known)
     for name in names:
         if name not in known: parser.error(f"there is no lesson {name!r}; choose from: {', '.join(known)}")
-        if len(names) > 1:      # each in a process of its own, which has nothing left of the one before
-            code = subprocess.run([sys.executable, "-m", "nbdev_style", name, "--into", args.into]).returncode
-            if code: sys.exit(code)
-            continue
-        execute(known[name], args.into)
-        nb_export(args.into / known[name].name, args.into)
-        print(f"{name}: executed", flush=True)
+    if len(names) == 1:
+        path = known[names[0]]
+        execute(path, args.into)
+        nb_export(args.into / path.name, args.into)
+        print(f"{path.stem}: executed", flush=True)
+    else:       # each in a process of its own, which has nothing left of the one before
+        for name in names:
+            done = subprocess.run([sys.executable, "-m", "nbdev_style", name, "--into", args.into])
+            if done.returncode: sys.exit(done.returncode)
 
 
 if __name__ == "__main__": main()

@@ -449,6 +449,7 @@ def test_notebook_that_fails_is_not_written(tmp_path):
 
 
 def test_unknown_lesson(tmp_path):
-    done = python("-m", "nbdev_style", "11", cwd=tmp_path)
+    done = python("-m", "nbdev_style", NOTEBOOKS[0], "11", "--into", str(tmp_path), cwd=tmp_path)
     assert done.returncode == 2
+    assert not list(tmp_path.glob("*.ipynb"))
     assert "there is no lesson '11'; choose from: 05_runner, 06_hooks_init" in done.stderr
