@@ -217,74 +217,67 @@ run.fit(1, learn)
 test_eq(run.recorder.lrs[-1][0], other(0.))
 test_near(tensor([sched(0.), sched(0.3), sched(1.)]), tensor([0.6, 2., 0.1]))
 #%%
-class BatchNorm(nn.Module):
-    def __init__(self, nf, mom=0.1, eps=1e-5):
-        super().__init__()
-        self.mom,self.eps = mom,eps
-        self.mults,self.adds = nn.Parameter(torch.ones(nf,1,1)),nn.Parameter(torch.zeros(nf,1,1))
-        self.register_buffer('means', torch.zeros(1,nf,1,1))
-        self.register_buffer('vars', torch.ones(1,nf,1,1))
-    def update_stats(self, x):
-        m,v = x.mean((0,2,3), keepdim=True),x.var((0,2,3), keepdim=True)
-        self.means.lerp_(m, self.mom)
-        self.vars.lerp_(v, self.mom)
-        return m,v
-    def forward(self, x):
-        if not self.training: m,v = self.means,self.vars
-        else:
-            with torch.no_grad(): m,v = self.update_stats(x)
-        return (x-m) / (v+self.eps).sqrt() * self.mults + self.adds
-
-class LayerNorm(nn.Module):
-    __constants__ = ['eps']
+def per_channel(nf, value): return torch.full((1, nf, 1, 1), float(value))
+class Affine(nn.Module):
     def __init__(self, nf, eps=1e-5):
         super().__init__()
-        self.eps,self.mult,self.add = eps,nn.Parameter(tensor(1.)),nn.Parameter(tensor(0.))
-    def forward(self, x):
-        m,v = x.mean((1,2,3), keepdim=True),x.var((1,2,3), keepdim=True)
-        return (x-m) / (v+self.eps).sqrt() * self.mult + self.add
-
-class RunningBatchNorm(nn.Module):
-    def __init__(self, nf, mom=0.1, eps=1e-5):
-        super().__init__()
-        self.mom,self.eps,self.batch = mom,eps,0
-        self.mults,self.adds = nn.Parameter(torch.ones(nf,1,1)),nn.Parameter(torch.zeros(nf,1,1))
-        for name in ('sums', 'sqrs'): self.register_buffer(name, torch.zeros(1,nf,1,1))
-        for name in ('count', 'factor', 'offset'): self.register_buffer(name, tensor(0.))
+        self.eps,self.gain,self.shift = eps,nn.Parameter(per_channel(nf, 1)),nn.Parameter(per_channel(nf, 0))
+    def out(self, x, mean, var): return self.gain * (x-mean) * (var+self.eps).rsqrt() + self.shift
+#%%
+class BatchNorm(Affine):
+    def __init__(self, nf, mom=0.1, **kwargs):
+        super().__init__(nf, **kwargs)
+        self.mom = mom
+        self.register_buffer('kept', torch.stack([per_channel(nf, 0), per_channel(nf, 1)]))
     def update_stats(self, x):
-        bs,nc,*_ = x.shape
-        for o in (self.sums, self.sqrs): o.detach_()
-        mom1 = x.new_tensor(1 - (1-self.mom)/math.sqrt(bs-1))
-        self.sums.lerp_(x.sum((0,2,3), keepdim=True), mom1)
-        self.sqrs.lerp_((x*x).sum((0,2,3), keepdim=True), mom1)
-        self.count.lerp_(x.new_tensor(x.numel()/nc), mom1)
-        self.batch += bs
-        means = self.sums/self.count
-        varns = (self.sqrs/self.count).sub_(means*means)
-        if bool(self.batch < 20): varns.clamp_min_(0.01)
-        self.factor = self.mults / (varns+self.eps).sqrt()
-        self.offset = self.adds - means*self.factor
+        now = torch.stack(torch.var_mean(x, (0,2,3), keepdim=True)[::-1])
+        self.kept.lerp_(now, self.mom)
+        return now
+    def forward(self, x):
+        with torch.no_grad(): mean,var = self.update_stats(x) if self.training else self.kept
+        return self.out(x, mean, var)
+
+class LayerNorm(Affine):
+    def __init__(self, nf, **kwargs): super().__init__(1, **kwargs)
+    def forward(self, x):
+        var,mean = torch.var_mean(x, (1,2,3), keepdim=True)
+        return self.out(x, mean, var)
+
+class RunningBatchNorm(Affine):
+    def __init__(self, nf, mom=0.1, **kwargs):
+        super().__init__(nf, **kwargs)
+        self.mom,self.seen = mom,0
+        self.register_buffer('sums', torch.zeros(2,1,nf,1,1))
+        self.register_buffer('count', tensor(0.))
+    def update_stats(self, x):
+        n,nc = x.shape[:2]
+        alpha = 1 - (1-self.mom) / (n-1)**0.5
+        now = torch.stack([o.sum((0,2,3), keepdim=True) for o in (x, x**2)])
+        self.sums = self.sums.detach().lerp(now, alpha)
+        self.count.lerp_(tensor(x.numel()/nc), alpha)
+        self.seen += n
     def forward(self, x):
         if self.training: self.update_stats(x)
-        return x*self.factor + self.offset
+        mean,sqr = self.sums / self.count
+        var = sqr - mean**2
+        return self.out(x, mean, var.clamp_min(0.01) if self.seen<20 else var)
 #%%
 def conv_layer(ni, nf, ks=3, stride=2, bn=True, norm=BatchNorm, **kwargs):
-    layers = [nn.Conv2d(ni, nf, ks, padding=ks//2, stride=stride, bias=not bn), GeneralRelu(**kwargs)]
-    if bn: layers.append(norm(nf))
-    return nn.Sequential(*layers)
+    parts = [nn.Conv2d(ni, nf, ks, stride, ks//2, bias=not bn), GeneralRelu(**kwargs)] + [norm(nf)]*bn
+    return nn.Sequential(*parts)
 
 def init_cnn_(m, f):
-    if isinstance(m, nn.Conv2d):
-        f(m.weight, a=0.1)
-        if getattr(m, 'bias', None) is not None: m.bias.data.zero_()
     for l in m.children(): init_cnn_(l, f)
+    if not isinstance(m, nn.Conv2d): return
+    f(m.weight, a=0.1)
+    if m.bias is not None: init.zeros_(m.bias)
 
-def init_cnn(m, uniform=False): init_cnn_(m, init.kaiming_uniform_ if uniform else init.kaiming_normal_)
+def init_cnn(m, uniform=False):
+    init_cnn_(m, {True: init.kaiming_uniform_, False: init.kaiming_normal_}[uniform])
 
 def get_learn_run(nfs, data, lr, layer, cbs=None, opt_func=None, uniform=False, **kwargs):
-    model = get_cnn_model(data, nfs, layer, **kwargs)
-    init_cnn(model, uniform=uniform)
-    return get_runner(model, data, lr=lr, cbs=cbs, opt_func=opt_func)
+    init_cnn(net := get_cnn_model(data, nfs, layer, **kwargs), uniform)
+    return get_runner(net, data, lr=lr, cbs=cbs, opt_func=opt_func)
 #%%
 learn,run = get_learn_run(nfs, data, 0.4, conv_layer, cbs=cbfs)
 with Hooks(learn.model, append_stats) as hooks:
@@ -298,16 +291,12 @@ with Hooks(learn.model, append_stats) as hooks:
     plt.legend(range(6));
 test_eq(len(ms), len(data.train_dl))
 #%%
-def append_hists(hook, mod, inp, outp):
-    if not hasattr(hook,'stats'): hook.stats = ([],[],[])
-    means,stds,hists = hook.stats
-    means.append(outp.data.mean().cpu())
-    stds .append(outp.data.std().cpu())
-    hists.append(outp.data.cpu().histc(40,-7,7))
-def get_hist(h): return torch.stack(h.stats[2]).t().float().log1p()
+def keep_hist(hook, mod, inp, outp):
+    hook.hists = getattr(hook, 'hists', []) + [torch.histc(outp.data.cpu(), bins=40, min=-7, max=7)]
+def get_hist(h): return (1 + torch.stack(h.hists, 1)).log()
 
 learn,run = get_learn_run(nfs, data, 0.4, conv_layer, cbs=cbfs, norm=LayerNorm, uniform=True)
-hooks = [Hook(l, append_hists) for l in children(learn.model)[:2]]
+hooks = [Hook(l, keep_hist) for l in children(learn.model)[:2]]
 run.fit(1, learn)
 for ax,h in zip(plt.subplots(1,2)[1].flatten(), hooks): ax.imshow(get_hist(h), origin='lower')
 for h in hooks: h.remove()
@@ -320,13 +309,11 @@ test_eq(math.isfinite(run.recorder.losses[-1]), True)
 #%%
 class Callback():
     _order=0
+    def __getattr__(self, k): return getattr(self.__dict__['run'], k)
     def set_runner(self, run): self.run=run
-    def __getattr__(self, k): return getattr(self.run, k)
+    def __call__(self, event): return getattr(self, event, lambda: None)() is True
     @property
-    def name(self): return camel2snake(re.sub(r'Callback$', '', self.__class__.__name__) or 'callback')
-    def __call__(self, cb_name):
-        f = getattr(self, cb_name, None)
-        return bool(f and f())
+    def name(self): return camel2snake(type(self).__name__.removesuffix('Callback'))
 
 class SumCallback(Callback):
     def begin_fit(self): self.run.total = 0
@@ -335,54 +322,40 @@ class SumCallback(Callback):
 #%%
 class OwnRunner():
     def __init__(self, cbs=None, cb_funcs=None):
-        self.in_train,cbs = False,listify(cbs)
-        for cbf in listify(cb_funcs):
-            cb = cbf()
-            setattr(self, cb.name, cb)
-            cbs.append(cb)
-        self.stop,self.cbs = False,[TrainEvalCallback()]+cbs
-    def __getattr__(self, k):
-        if k in ('opt', 'model', 'loss_func', 'data'): return getattr(self.learn, k)
-        raise AttributeError(k)
-    def one_batch(self, xb, yb):
-        try:
-            self.xb,self.yb = xb,yb
-            self('begin_batch')
-            self.pred = self.model(self.xb)
-            self('after_pred')
-            self.loss = self.loss_func(self.pred, self.yb)
-            self('after_loss')
-            if not self.in_train: return
+        own = listify(cbs) + [make() for make in listify(cb_funcs)]
+        for cb in own: setattr(self, cb.name, cb)
+        self.cbs,self.in_train = sorted([TrainEvalCallback()]+own, key=lambda cb: cb._order),False
+    def say(self, event): return any([cb(event) for cb in self.cbs])
+    def batch(self, xb, yb):
+        self.xb,self.yb = xb,yb
+        self.say('begin_batch')
+        self.pred = self.model(self.xb)
+        self.say('after_pred')
+        self.loss = self.loss_func(self.pred, self.yb)
+        self.say('after_loss')
+        if self.in_train:
             self.loss.backward()
-            self('after_backward')
+            self.say('after_backward')
             self.opt.step()
-            self('after_step')
+            self.say('after_step')
             self.opt.zero_grad()
-        except CancelBatchException: self('after_cancel_batch')
-        finally: self('after_batch')
-    def all_batches(self, dl):
+        self.say('after_batch')
+    def go_through(self, begin, dl):
         self.iters = len(dl)
-        try:
-            for xb,yb in dl: self.one_batch(xb, yb)
-        except CancelEpochException: self('after_cancel_epoch')
+        if self.say(begin): return
+        for xb,yb in dl: self.batch(xb, yb)
     def fit(self, epochs, learn):
         self.epochs,self.learn = epochs,learn
+        self.model,self.opt,self.loss_func,self.data = learn.model,learn.opt,learn.loss_func,learn.data
+        for cb in self.cbs: cb.set_runner(self)
         try:
-            for cb in self.cbs: cb.set_runner(self)
-            self('begin_fit')
+            self.say('begin_fit')
             for self.epoch in range(epochs):
-                if not self('begin_epoch'): self.all_batches(self.data.train_dl)
-                with torch.no_grad():
-                    if not self('begin_validate'): self.all_batches(self.data.valid_dl)
-                self('after_epoch')
-        except CancelTrainException: self('after_cancel_train')
-        finally:
-            self('after_fit')
-            self.learn = None
-    def __call__(self, cb_name):
-        res = False
-        for cb in sorted(self.cbs, key=lambda x: x._order): res = cb(cb_name) or res
-        return res
+                self.go_through('begin_epoch', learn.data.train_dl)
+                with torch.no_grad(): self.go_through('begin_validate', learn.data.valid_dl)
+                self.say('after_epoch')
+        except CancelTrainException: self.say('after_cancel_train')
+        finally: self.say('after_fit')
 #%%
 data = DataBunch(*get_dls(train_ds, valid_ds, bs), c)
 runs = []
