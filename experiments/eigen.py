@@ -51,10 +51,8 @@ class EigenAdam(optim.Optimizer):
     def __init__(self, model, lr=0.002, betas=(0.7, 0.996), eps=1e-8, *, every=4, refresh=125):
         if not torch.as_tensor(lr > 0).all():
             raise ValueError(f"EigenAdam got lr={lr!r}; it needs a positive number, such as 0.002")
-        super().__init__(model.parameters(), {"lr": lr, "betas": betas, "eps": eps})
-        self.every, self.refresh, self.steps = every, refresh, 0
-        self.inputs = {}        # weight: its layer's K groups, and A (K, d, d) once an input was seen
-        self.handles = []
+        super().__init__(model.parameters(), {"lr": lr, "betas": betas, "eps": eps, "steps": 0})
+        self.every, self.refresh, self.handles = every, refresh, []
         for layer in model.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear, GroupedLinear)):
                 groups = getattr(layer, "groups", 1)
@@ -72,7 +70,8 @@ class EigenAdam(optim.Optimizer):
     @torch.no_grad()
     def look(self, layer, args):
         """Take a layer's inputs into A, in the first 20 steps and then in every 16th."""
-        if not layer.training or (self.steps >= 20 and self.steps % 16): return
+        steps = self.param_groups[0]["steps"]
+        if not layer.training or (steps >= 20 and steps % 16): return
         state, k = self.state[layer.weight], self.state[layer.weight]["groups"]
         a = patches(layer, args[0], k)                                                  # (K, d, values)
         new = torch.bmm(a, a.transpose(1, 2)) / a.shape[2]                              # (K, d, d)
@@ -83,9 +82,9 @@ class EigenAdam(optim.Optimizer):
     def step(self, closure=None):
         """One step; a `closure` is called for the loss, as in torch's optimizers."""
         with torch.enable_grad(): loss = closure() if closure is not None else None
-        self.steps += 1
-        renew, renewals = self.steps % self.every == 0, self.steps // self.every
         for group in self.param_groups:
+            group["steps"] += 1
+            renew, renewals = group["steps"] % self.every == 0, group["steps"] // self.every
             for p in group["params"]:
                 if p.grad is None: continue
                 state = self.state[p]
@@ -115,7 +114,8 @@ class EigenAdam(optim.Optimizer):
         if "Q" not in state:
             # A kernel wider than its map has positions that see padding alone: no input, no gradient, no cost.
             state["live"] = state["A"].diagonal(dim1=1, dim2=2).amax(0).nonzero().flatten()
-        a = state["A"][:, state["live"]][:, :, state["live"]]
+        live = state["live"].long()
+        a = state["A"][:, live][:, :, live]
         # Directions that no input has had yet are all alike to A, and rounding would choose among them.
         d = a.shape[2]
         a = a + torch.diag_embed(a.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
@@ -143,7 +143,8 @@ def back(u, state):
 
 def _turned(t, state, turn):
     if "Q" not in state: return t
-    rows, live = t.reshape(state["groups"], -1, state["A"].shape[2]), state["live"]         # (K, no, d)
+    # load_state_dict gives `live` the weight's dtype
+    rows, live = t.reshape(state["groups"], -1, state["A"].shape[2]), state["live"].long()  # (K, no, d)
     if len(live) == rows.shape[2]: return turn(rows, state["Q"]).view_as(t)
     new = torch.zeros_like(rows)
     new[:, :, live] = turn(rows[:, :, live], state["Q"])

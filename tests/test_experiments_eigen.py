@@ -1,5 +1,7 @@
 """Adam in the eigenbasis of the inputs, held to torch's Adam."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -132,6 +134,24 @@ def test_hooks_go_and_the_state_is_the_optimizers_own():
     opt.state[net[0][0].weight].pop("A")
     net(torch.randn(2, 1, 28, 28))
     assert "A" not in opt.state[net[0][0].weight]
+
+
+def test_a_state_dict_from_mid_training_continues_bit_for_bit():
+    def steps(net, opt, seed, n):
+        g = gen(seed)
+        for _ in range(n):
+            opt.zero_grad()
+            x, y = torch.randn(2, 1, 28, 28, generator=g), torch.randint(10, (2,), generator=g)
+            F.cross_entropy(net(x), y).backward()
+            opt.step()
+    net, other = build("GroupNorm", 0), build("GroupNorm", 1)
+    opt = EigenAdam(net, refresh=6)
+    steps(net, opt, 2, 37)                                              # in the midst of a renewal, a basis is there
+    again = EigenAdam(other, refresh=6)
+    other.load_state_dict(net.state_dict())
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for pair in ((net, opt), (other, again)): steps(*pair, 3, 30)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
 
 
 def test_it_looks_in_training_only():
