@@ -10,7 +10,7 @@ EXPERIMENTS = {
     "lesson": ("experiments.lesson", "every training run of the batch norm lesson", "5 min"),
     "one-epoch": ("experiments.one_epoch", "how accurate a network becomes in one epoch", "3 min"),
     "best": ("experiments.best", "the best that the small-batch network learns at batch size 2, recipe free",
-             "3 min, of 20 seeds 20 min"),
+             "4 min, of 20 seeds half an hour"),
 }
 TOOLS = {
     "inside": ("experiments.inside", "look inside a short training: all pictures on one page", "20 s"),

@@ -2,19 +2,24 @@
 
 import importlib
 import re
+import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from experiments import EXPERIMENTS, table
+from experiments import EXPERIMENTS, best, table
 from experiments.__main__ import main
+from experiments.arms import by_arm
 from experiments.errors import InputError
 from experiments.results import read_summary
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 # mark in the README: its records, where they are more than one or go by another name
-SEVERAL = {"more-seeds": ["running_seeds_0_to_5", "running_seeds_6_to_11"]}
+SEVERAL = {"more-seeds": ["running_seeds_0_to_5", "running_seeds_6_to_11"],
+           "best": ["best_running", "best_group"],
+           "best-tuning": ["best_tuning_running", "best_tuning_running_more", "best_tuning_group"]}
 WHOLE = {"MNIST": 50_000, "Fashion-MNIST": 50_000, "breast cancer": 455}
 
 
@@ -29,11 +34,12 @@ def test_readme_tables_are_generated_from_the_committed_records(name):
 
 @pytest.mark.parametrize("name", [n for n in EXPERIMENTS if n != "small-batch"])
 def test_the_verdict_in_a_record_is_the_present_criterion_s(name):
-    record = read_summary(ROOT / "experiments" / "results" / f"{name.replace('-', '_')}.json")
     module = importlib.import_module(EXPERIMENTS[name][0])
-    assert (record["experiment"], record["complete"], record["train_images"]) == (name, True, WHOLE[record["data"]])
-    assert (record["reproduced"], record["verdict"]) == module.judge(record["rows"], record["data"],
-                                                                     record["train_images"])
+    for file in SEVERAL.get(name, [name.replace("-", "_")]):
+        record = read_summary(ROOT / "experiments" / "results" / f"{file}.json")
+        assert (record["experiment"], record["complete"], record["train_images"]) == (name, True, WHOLE[record["data"]])
+        assert (record["reproduced"], record["verdict"]) == module.judge(record["rows"], record["data"],
+                                                                         record["train_images"])
 
 
 def test_table_goes_between_its_marks_and_nowhere_else():
@@ -63,3 +69,17 @@ def test_table_goes_by_the_experiment_s_name_unless_told(tmp_path, capsys):
     assert readme.read_text() == table.insert(empty, made, "small-batch")
     assert main(["table", record, "--into", str(readme), "--name", "mine"]) == 0
     assert readme.read_text().count(made) == 2
+
+
+def test_tuning_and_final_runs_of_the_best_recipe_belong_together():
+    rows = {name: [row for f in SEVERAL[name] for row in read_summary(ROOT / f"experiments/results/{f}.json")["rows"]]
+            for name in ("best", "best-tuning")}
+    tried = by_arm(rows["best-tuning"])
+    assert set(tried) == {str(r) for r in best.TRIED}
+    assert not any("test_accuracy" in row for row in rows["best-tuning"])
+    means = {name: statistics.mean(r["valid_accuracy"] for r in arm) for name, arm in tried.items()}
+    for norm, recipe in best.BEST.items():                  # chosen by the validation images, with seeds of their own
+        assert max((name for name in means if name.startswith(norm)), key=means.get) == str(recipe)
+    arms = [*best.BEST.values(), replace(best.BEST[best.RUNNING], batch_size=1)]
+    assert set(by_arm(rows["best"])) == set(map(str, arms))
+    assert not {r["seed"] for r in rows["best"]} & {r["seed"] for r in rows["best-tuning"]}
