@@ -1,7 +1,9 @@
 """The bench: that its arms do equal work, its record adds up, and settings are left alone. No time is judged."""
 
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from experiments.__main__ import main
-from experiments.bench import PARTS, Config, lesson_form, timing
+from experiments.bench import PARTS, Config, lesson_form, timing, whole
 from experiments.bench.norms import arms, network, step
 from experiments.bench.runner import by_hand, loader, with_runner
+from experiments.data import load_data
 from experiments.errors import InputError
 from experiments.results import read_summary
 from norms import RunningBatchNorm
@@ -125,5 +128,36 @@ def test_bad_input_is_refused():
     assert Config(parts=()).parts == tuple(PARTS)
 
 
-def test_the_committed_record_has_every_part():
-    assert {r["part"] for r in read_summary(ROOT / "experiments/results/bench.json")["rows"]} == set(PARTS)
+def test_the_committed_records_have_every_part():
+    records = [read_summary(ROOT / f"experiments/results/{name}.json")["rows"] for name in ("bench", "bench_whole")]
+    assert {r["part"] for record in records for r in record} == set(PARTS)
+
+
+def test_whole_epochs_share_a_compiler_s_cache_that_the_first_finds_empty(monkeypatch):
+    seconds = {whole.FIRST: 5.0, whole.COMPILED: 1.0, whole.OURS: 2.0, whole.LESSON: 4.0}
+    seen = []
+
+    def child(args, env, **kwargs):
+        assert args[1:3] == ["-m", "experiments.bench.whole"]
+        assert args[4:] == ["digits", ""]
+        seen.append((args[3], env["TORCHINDUCTOR_CACHE_DIR"], os.listdir(env["TORCHINDUCTOR_CACHE_DIR"])))
+        (Path(env["TORCHINDUCTOR_CACHE_DIR"]) / args[3].replace("'", "")).write_text("")
+        return subprocess.CompletedProcess(args, 0, "epoch 1/1\n" + json.dumps(["digits", 1000, seconds[args[3]]]))
+    monkeypatch.setattr(whole.subprocess, "run", child)
+    rows = {r["arm"]: r for r in whole.rows(Config(repetitions=10, data="digits"))}
+    assert [name for name, _, _ in seen] == [whole.FIRST, whole.COMPILED, whole.OURS, whole.LESSON] * 2
+    assert len({cache for _, cache, _ in seen}) == 2                    # a new one in each repetition
+    assert [bool(files) for _, _, files in seen] == [False, True, True, True] * 2
+    assert {name: r.get("ratio") for name, r in rows.items()} == {
+        whole.LESSON: None, whole.OURS: 0.5, whole.COMPILED: 0.25, whole.FIRST: 1.25}
+    assert rows[whole.COMPILED]["ms"] == 1.0
+    assert rows[whole.COMPILED]["note"] == "1,000 steps: 1 s"
+
+
+@pytest.mark.parametrize("name", [whole.LESSON, whole.OURS])
+def test_a_whole_epoch_is_trained(name, monkeypatch, capsys):
+    images = load_data("digits", limit=9)
+    monkeypatch.setattr(whole, "load_data", lambda *args: images)
+    with timing.settings(): data, steps, seconds = whole.epoch(name, "digits", "")
+    assert (data, steps) == (images.name, 4)
+    assert seconds > 0

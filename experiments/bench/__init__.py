@@ -22,6 +22,7 @@ PARTS = {
     "runner": ("experiments.bench.runner", "an epoch by the Runner, against a loop written out by hand"),
     "hooks": ("experiments.bench.hooks", "the Runner with statistics of all layers, or a watch, against without"),
     "epoch": ("experiments.bench.epoch", "the main job at batch size 2, against the lesson's way of doing it"),
+    "whole": ("experiments.bench.whole", "a whole epoch of the main job, compiled too, against the lesson's way"),
     "compiled": ("experiments.bench.compiled", "the Runner with compile=True, against the Runner without"),
     "growth": ("experiments.bench.growth", "a step at batch sizes 1 to 512, against the network without a norm"),
     "peers": ("experiments.bench.peers",
@@ -83,9 +84,9 @@ def markdown(summary):
     lines = [[r["part"], f"{r['arm']}, {r['setting']}", r["against"], f"**{r['ratio']:.2f}**",
               "{:.2f} to {:.2f}".format(*r["ratio_quartiles"]), f"{r['target']:.2f}" if r["target"] else "-",
               f"{r['ms']:.3f}"] for r in summary["rows"] if r["against"] is not None and r["part"] != "growth"]
-    n = {r["repetitions"] for r in summary["rows"]}
+    n = sorted({r["repetitions"] for r in summary["rows"]})
     return (f"{markdown_table(['part', 'arm', 'to', 'ratio', 'middle half', 'target', 'ms'], lines)}\n\n"
-            f"{summary['machine']}; {min(n)} to {max(n)} repetitions.")
+            f"{summary['machine']}; {' to '.join(map(str, dict.fromkeys((n[0], n[-1]))))} repetitions.")
 
 
 def run(config):

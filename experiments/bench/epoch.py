@@ -22,6 +22,12 @@ from experiments.data import load_data
 STEPS = 2000
 
 
+def lessons_way(norm, train, valid):
+    """One epoch of the main job in the lesson's way; `train` and `valid` are pairs of images and labels."""
+    model = network(norm)
+    fit(model, torch.optim.SGD(model.parameters(), lr=0.4), F.cross_entropy, train, valid, 2)
+
+
 def rows(config):
     """The part's rows."""
     images = load_data(config.data, config.data_dir)
@@ -38,11 +44,7 @@ def rows(config):
                 small_batch.train_arm(settings_of, images, norm, 0, norm)
         return run
 
-    def lesson(norm):
-        def run():
-            model = network(norm)
-            fit(model, torch.optim.SGD(model.parameters(), lr=0.4), F.cross_entropy, train, valid, 2)
-        return run
+    def lesson(norm): return lambda: lessons_way(norm, train, valid)
     arms = {"lesson's way, RunningBatchNorm": lesson(LessonRunningBatchNorm),
             "lesson's way, nn.BatchNorm2d": lesson(nn.BatchNorm2d),
             "ours, RunningBatchNorm": ours("RunningBatchNorm", "auto"),
