@@ -22,10 +22,10 @@ def listing():
 def main(argv=None):
     """Run the command line `argv`; the exit status: 0, 1 (outside its tolerance), 2 (bad input), 130 (Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(listing())
-        return 0
     try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(listing(), flush=True)
+            return 0
         known = EXPERIMENTS | TOOLS
         name = pick(argv[0], known, "experiment")
         module = importlib.import_module(known[name][0])

@@ -408,3 +408,11 @@ def test_readme_opens_with_two_commands_and_ci_runs_the_second():
     pattern = re.search(r"grep -m1 -E '(.*)' README.md", ci)[1]
     assert [c for c in commands if re.match(pattern, c)] == [commands[1]]
     assert "rm -rf .venv-test" in ci
+
+
+def test_a_reader_who_leaves_early_sees_no_traceback():
+    with subprocess.Popen([sys.executable, "-m", "experiments"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          cwd=ROOT) as listing:
+        listing.stdout.close()
+        assert listing.stderr.read() == b""
+    assert listing.returncode == 141
