@@ -33,7 +33,8 @@ class EigenAdam(optim.Optimizer):
     Biases and the norms' weights are stepped in their own coordinates, as by Adam. A direction U is renewed every
     `every` steps, from the mean of the gradients since, and W moves along it at each step: the products with Q are
     the cost. Inputs are looked at every 16th step. The basis moves with A, by one orthogonal iteration at a time, so
-    that m and v stay what they are. Until the first one, after some 4 renewals, it is that of the weights.
+    that m and v stay what they are. Up to the fourth renewal, and for inputs that were 0 until then, it is that of the
+    weights.
 
     Args:
         model: the network; the optimizer takes all its parameters, and inputs of its `nn.Conv2d`, `nn.Linear` and
@@ -110,9 +111,9 @@ class EigenAdam(optim.Optimizer):
 
     @staticmethod
     def turn(state):
-        """Find the basis Q `(K, d', d')` of A, or move it with A; d' of the d inputs are ever other than 0."""
+        """Find the basis Q `(K, d', d')` of A, or move it with A; d' of the d inputs were other than 0 so far."""
         if "Q" not in state:
-            # A kernel wider than its map has positions that see padding alone: no input, no gradient, no cost.
+            # A kernel wider than its map has positions that see padding alone: no input, no gradient, and so no cost.
             state["live"] = state["A"].diagonal(dim1=1, dim2=2).amax(0).nonzero().flatten()
         live = state["live"].long()
         a = state["A"][:, live][:, :, live]
@@ -132,7 +133,7 @@ def patches(layer, x, k):
 
 
 def into(g, state):
-    """The gradient `g` in the basis of `state`: the same shape, for what is left out of the basis is 0."""
+    """The gradient `g` in the basis of `state`, the same shape: what the basis leaves out keeps its own coordinates."""
     return _turned(g, state, lambda rows, q: torch.bmm(rows, q))
 
 
@@ -146,6 +147,6 @@ def _turned(t, state, turn):
     # load_state_dict gives `live` the weight's dtype
     rows, live = t.reshape(state["groups"], -1, state["A"].shape[2]), state["live"].long()  # (K, no, d)
     if len(live) == rows.shape[2]: return turn(rows, state["Q"]).view_as(t)
-    new = torch.zeros_like(rows)
+    new = rows.clone()
     new[:, :, live] = turn(rows[:, :, live], state["Q"])
     return new.view_as(t)

@@ -106,6 +106,23 @@ def test_the_basis_is_that_of_the_inputs_and_leaves_out_what_sees_padding_alone(
     assert not (conv.weight.flatten(1)[:, [4, 5, 7, 8]] == before.flatten(1)[:, [4, 5, 7, 8]]).any()
 
 
+def test_an_input_that_wakes_up_after_the_basis_was_found_is_learnt_from_as_by_adam():
+    layer, plain = nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False)
+    plain.load_state_dict(layer.state_dict())
+    opt = EigenAdam(layer, 0.01, (0.9, 0.99), every=1, refresh=10**6)
+    adam, g = torch.optim.Adam(plain.parameters(), 0.01, (0.9, 0.99)), gen(0)
+    for i in range(20):
+        x = torch.randn(4, 3, generator=g)
+        if i < 10: x[:, 2] = 0
+        for net, o in ((layer, opt), (plain, adam)):
+            o.zero_grad()
+            net(x).sum().backward()                                     # a gradient that the weights have no part in
+            o.step()
+    assert opt.state[layer.weight]["live"].tolist() == [0, 1]
+    torch.testing.assert_close(layer.weight[:, 2], plain.weight[:, 2], rtol=0, atol=1e-12)
+    assert (layer.weight - plain.weight)[:, :2].abs().max() > 1e-3
+
+
 def test_on_inputs_that_go_together_it_is_ahead_of_adam():
     # Least squares with inputs whose directions differ a hundredfold in length, turned away from the axes.
     q = orthogonal(1, 20, 5)[0]

@@ -96,7 +96,7 @@ def run(config):
     rows = []
     for part in config.parts:
         module = importlib.import_module(PARTS[part][0])
-        print(f"\n{part}: {PARTS[part][1]}, {config.repetitions} repetitions", flush=True)
+        print(f"\n{part}: {PARTS[part][1]}, at most {config.repetitions} repetitions", flush=True)
         found = module.rows(config)
         rows += found
         print(text_table(*table(found)), flush=True)
