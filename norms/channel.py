@@ -8,12 +8,14 @@ With m = mean, s^2 = max(var, floor) + eps and a the share that this batch has i
 The last term is missing where `floor` holds the variance. With a = 1 this is batch norm's gradient; in general it is
 (1 - a) times the gradient with frozen statistics plus a times batch norm's taken at m and s.
 
-`plain` leaves the gradient to automatic differentiation; `_Fused` has it in closed form. The tests hold the two
-together.
+`plain` leaves the gradient to automatic differentiation. `_Fused` has it in closed form, by torch's kernels, and
+`KernelStep` by the project's own (see `norms.kernels`), which take a small batch in one call each way. The tests hold
+the three together.
 """
 
 import torch
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from norms.moments import HALF, moments, per_channel, scale_shift, wide
 
@@ -181,6 +183,36 @@ class _Fused(torch.autograd.Function):
                 back = a * weight * rstd * rstd * gw / (x.numel() // len(weight)) * (var < floor)
                 gx.addcmul_(x - per_channel(mean, x.ndim), per_channel(back, x.ndim))
         return gx, gw, gb, None, None
+
+
+class KernelStep(torch.autograd.Function):
+    """A training step of a norm in one call each way, the running state's update included, by `norms/kernels.c`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, kernels, norm, state, numbers):
+        """`norm` is the kernel's name, `state` the tensors that it updates, `numbers` its settings, eps the last."""
+        n, c = x.shape[0], x.shape[1]
+        y, kept = torch.empty_like(x), x.new_empty(2 * c + 2)
+        getattr(kernels, norm)(x.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), kept.data_ptr(),
+                               *[t.data_ptr() for t in state], n, c, x.numel() // (n * c), *numbers)
+        increment_version(state)
+        ctx.save_for_backward(x, weight)
+        ctx.kept = kernels, kept, numbers[-1]
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        kernels, kept, eps = ctx.kept
+        n, c = x.shape[0], x.shape[1]
+        if torch.is_grad_enabled():                                     # somebody will differentiate this gradient
+            mean, var, a, floor = kept.split((c, c, 1, 1))
+            return *differentiable(x, weight, mean, var, eps, a, floor, g), None, None, None, None
+        if not g.is_contiguous(): g = g.contiguous()
+        gx, gw, gb = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+        kernels.channel_backward(g.data_ptr(), x.data_ptr(), weight.data_ptr(), kept.data_ptr(), gx.data_ptr(),
+                                 gw.data_ptr(), gb.data_ptr(), n, c, x.numel() // (n * c), eps)
+        return gx, gw, gb, None, None, None, None
 
 
 def differentiable(x, weight, mean, var, eps, a, floor, g):

@@ -6,12 +6,14 @@ With the channels of an image in G groups, m and s^2 = var + eps over a group's 
     dL/dx = 1 / s [h - mean(h) - xhat mean(h xhat)]             h = weight dL/dy, means over the group
 
 One group is layer norm, as many as channels is instance norm. `plain` leaves the gradient to automatic
-differentiation; `_Fused` has it in closed form. The tests hold the two together.
+differentiation. `_Fused` has it in closed form, by torch's kernels, and `_KernelStep` by the project's own (see
+`norms.kernels`), which take a small batch in one call each way. The tests hold the three together.
 """
 
 import torch
 
 from norms.channel import _ONE, eager_cpu
+from norms.kernels import kernels_for
 from norms.moments import moments, scale_shift, wide
 
 
@@ -24,6 +26,10 @@ def normalise_groups(x, groups, eps, weight=None, bias=None):
         eps: added to the variance.
         weight, bias: None for none, `()`, `(C,)` for one per channel, or of the shape of an image, `(C, *spatial)`.
     """
+    if eager_cpu(x):
+        size = 0 if weight is None else (1, x.shape[1])[weight.ndim] if weight.ndim < 2 else x.numel() // x.shape[0]
+        kernels = kernels_for(x) if weight is None else kernels_for(x, size, weight, bias)
+        if kernels: return _KernelStep.apply(x, groups, eps, weight, bias, kernels)
     # Of one value the output is exactly `bias`, which the fused kernel's rounding would spoil.
     if (eager_cpu(x) and x.dtype in (torch.float32, torch.float64) and (weight is None or weight.dtype is x.dtype)
             and x.numel() > len(x) * groups and x.is_contiguous()):
@@ -44,6 +50,47 @@ def plain(x, groups, eps, weight=None, bias=None):
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 _group_norm_backward = torch.ops.aten.native_group_norm_backward.default
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
+
+
+class _KernelStep(torch.autograd.Function):
+    """`plain` without a graph, in one call each way, by `norms/kernels.c`."""
+
+    @staticmethod
+    def forward(ctx, x, groups, eps, weight, bias, kernels):
+        n, c = x.shape[0], x.shape[1]
+        size = x.numel() // (n * groups)                                # values of a group: rows times row
+        if weight is None or not weight.ndim: sizes = n, groups, 1, size, 0, 0
+        elif weight.ndim == 1 and size * groups > c: sizes = n, groups, c // groups, size * groups // c, 1, 0
+        else: sizes = n, groups, 1, size, size, 1                       # a weight for each value of an image
+        y, kept = torch.empty_like(x), x.new_empty(2 * n * groups)
+        kernels.group_norm(x.data_ptr(), weight if weight is None else weight.data_ptr(),
+                           bias if bias is None else bias.data_ptr(), y.data_ptr(), kept.data_ptr(), *sizes, eps)
+        ctx.save_for_backward(x, weight, bias)
+        ctx.kept = kernels, kept, sizes, groups, eps
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, bias = ctx.saved_tensors
+        kernels, kept, sizes, groups, eps = ctx.kept
+        if torch.is_grad_enabled(): return *differentiable(x, groups, eps, weight, bias, g), None
+        if not g.is_contiguous(): g = g.contiguous()
+        gx, gw, gb = torch.empty_like(x), None, None
+        if weight is None:
+            kernels.group_backward(g.data_ptr(), x.data_ptr(), None, kept.data_ptr(), gx.data_ptr(), None, None, *sizes)
+        else:
+            gw, gb = torch.empty_like(weight), torch.empty_like(weight)
+            kernels.group_backward(g.data_ptr(), x.data_ptr(), weight.data_ptr(), kept.data_ptr(), gx.data_ptr(),
+                                   gw.data_ptr(), gb.data_ptr(), *sizes)
+        return gx, None, None, gw, gb, None
+
+
+def differentiable(x, groups, eps, weight, bias, g):
+    """The gradients of `plain`'s arguments, as functions of x, weight and g that can be differentiated in turn."""
+    wanted = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(plain(x, groups, eps, weight, bias), wanted, g, create_graph=True))
+    gx, gw, gb = (next(found) if t is not None and t.requires_grad else None for t in (x, weight, bias))
+    return gx, None, None, gw, gb
 
 
 class _Fused(torch.autograd.Function):
@@ -73,13 +120,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, g):
         x, weight, bias = ctx.saved_tensors
         mean, rstd, groups, eps = ctx.stats
-        if torch.is_grad_enabled():  # somebody will differentiate this gradient
-            inputs = (x, weight, bias)
-            wanted = [t for t in inputs if t is not None and t.requires_grad]
-            y = plain(x, groups, eps, weight, bias)
-            found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
-            gx, gw, gb = (next(found) if t is not None and t.requires_grad else None for t in inputs)
-            return gx, None, None, gw, gb
+        if torch.is_grad_enabled(): return differentiable(x, groups, eps, weight, bias, g)
         g, n, c = g.contiguous(), x.shape[0], x.shape[1]
         if weight is None or not weight.ndim:
             rows = (1, n * groups, -1)

@@ -515,8 +515,10 @@ def checkpointed(case):
 @check("activation checkpointing counts a batch once")
 def checkpointing_counts_once(case):
     recomputed, plain, *_ = checkpointed(case)
-    agree(state(recomputed), state(plain), "after a recomputed forward")
-    agree(step(recomputed.eval(), case.x(2)), step(plain.eval(), case.x(2)), "in evaluation after a recomputed forward")
+    # Not bit for bit: a norm may take other kernels where a forward pass will be done again.
+    agree(state(recomputed), state(plain), "after a recomputed forward", 1e-5)
+    agree(step(recomputed.eval(), case.x(2)), step(plain.eval(), case.x(2)), "in evaluation after a recomputed forward",
+          1e-5)
 
 
 @check("activation checkpointing keeps the gradient")

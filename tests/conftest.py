@@ -34,3 +34,12 @@ def mnist_dir():
     """The folder that holds MNIST, from NORMS_DATA_DIR; a test that can't do without it is skipped elsewhere."""
     if MNIST_DIR is None: pytest.skip("needs MNIST: set NORMS_DATA_DIR")
     return MNIST_DIR
+
+
+@pytest.fixture(params=["own", "torch's"])
+def kernels(request, monkeypatch):
+    """Once with the norms' own kernels and once with torch's, as without a C compiler or with several threads."""
+    import norms.kernels
+    if request.param != "own": monkeypatch.setattr(norms.kernels, "KERNELS", {})
+    elif not norms.kernels.AVAILABLE: pytest.skip("the norms' kernels are not built: pip install -e . builds them")
+    return request.param

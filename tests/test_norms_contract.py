@@ -10,6 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 NORMS = {"batch": lambda: BatchNorm(4), "layer": LayerNorm, "instance": lambda: InstanceNorm(4),
          "group": lambda: GroupNorm(2, 4), "running": lambda: RunningBatchNorm(4),
          "running per image": lambda: RunningBatchNorm(4, rule="per_image")}

@@ -12,6 +12,8 @@ from torch import nn
 
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 pytest.importorskip("expecttest")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")     # whatever torch's test utilities say while they are imported

@@ -13,6 +13,8 @@ import norms.running
 from norms import BatchNorm, RunningBatchNorm
 from norms.channel import normalise_channels, plain
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 
 @pytest.mark.parametrize("path", ["cpu", "elsewhere"])
 @pytest.mark.parametrize("rule", ["lesson", "per_image"])
@@ -188,7 +190,8 @@ def test_checkpointed_forward_counts_once_and_keeps_the_gradient():
         leaf = x.clone().requires_grad_()
         (run(leaf).pow(3).sum() + run(leaf).pow(2).sum()).backward()
         ends.append([leaf.grad, *(p.grad for p in norms.parameters()), *norms.state_dict().values()])
-    for a, b in zip(*ends, strict=True): assert torch.equal(a, b)
+    # To rounding: a forward that will be done again takes torch's kernels.
+    for a, b in zip(*ends, strict=True): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_forward_in_a_backward_that_is_no_checkpoint():

@@ -11,6 +11,8 @@ from torch import nn
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
 from norms.testing import CHECKS, check_norm
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 
 def named(words):
     """The checks whose names contain the `words`, a check each."""

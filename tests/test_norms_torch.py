@@ -6,6 +6,8 @@ from torch import nn
 
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 SHAPES = {2: (6, 4), 3: (5, 4, 7), 4: (3, 4, 5, 6), 5: (2, 4, 3, 2, 3)}
 BATCH = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 INSTANCE = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}

@@ -1,0 +1,211 @@
+"""The norms' own kernels: they are built, equal torch's, and are left alone where they may not work."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import norms.kernels
+from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
+
+ROOT = Path(__file__).parent.parent
+NORMS = {"batch": BatchNorm, "running": RunningBatchNorm,
+         "per image": lambda nf: RunningBatchNorm(nf, rule="per_image"),
+         "layer": lambda nf: LayerNorm(), "instance": InstanceNorm, "group": lambda nf: GroupNorm(2 - nf % 2, nf)}
+needs_kernels = pytest.mark.skipif(not norms.kernels.AVAILABLE, reason="the norms' kernels are not built here")
+
+
+def test_they_are_built_where_there_is_a_compiler():
+    if os.environ.get("NORMS_KERNELS") == "0": pytest.skip("switched off by NORMS_KERNELS=0")
+    if not (shutil.which("cc") or shutil.which("gcc")): pytest.skip("there is no C compiler")
+    assert norms.kernels.AVAILABLE, "pip install -e . builds them"
+
+
+def used(y): return "Kernel" in type(y.grad_fn).__name__
+
+
+def steps(norm, batches):
+    """Outputs and all gradients of training steps on `batches` of `(x, g)`, and the state after them."""
+    found = []
+    for x, g in batches:
+        x = x.clone().requires_grad_()
+        y = norm(x)
+        found += [y, *torch.autograd.grad(y, [x, *norm.parameters()], g)]
+    return [*found, *norm.state_dict().values()]
+
+
+def both(make, batches, monkeypatch):
+    """What `steps` gives with our kernels and with torch's, from the same weights, in this order."""
+    ours, other = make(), make()
+    for p, q in zip(ours.parameters(), other.parameters(), strict=True):
+        with torch.no_grad(): p.copy_(torch.randn(p.shape)), q.copy_(p)
+    got = steps(ours, batches)
+    assert used(got[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(norms.kernels, "KERNELS", {})
+        want = steps(other, batches)
+    assert not used(want[0])
+    return got, want
+
+
+# More channels than the kernels take at a time (64), one position and several, one image, ragged batches.
+@needs_kernels
+@pytest.mark.parametrize("size", [(3,), (130,), (3, 5), (130, 1, 1), (70, 3, 2), (2, 2, 2, 3)], ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_same_numbers_as_with_torch_s_kernels(name, size, monkeypatch):
+    if name == "instance" and len(size) == 1: pytest.skip("needs positions")
+    # Small spreads, so that the floor under the variance holds some channels at first and not others.
+    spread = torch.linspace(0.02, 2, size[0], dtype=torch.float64).view(-1, *[1] * (len(size) - 1))
+    batches = [(torch.randn(n, *size, dtype=torch.float64) * spread + 3, torch.randn(n, *size, dtype=torch.float64))
+               for n in (2, 5, 1, 8, 2, 3, 2, 1, 4)]
+    for a, b in zip(*both(lambda: NORMS[name](size[0]).double(), batches, monkeypatch), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11 * max(1, b.abs().max().item()))
+
+
+@needs_kernels
+@pytest.mark.parametrize("affine", [(), (6, 1, 1), (6, 3, 4)], ids=str)
+def test_layer_norm_s_affine_shapes(affine, monkeypatch):
+    batches = [(torch.randn(n, 6, 3, 4, dtype=torch.float64), torch.randn(n, 6, 3, 4, dtype=torch.float64))
+               for n in (2, 5)]
+    if affine == (6, 1, 1):     # broadcast to an image: not contiguous, and so none of ours
+        assert not used(LayerNorm(shape=affine).double()(batches[0][0]))
+        return
+    for a, b in zip(*both(lambda: LayerNorm(shape=affine).double(), batches, monkeypatch), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", NORMS)
+def test_float32_is_float64_rounded(name):
+    """Sums are of double precision: what is left is the rounding of the steps, here at most 20 of float32's."""
+    batches = [(torch.randn(n, 9, 7, 7) + 2, torch.randn(n, 9, 7, 7)) for n in (2, 2, 5)]
+    exact = [(x.double(), g.double()) for x, g in batches]
+    for a, b in zip(steps(NORMS[name](9), batches), steps(NORMS[name](9).double(), exact), strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=2e-6, atol=2e-6 * b.double().abs().max().item())
+
+
+@needs_kernels
+@pytest.mark.parametrize("make", [BatchNorm, RunningBatchNorm])
+def test_not_a_number_stays_one(make):
+    norm, x = make(3), torch.randn(4, 3, 2)
+    x[1, 2, 0] = float("nan")
+    y = norm(x.requires_grad_())
+    (gx,) = torch.autograd.grad(y.sum(), x)
+    for t in (y, gx): assert t[:, 2].isnan().all()
+    assert y[:, :2].isfinite().all()
+    assert norm.running_mean.isnan().tolist() == norm.running_var.isnan().tolist() == [False, False, True]
+
+
+@needs_kernels
+@pytest.mark.parametrize("make", [BatchNorm, RunningBatchNorm, lambda nf: LayerNorm(), lambda nf: GroupNorm(2, nf)])
+def test_gradients_that_are_views(make):
+    """A gradient need not be contiguous: that of a sum is one number expanded."""
+    norm, x = make(4).double(), torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    y = norm(x)
+    assert used(y)
+    g = torch.randn(5, 4, 3, dtype=torch.float64).permute(2, 1, 0)
+    for a, b in zip(*(torch.autograd.grad(y, [x, *norm.parameters()], t, retain_graph=True)
+                      for t in (g, g.contiguous())), strict=True): assert torch.equal(a, b)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.zeros_like(x), rtol=0, atol=1e-12)     # a normalised sum can't change
+
+
+@needs_kernels
+def test_a_buffer_changes_in_place_and_says_so():
+    """Another reference to it sees the update, and a graph that had saved it before refuses to go on."""
+    for norm in (BatchNorm(3), RunningBatchNorm(3)):
+        buffers = dict(norm.named_buffers())
+        x = torch.randn(2, 3, 4)
+        evaluated = (norm.running_mean * torch.ones(3, requires_grad=True)).sum()
+        norm(x)
+        for name, t in norm.named_buffers(): assert t is buffers[name]
+        torch.testing.assert_close(norm.running_mean, x.mean((0, 2)) * (0.1 if isinstance(norm, BatchNorm) else 1))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"): evaluated.backward()
+
+
+def replaced(name, change):
+    """A norm with one tensor changed, as no one should leave it."""
+    norm = RunningBatchNorm(4)
+    if name in norm._buffers: norm._buffers[name] = change(norm._buffers[name])
+    else: norm._parameters[name] = nn.Parameter(change(norm._parameters[name].detach()))
+    return norm
+
+
+@needs_kernels
+def test_kernels_touch_only_memory_that_is_as_they_think():
+    x = torch.randn(2, 4, 3, 3)
+    assert used(RunningBatchNorm(4)(x))
+    two_apart = replaced("running_var", lambda t: torch.ones(8)[::2])
+    for norm in (replaced("weight", lambda t: torch.ones(8)[::2]), two_apart,
+                 replaced("count", lambda t: t.double())): assert not used(norm(x))
+    assert two_apart.running_var.shape == (4,)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        with pytest.raises(RuntimeError): replaced(name, lambda t: t[:3].clone())(x)
+        with pytest.raises((RuntimeError, NotImplementedError)): replaced(name, lambda t: t.to("meta"))(x)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", NORMS)
+def test_other_inputs_are_torch_s(name, monkeypatch):
+    norm, x = NORMS[name](4), torch.randn(2, 4, 8, 8)
+    assert used(norm(x))
+    assert not used(norm(x.to(memory_format=torch.channels_last)))
+    assert not used(norm(x[..., ::2]))
+    assert not used(norm(x.bfloat16()))
+    monkeypatch.setattr(norms.kernels, "GRAIN", 100)
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert used(norm(x)) == (threads == 1)
+
+
+@needs_kernels
+@pytest.mark.parametrize("method", ["track", "floor"])
+def test_a_norm_with_a_rule_of_its_own_keeps_it(method):
+    """The kernels know the project's rules alone: a class that changes one is not run by them."""
+    for base in (BatchNorm, RunningBatchNorm):
+        if not hasattr(base, method): continue
+        called = []
+
+        def own(self, *args, base=base, called=called):
+            called.append(method)
+            return getattr(base, method)(self, *args)
+        norm = type("Own", (base,), {method: own})(3)
+        norm(torch.randn(2, 3, 4))
+        assert called == [method]
+
+
+def test_without_them_the_norms_work_the_same(tmp_path):
+    """Switched off, and where the file is of another system."""
+    code = ("import norms.kernels, torch; from norms import RunningBatchNorm; assert not norms.kernels.AVAILABLE; "
+            "y = RunningBatchNorm(3)(torch.arange(12.).view(2, 3, 2)); print(y.square().mean().item())")
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"NORMS_KERNELS": "0", "PYTHONPATH": str(ROOT)},
+                         capture_output=True, text=True, check=True)
+    assert float(run.stdout) == pytest.approx(1, abs=1e-4)
+    from importlib.machinery import EXTENSION_SUFFIXES
+    (tmp_path / f"_kernels{EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
+    assert norms.kernels.load(tmp_path) == {}
+    assert norms.kernels.load(tmp_path / "nowhere") == {}
+
+
+@pytest.mark.parametrize("compiler", ["cc", "false"])
+def test_the_installation_goes_on_without_a_compiler(compiler, tmp_path):
+    """As pip does it: `build_ext` of what pyproject.toml says, here in a copy."""
+    if not shutil.which(compiler): pytest.skip(f"there is no {compiler}")
+    for name in ("pyproject.toml", "README.md", "LICENSE"): shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "norms").mkdir()
+    shutil.copy(ROOT / "norms" / "kernels.c", tmp_path / "norms")
+    (tmp_path / "norms" / "__init__.py").touch()
+    pytest.importorskip("setuptools", minversion="77")
+    code = "from setuptools import setup; setup(packages=['norms'])"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, "build_ext", "--inplace"], cwd=tmp_path,
+                          env=os.environ | {"CC": compiler}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = norms.kernels.load(tmp_path / "norms")
+    assert set(found) == (set() if compiler == "false" or os.environ.get("NORMS_KERNELS") == "0"
+                          else {torch.float32, torch.float64})
+    if compiler == "false": assert "failed" in done.stdout + done.stderr
