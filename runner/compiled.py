@@ -1,4 +1,4 @@
-"""`Runner(compile=True)`: prediction, loss and gradients of a batch in one compiled graph, for `runner.core`'s loop."""
+"""`Runner(compile=True)`: prediction, loss and gradients of a training batch in one compiled graph, for the loop."""
 
 import copy
 from contextlib import contextmanager
@@ -14,12 +14,13 @@ class CompileError(RuntimeError):
 
 
 class CompiledStep:
-    """What a batch computes, compiled twice: once for training, with the gradients, and once for validation.
+    """What a training batch computes, gradients included, compiled.
 
     At batch size 2 most of a step's time goes into calls, and most calls are the backward's. So all gradients are
     computed together with prediction and loss, in one call. The loop then takes out of it what each of its events
     needs: `pred`, `loss`, and in `backward` the gradients, which are added to the parameters' as autograd does. The
-    optimizer runs as it is: compiled it gains nothing, for its guards cost as much as its calls.
+    optimizer runs as it is: compiled it gains nothing, for its guards cost as much as its calls. So does validation:
+    its batches are large and few, and the compiler would take longer over them than they take.
 
     The same numbers as without, within rounding, and the same random draws. Limits, each met with an error and not
     with other numbers:
@@ -29,8 +30,8 @@ class CompiledStep:
       `DistributedDataParallel`.
     - Model and loss must be what `torch.compile(fullgraph=True)` can follow.
 
-    The first batch of training and of validation waits for the compiler: 15 to 40 s in all for five conv layers on
-    one core, a few seconds if its cache has them. A batch of another size, such as a ragged last one, is compiled once
+    The first batch waits for the compiler: 10 to 30 s for five conv layers on one core, a few seconds if its cache has
+    them. A batch of another size, such as a ragged last one, is compiled once
     more, then for any size but 1, which is a case of its own. Further fits of the same model use what there is.
     """
 
@@ -56,13 +57,10 @@ class CompiledStep:
 
     def pred(self, run):
         """Do the batch `run.xb, run.yb`; returns the prediction."""
-        at = run.in_train, run.epoch
-        if at != self.at: self.begin_pass(run, at)
+        if run.epoch != self.at: self.begin_pass(run)
         if any(self.hooks): refuse_hooks(self.modules)
         xb, yb = run.xb, run.yb
-        try:
-            if run.in_train: pred, loss, self.grads = self.train(xb, yb)
-            else: pred, loss = self.valid(xb, yb)
+        try: pred, loss, self.grads = self.train(xb, yb)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as e:
             raise self.reason(e, run) from e
         self.given = pred, version(pred), yb, version(yb), loss, loss._version
@@ -87,8 +85,8 @@ class CompiledStep:
 
     # --- what is compiled -------------------------------------------------------------------------------------
 
-    def begin_pass(self, run, at):
-        """Look up what is trained, and make its two functions if it isn't what it was."""
+    def begin_pass(self, run):
+        """Look up what is trained, and make its function if it isn't what it was."""
         model, loss_func = run.model, run.loss_func
         tops = [t for t in (model, loss_func) if isinstance(t, nn.Module)]
         self.modules = {name: m for t in tops for name, m in t.named_modules()} if len(tops) == 1 else {
@@ -99,9 +97,9 @@ class CompiledStep:
         refuse_gradient_hooks(self.modules, self.params)
         built = [model, loss_func, *self.params]
         if list(map(id, built)) != list(map(id, self.built)):
-            self.train, self.valid = map(self.compiled, step_functions(model, loss_func, self.params))
+            self.train = self.compiled(step_function(model, loss_func, self.params))
             self.built = built
-        self.at = at
+        self.at = run.epoch
 
     def compiled(self, f):
         # The compiler files what it made under the code object, up to 8 times: one for each model, not for all.
@@ -114,26 +112,25 @@ class CompiledStep:
 
         That is tried on a copy, so that the running statistics stay as they are.
         """
-        try: train, valid = step_functions(*(copied := copy.deepcopy((run.model, run.loss_func))),
-                                           [p for t in copied if isinstance(t, nn.Module) for p in t.parameters()])
-        except Exception: train = valid = None
+        try: train = step_function(*(copied := copy.deepcopy((run.model, run.loss_func))),
+                                   [p for t in copied if isinstance(t, nn.Module) for p in t.parameters()])
+        except Exception: train = None
         if train:
-            try: (train if run.in_train else valid)(run.xb, run.yb)
+            try: train(run.xb, run.yb)
             except Exception as own: return own
-        which = "training" if run.in_train else "validation"
         if isinstance(e, torch._dynamo.exc.FailOnRecompileLimitHit):
-            return CompileError(f"the {which} step was compiled {torch._dynamo.config.recompile_limit} times, because "
+            return CompileError(f"the training step was compiled {torch._dynamo.config.recompile_limit} times, because "
                                 "something in the model, the loss or the batch is another number or shape at each "
                                 "step; make it a tensor, or fit without compile=True")
-        return CompileError(f"the {which} step can't be compiled: {str(e.__cause__ or e).split(chr(10) * 2)[0]}; it "
+        return CompileError(f"the training step can't be compiled: {str(e.__cause__ or e).split(chr(10) * 2)[0]}; it "
                             "needs a model and a loss that torch.compile(fullgraph=True) can follow: change them, or "
                             "fit without compile=True")
 
 
-def step_functions(model, loss_func, params):
-    """The training step `f(xb, yb) -> pred, loss, gradients` and the validation step `f(xb, yb) -> pred, loss`.
+def step_function(model, loss_func, params):
+    """The training step `f(xb, yb) -> pred, loss, gradients`, one gradient per entry of `params`.
 
-    The gradients are one per entry of `params`, None for what is frozen or not used.
+    It is None for what is frozen or not used.
     """
     def train(xb, yb):
         pred = model(xb)
@@ -143,11 +140,7 @@ def step_functions(model, loss_func, params):
         grads = iter([g if g is None or 0 not in g.stride() else g.contiguous()
                       for g in torch.autograd.grad(loss, live, allow_unused=True)])
         return detached(pred), loss.detach(), [next(grads) if p.requires_grad else None for p in params]
-
-    def valid(xb, yb):
-        pred = model(xb)
-        return pred, loss_func(pred, yb)
-    return train, valid
+    return train
 
 
 def detached(pred):

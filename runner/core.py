@@ -175,8 +175,8 @@ class Runner:
     Args:
         cbs: callbacks, one or a list.
         cb_funcs: functions without arguments that make callbacks, such as their classes or `partial`s of them.
-        compile: compute prediction, loss and gradients of a batch in one compiled graph: `runner.compiled` says with
-            what limits. It needs torch 2.11 and a C++ compiler.
+        compile: compute prediction, loss and gradients of a training batch in one compiled graph: `runner.compiled`
+            says with what limits. It needs torch 2.11 and a C++ compiler.
 
     Each callback is exposed under its name: `run.recorder`. During a fit the runner has `xb, yb, pred, loss` (of
     the batch), `opt, model, loss_func, data` (of the learner), `in_train`, `n_epochs` (float), `n_iter`, `iters`
@@ -240,7 +240,8 @@ class Runner:
         A batch cancelled in `after_backward` keeps its gradients, so the next one adds to them; after a step they are
         cleared whatever happens.
         """
-        self.xb, self.yb, fused = xb, yb, self._compiled    # fused: all three at once, if compile=True
+        self.xb, self.yb = xb, yb
+        fused = self._compiled if self.in_train else None   # all three at once, if compile=True
         with _Always(self, "after_batch"):
             try:
                 self("begin_batch")
