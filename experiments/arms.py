@@ -3,6 +3,7 @@
 import math
 import time
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -30,6 +31,7 @@ from runner.progress import format_time
 
 FIGURES = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
 MEASURED = ["valid accuracy", "range", "valid loss", "seeds", "seconds", "status"]     # the columns of `measured`
+VALID_BATCH = 250   # images at least in a batch of validation, which has nothing to learn from small ones
 WARM_UP = 0.3       # the part of training in which a rate of three stops goes from the first to the second
 
 
@@ -55,14 +57,16 @@ def train(model, images, row, device, label, cbs=(), *, tfm=None, backend=None, 
     or "failed", with the error of a norm that refused its input.
     """
     order, device = torch.Generator().manual_seed(row["seed"]), torch.device(device)
-    dls = get_dls(images.train, images.valid, row["batch_size"], drop_last=drop_last, generator=order)
+    dls = get_dls(images.train, images.valid, row["batch_size"], valid_bs=max(2 * row["batch_size"], VALID_BATCH),
+                  drop_last=drop_last, generator=order)
     rate, sched = schedule(row["lr"])
     convolutions = device.type == "cpu" and any(isinstance(m, nn.Conv2d) for m in model.modules())
     backend = backend or CPUBackendCallback()
     learn, run = get_runner(model, DataBunch(*dls, images.c), rate, [
         Recorder(), AvgStatsCallback(accuracy), CudaCallback(device),
         BatchTransformXCallback(tfm or view_tfm(1, 28, 28)), ProgressCallback(label),
-        *([backend] if convolutions else []), *([ParamScheduler("lr", sched)] if sched else []), *cbs], compile=compile)
+        *([backend] if convolutions else []), *([ParamScheduler("lr", sched)] if sched else []), *cbs],
+        opt_func=partial(torch.optim.SGD, fused=device.type in ("cpu", "cuda")), compile=compile)
     row = {**row, "parameters": sum(p.numel() for p in model.parameters())}
     start, error = time.perf_counter(), None
     # A norm that refuses its input (torch's batch norm does, one value per channel) is a row, not a crash.

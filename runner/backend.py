@@ -16,6 +16,7 @@ MOST = 20       # steps of each setting
 FEWEST = 3      # below this many there is nothing to measure, and the settings stay
 GAIN = 0.9      # another setting must take at most this much of the time of the user's own
 THREADS = 0.75  # and more threads at most this much of the time of fewer
+LARGER = 8      # batches so many times as large as the measured ones say something else
 
 
 class CPUBackendCallback(Callback):
@@ -27,7 +28,8 @@ class CPUBackendCallback(Callback):
     of the model and this batch; the settings stay unless another takes at most 0.9 of the time. A second thread must
     bring it to 0.75, for beside other work it can make a step several times as long. Weights, buffers, hooks and
     random state are as they were; the measurement takes about 1 % of the fit's training batches and is left out where
-    that is too few to tell. After the fit the user's settings are back.
+    that is too few to tell. Validation in batches 8 times as large as the measured one, or more, goes by the user's own
+    settings. After the fit they are back.
 
     The choice comes with rounding of its own. To repeat a fit bit for bit, give the choice of the first.
 
@@ -48,13 +50,21 @@ class CPUBackendCallback(Callback):
 
     def begin_fit(self):
         self._before = torch.backends.mkldnn.enabled, torch.get_num_threads()
-        self.choice, self.times, self._settled = None, {}, False
+        self.choice, self.times, self._settled, self._measured = None, {}, False, None
         if self.onednn is None and self.threads is None: return
         onednn, threads = self._before
         self._use(onednn if self.onednn is None else bool(self.onednn), self.threads or threads, "as given")
 
+    def begin_epoch(self):
+        if self._measured: use_backend(**self.choice)
+
     def begin_batch(self):
-        if self._settled or not self.run.in_train: return
+        if self.run.in_train:
+            if not self._settled: self._settle()
+        elif self._measured and len(self.xb) >= LARGER * self._measured: use_backend(*self._before)
+
+    def _settle(self):
+        """Choose by the batch at hand, the first."""
         now = self._before
         onednn = (True, False) if torch.backends.mkldnn.is_available() else (now[0],)
         settings = list(dict.fromkeys([now, *((o, t) for o in onednn for t in (now[1], 1))]))
@@ -73,6 +83,7 @@ class CPUBackendCallback(Callback):
         else:
             fewer = [s for s in self.times if s[1] < best[1] and THREADS * self.times[s] <= self.times[best]]
             best = min(fewer, key=self.times.get, default=best)
+        self._measured = len(self.xb)
         self._use(*best, "measured: " + ", ".join(f"{_words(*s)} {ms:.2f} ms" for s, ms in self.times.items()))
 
     def after_fit(self):

@@ -2,6 +2,7 @@
 
 import operator
 
+import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -22,7 +23,11 @@ class Dataset:
 
     def __len__(self): return len(self.x)
 
-    def __getitem__(self, i): return self.x[i], self.y[i]
+    def __getitem__(self, i):
+        # A list of ints would be made a tensor twice, at more than what fetching a batch of two takes.
+        if isinstance(i, list) and i and type(i[0]) is int and torch.is_tensor(self.x) and torch.is_tensor(self.y):
+            i = torch.tensor(i)
+        return self.x[i], self.y[i]
 
 
 class DataBunch:
@@ -50,8 +55,16 @@ def whole_batch(batch):
     return batch
 
 
-def get_dls(train_ds, valid_ds, bs, *, drop_last=False, generator=None, **kwargs):
-    """A shuffled training loader of batch size `bs` and a validation loader, in order, of `2 * bs`.
+def batch_size(bs):
+    """`bs` as an int. Raises ValueError unless it is a positive integer, of Python's or another kind."""
+    try: whole = operator.index(bs)
+    except TypeError: whole = 0
+    if isinstance(bs, bool) or whole < 1: raise ValueError(f"batch size is {bs!r}; it must be a positive integer")
+    return whole
+
+
+def get_dls(train_ds, valid_ds, bs, *, valid_bs=None, drop_last=False, generator=None, **kwargs):
+    """A shuffled training loader of batch size `bs` and a validation loader, in order, of `valid_bs`.
 
     Where a data set can be indexed by a list, the loader's sampler yields the indices of a batch and the data set
     returns the batch: no image is ever fetched by itself. (`batch_size=None` is torch's way to say so; such a loader's
@@ -61,6 +74,7 @@ def get_dls(train_ds, valid_ds, bs, *, drop_last=False, generator=None, **kwargs
         train_ds, valid_ds: `Dataset`s or `TensorDataset`s, or `Subset`s of them; any other map-style data set works
             too, item by item.
         bs: training batch size.
+        valid_bs: validation batch size; None for `2 * bs`, as in the lesson.
         drop_last: leave out the last training batch if it is smaller than `bs`.
         generator: a `torch.Generator` that decides the order of the training images; torch's global one if None.
         **kwargs: for both `torch.utils.data.DataLoader`s, such as `num_workers` or `pin_memory`.
@@ -69,10 +83,8 @@ def get_dls(train_ds, valid_ds, bs, *, drop_last=False, generator=None, **kwargs
         ValueError: a batch size that is not a positive integer, an empty data set, a training set smaller than `bs`
             with `drop_last`.
     """
-    try: bs = operator.index(bs)
-    except TypeError: pass
-    if not isinstance(bs, int) or isinstance(bs, bool) or bs < 1:
-        raise ValueError(f"batch size is {bs!r}; it must be a positive integer")
+    bs = batch_size(bs)
+    valid_bs = 2 * bs if valid_bs is None else batch_size(valid_bs)
     for which, ds in (("training", train_ds), ("validation", valid_ds)):
         if not len(ds): raise ValueError(f"the {which} set is empty; it needs at least one item")
     if drop_last and len(train_ds) < bs:
@@ -86,4 +98,4 @@ def get_dls(train_ds, valid_ds, bs, *, drop_last=False, generator=None, **kwargs
         return DataLoader(ds, None, sampler=BatchSampler(sampler, bs, drop_last), generator=generator, **whole)
 
     return (loader(train_ds, RandomSampler(train_ds, generator=generator), bs, drop_last, generator),
-            loader(valid_ds, SequentialSampler(valid_ds), 2 * bs, False, None))
+            loader(valid_ds, SequentialSampler(valid_ds), valid_bs, False, None))

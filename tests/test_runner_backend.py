@@ -93,6 +93,22 @@ def test_the_fastest_setting_is_used_if_it_gains_a_tenth(monkeypatch, cost, chos
     assert cb.reason.startswith("measured: oneDNN on 2 threads ")
 
 
+def test_much_larger_validation_batches_go_by_the_users_settings(monkeypatch):
+    """What was measured on a batch of 2 says nothing of one of 16; in the next epoch's training the choice is back."""
+    clock = Clock({(True, 2): 2.0, (True, 1): 2.0, (False, 2): 1.0, (False, 1): 1.0})
+    monkeypatch.setattr(runner.backend, "time", clock)
+    for valid_bs, in_validation in ((15, (False, 1)), (16, (True, 2))):
+        cb, sees, learn = CPUBackendCallback(), Sees(), learner(model=Conv(clock))
+        ds = learn.data.valid_ds
+        learn.data.valid_dl = get_dls(ds, ds, 2, valid_bs=valid_bs)[1]
+        Runner([cb, sees]).fit(2, learn)
+        epoch = [(False, 1)] * 20 + [in_validation] * 3         # 40 images
+        assert sees.seen == epoch * 2
+    given, sees = CPUBackendCallback(onednn=False, threads=1), Sees()
+    Runner([given, sees]).fit(1, learn)
+    assert set(sees.seen) == {(False, 1)}
+
+
 def test_a_setting_twice_as_slow_is_measured_once(monkeypatch):
     clock = Clock({(True, 2): 1.0, (True, 1): 1.5, (False, 2): 3.0, (False, 1): 3.0})
     calls, seconds = [], Conv.forward

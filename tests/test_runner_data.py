@@ -88,6 +88,27 @@ class Items(torch.utils.data.Dataset):
     def __getitem__(self, i): return torch.tensor(float(i + 0)), i + 0
 
 
+def test_validation_batch_size():
+    x = torch.arange(10.0)
+    for valid_bs, sizes in ((None, [6, 4]), (4, [4, 4, 2]), (100, [10])):
+        _, valid = get_dls(Dataset(x, x), Dataset(x, x), 3, valid_bs=valid_bs)
+        assert [len(xb) for xb, _ in valid] == sizes
+    with pytest.raises(ValueError, match="batch size is 0; it must be a positive integer"):
+        get_dls(Dataset(x, x), Dataset(x, x), 3, valid_bs=0)
+
+
+def test_dataset_is_indexed_as_its_arrays_are():
+    x, y = torch.arange(12.0).view(6, 2), torch.arange(6)
+    for a, b in ((x, y), (x.numpy(), y.numpy()), (x, y.numpy())):
+        ds = Dataset(a, b)
+        for i in (2, -1, slice(1, 4), [4, 0, 4], [-1], [], [True, False] * 3, torch.tensor([1, 2])):
+            got, want = ds[i], (a[i], b[i])
+            for g, w in zip(got, want, strict=True):
+                assert type(g) is type(w)
+                assert torch.equal(torch.as_tensor(g), torch.as_tensor(w))
+    with pytest.raises(IndexError): Dataset(x, y)[[6]]
+
+
 def test_data_bunch_shows_its_data_sets():
     learn = make_learn()
     assert len(learn.data.train_ds) == len(learn.data.valid_ds) == 4
