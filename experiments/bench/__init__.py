@@ -15,6 +15,7 @@ import torch
 
 from experiments.errors import InputError, pick
 from experiments.results import RunFolder, markdown_table, text_table, versions
+from norms.kernels import AVAILABLE
 
 # part: (module, what it compares)
 PARTS = {
@@ -55,9 +56,10 @@ class Config:
 
 
 def machine():
-    """The machine in words: processor, cores, and what of it torch uses."""
+    """The machine in words: processor, cores, what of it torch uses, and whose kernels the norms have."""
+    kernels = "their own" if AVAILABLE else "torch's"
     return (f"{_processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__} "
-            f"({torch.backends.cpu.get_cpu_capability()})")
+            f"({torch.backends.cpu.get_cpu_capability()}), norms with {kernels} kernels")
 
 
 def _processor():
