@@ -23,10 +23,12 @@ from norms.moments import HALF, moments, per_channel, scale_shift, wide
 def eager_cpu(x):
     """Whether `x` is an ordinary tensor on a CPU, with no compiler, transform or forward-mode derivative at work.
 
-    There a look at a number waits for nothing, and the fused kernels, which know only the backward, may be used.
+    There a look at a number waits for nothing, and the fused kernels, which know only the backward, may be used. (A
+    dispatch mode, such as `make_fx`'s, and `torch.jit.trace` follow what torch's operators do, and not our kernels.)
     """
     return (x.is_cpu and type(x) is torch.Tensor and not torch.compiler.is_compiling()
-            and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0)
+            and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+            and not torch._C._len_torch_dispatch_stack() and not torch._C._is_tracing())
 
 
 def plain_step(x, nf):

@@ -4,11 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import norms.kernels
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
@@ -177,6 +179,32 @@ def test_a_norm_with_a_rule_of_its_own_keeps_it(method):
         norm = type("Own", (base,), {method: own})(3)
         norm(torch.randn(2, 3, 4))
         assert called == [method]
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_traced_graph_computes_and_is_no_constant(name):
+    """Neither a number that the norm looked at nor what the kernels did may be baked into a graph."""
+    x, other = torch.randn(2, 2, 4, 3, 3).double()
+    norm = NORMS[name](4).double()
+    state = {k: v.clone() for k, v in norm.state_dict().items()}
+
+    def step(x, state):
+        y = torch.func.functional_call(norm, state, (x,))
+        return y, *torch.autograd.grad(y.pow(2).sum(), x)
+    inputs = [t.clone().requires_grad_() for t in (x, other)]
+    graph = make_fx(step)(inputs[0], {k: v.clone() for k, v in state.items()})
+    got, want = (f(inputs[1], {k: v.clone() for k, v in state.items()}) for f in (graph, step))
+    for a, b in zip(got, want, strict=True): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_jit_trace_gives_what_can_be_saved(name, tmp_path):
+    norm, x, other = NORMS[name](4).eval(), *torch.randn(2, 2, 4, 3, 3)
+    with warnings.catch_warnings():
+        # torch deprecates it, though models are still shipped so; and it says that the check of the input is fixed.
+        for kind in (FutureWarning, DeprecationWarning, torch.jit.TracerWarning): warnings.simplefilter("ignore", kind)
+        torch.jit.save(torch.jit.trace(norm, x), tmp_path / "norm.pt")
+        torch.testing.assert_close(torch.jit.load(tmp_path / "norm.pt")(other), norm(other))
 
 
 def test_without_them_the_norms_work_the_same(tmp_path):
