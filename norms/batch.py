@@ -63,7 +63,7 @@ class BatchNorm(Norm):
     def forward(self, x):
         if self.training and plain_step(x, self.nf) and type(self).track is BatchNorm.track:
             # What follows below in one call: at batch size 2 the calls are the time.
-            weight, bias = self._parameters["weight"], self._parameters["bias"]
+            weight, bias = self._parameters.get("weight"), self._parameters.get("bias")     # none if parametrized
             mean, var, batches = (self._buffers[k] for k in _STATE)
             if ((kernels := kernels_for(x, self.nf, weight, bias, mean, var)) and ordinary(batches, torch.int64, 1)
                     and not checkpointing()):

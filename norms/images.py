@@ -27,14 +27,19 @@ def normalise_groups(x, groups, eps, weight=None, bias=None):
         weight, bias: None for none, `()`, `(C,)` for one per channel, or of the shape of an image, `(C, *spatial)`.
     """
     if eager_cpu(x):
-        size = 0 if weight is None else (1, x.shape[1])[weight.ndim] if weight.ndim < 2 else x.numel() // x.shape[0]
-        kernels = kernels_for(x) if weight is None else kernels_for(x, size, weight, bias)
-        if kernels: return _KernelStep.apply(x, groups, eps, weight, bias, kernels)
-    # Of one value the output is exactly `bias`, which the fused kernel's rounding would spoil.
-    if (eager_cpu(x) and x.dtype in (torch.float32, torch.float64) and (weight is None or weight.dtype is x.dtype)
-            and x.numel() > len(x) * groups and x.is_contiguous()):
-        return _Fused.apply(x, groups, eps, weight, bias)
+        if kernels := kernels_for(x, *([] if weight is None else [affine_size(x, weight), weight, bias])):
+            return _KernelStep.apply(x, groups, eps, weight, bias, kernels)
+        # Of one value the output is exactly `bias`, which this kernel's rounding would spoil.
+        if (x.dtype in (torch.float32, torch.float64) and (weight is None or weight.dtype is x.dtype)
+                and x.numel() > len(x) * groups and x.is_contiguous()):
+            return _Fused.apply(x, groups, eps, weight, bias)
     return plain(x, groups, eps, weight, bias)
+
+
+def affine_size(x, weight):
+    """How many values `weight` must have on `x`."""
+    if weight.ndim > 1: return x.numel() // x.shape[0]
+    return x.shape[1] if weight.ndim else 1
 
 
 def plain(x, groups, eps, weight=None, bias=None):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import parametrize
 
 import norms.kernels
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
@@ -149,6 +150,22 @@ def test_kernels_touch_only_memory_that_is_as_they_think():
     for name in ("weight", "bias", "running_mean", "running_var"):
         with pytest.raises(RuntimeError): replaced(name, lambda t: t[:3].clone())(x)
         with pytest.raises((RuntimeError, NotImplementedError)): replaced(name, lambda t: t.to("meta"))(x)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", NORMS)
+def test_a_parametrized_weight_is_no_bare_memory(name):
+    class Squared(nn.Module):
+        def forward(self, w): return w * w
+    norm, x = NORMS[name](4), torch.randn(2, 4, 3)
+    with torch.no_grad(): norm.weight.fill_(3)
+    y = norm.train()(x)
+    parametrized = NORMS[name](4)
+    with torch.no_grad(): parametrized.weight.fill_(3**0.5)
+    parametrize.register_parametrization(parametrized, "weight", Squared())
+    torch.testing.assert_close(parametrized(x), y, rtol=1e-5, atol=1e-5)
+    parametrized(x).sum().backward()
+    assert parametrized.parametrizations.weight.original.grad.shape == norm.weight.shape
 
 
 @needs_kernels
