@@ -16,8 +16,6 @@ from norms.channel import (
 from norms.kernels import kernels_for, ordinary
 from norms.moments import Norm, check_channels
 
-_STATE = "running_mean", "running_var", "num_batches_tracked"
-
 
 class BatchNorm(Norm):
     """Normalise every channel by its mean and variance over the batch and all positions.
@@ -64,7 +62,8 @@ class BatchNorm(Norm):
         if self.training and plain_step(x, self.nf) and type(self).track is BatchNorm.track:
             # What follows below in one call: at batch size 2 the calls are the time.
             weight, bias = self._parameters.get("weight"), self._parameters.get("bias")     # none if parametrized
-            mean, var, batches = (self._buffers[k] for k in _STATE)
+            state = self._buffers
+            mean, var, batches = state["running_mean"], state["running_var"], state["num_batches_tracked"]
             if ((kernels := kernels_for(x, self.nf, weight, bias, mean, var)) and ordinary(batches, torch.int64, 1)
                     and not checkpointing()):
                 return KernelStep.apply(x, weight, bias, kernels, "batch_norm", (mean, var, batches),

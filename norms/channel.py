@@ -193,28 +193,34 @@ class KernelStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, kernels, norm, state, numbers):
         """`norm` is the kernel's name, `state` the tensors that it updates, `numbers` its settings, eps the last."""
-        n, c = x.shape[0], x.shape[1]
-        y, kept = torch.empty_like(x), x.new_empty(2 * c + 2)
+        sizes = kernel_sizes(x)
+        y, kept = torch.empty_like(x), x.new_empty(2 * sizes[1] + 2)
         getattr(kernels, norm)(x.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), kept.data_ptr(),
-                               *[t.data_ptr() for t in state], n, c, x.numel() // (n * c), *numbers)
+                               *[t.data_ptr() for t in state], *sizes, *numbers)
         increment_version(state)
         ctx.save_for_backward(x, weight)
-        ctx.kept = kernels, kept, numbers[-1]
+        ctx.kept = kernels, kept, sizes, numbers[-1]
         return y
 
     @staticmethod
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
-        kernels, kept, eps = ctx.kept
-        n, c = x.shape[0], x.shape[1]
+        kernels, kept, sizes, eps = ctx.kept
         if torch.is_grad_enabled():                                     # somebody will differentiate this gradient
-            mean, var, a, floor = kept.split((c, c, 1, 1))
+            mean, var, a, floor = kept.split((sizes[1], sizes[1], 1, 1))
             return *differentiable(x, weight, mean, var, eps, a, floor, g), None, None, None, None
-        if not g.is_contiguous(): g = g.contiguous()
+        if not x.is_contiguous(): g = g.contiguous(memory_format=torch.channels_last)
+        elif not g.is_contiguous(): g = g.contiguous()
         gx, gw, gb = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
         kernels.channel_backward(g.data_ptr(), x.data_ptr(), weight.data_ptr(), kept.data_ptr(), gx.data_ptr(),
-                                 gw.data_ptr(), gb.data_ptr(), n, c, x.numel() // (n * c), eps)
+                                 gw.data_ptr(), gb.data_ptr(), *sizes, eps)
         return gx, gw, gb, None, None, None, None
+
+
+def kernel_sizes(x):
+    """`x` as the kernels see it, (N, C, positions); one that is channels last as (N positions, C, 1)."""
+    n, c = x.shape[0], x.shape[1]
+    return (n, c, x.numel() // (n * c)) if x.is_contiguous() else (x.numel() // c, c, 1)
 
 
 def differentiable(x, weight, mean, var, eps, a, floor, g):

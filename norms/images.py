@@ -13,7 +13,7 @@ differentiation. `_Fused` has it in closed form, by torch's kernels, and `_Kerne
 import torch
 
 from norms.channel import _ONE, eager_cpu
-from norms.kernels import kernels_for
+from norms.kernels import channels_last, kernels_for
 from norms.moments import moments, scale_shift, wide
 
 
@@ -27,6 +27,12 @@ def normalise_groups(x, groups, eps, weight=None, bias=None):
         weight, bias: None for none, `()`, `(C,)` for one per channel, or of the shape of an image, `(C, *spatial)`.
     """
     if eager_cpu(x):
+        # Where all of an image's values are treated alike, their layout is no matter. Otherwise two copies are cheaper
+        # than the plain formula.
+        flat = groups == 1 and (weight is None or not weight.ndim)
+        if not flat and not x.is_contiguous() and channels_last(x):
+            y = normalise_groups(x.contiguous(), groups, eps, weight, bias)
+            return y.contiguous(memory_format=torch.channels_last)
         if kernels := kernels_for(x, *([] if weight is None else [affine_size(x, weight), weight, bias])):
             return _KernelStep.apply(x, groups, eps, weight, bias, kernels)
         # Of one value the output is exactly `bias`, which this kernel's rounding would spoil.
@@ -79,7 +85,8 @@ class _KernelStep(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         kernels, kept, sizes, groups, eps = ctx.kept
         if torch.is_grad_enabled(): return *differentiable(x, groups, eps, weight, bias, g), None
-        if not g.is_contiguous(): g = g.contiguous()
+        if not x.is_contiguous(): g = g.contiguous(memory_format=torch.channels_last)
+        elif not g.is_contiguous(): g = g.contiguous()
         gx, gw, gb = torch.empty_like(x), None, None
         if weight is None:
             kernels.group_backward(g.data_ptr(), x.data_ptr(), None, kept.data_ptr(), gx.data_ptr(), None, None, *sizes)

@@ -55,7 +55,8 @@ static inline double NAME(product)(const REAL *g, const REAL *x, int64_t p, doub
 /* --- statistics over the images: x is (N, C, P), row (i, c) begins at x + (i C + c) P -----------------------------
 
    A block of channels at a time, image by image: memory is read in its order, and where a row is a single value
-   (P = 1) the loop over the channels is the one that the processor can widen. */
+   (P = 1) the loop over the channels is the one that the processor can widen. What is laid out channels last is this
+   with N counting images and positions alike. */
 
 static inline void NAME(channel_moments)(const REAL *x, int64_t N, int64_t C, int64_t P, int64_t b, double *mean,
                                          double *var) {
@@ -111,14 +112,16 @@ KERNEL NAME(batch_norm)(const REAL *x, const REAL *weight, const REAL *bias, REA
     *batches += 1;
 }
 
-/* Running batch norm: `RunningBatchNorm.track` and the normalisation. `kept` as above. */
+/* Running batch norm: `RunningBatchNorm.track` and the normalisation. `kept` as above; `images` are N but where N counts
+   their positions too. */
 KERNEL NAME(running_batch_norm)(const REAL *x, const REAL *weight, const REAL *bias, REAL *y, REAL *kept,
                                 REAL *running_mean, REAL *running_var, REAL *count, int64_t *seen, int64_t N, int64_t C,
-                                int64_t P, double alpha, double clamp_images, double clamp_var, double eps) {
+                                int64_t P, double images, double alpha, double clamp_images, double clamp_var,
+                                double eps) {
     double m[BLOCK], v[BLOCK];
     double values = (1 - alpha) * *count + alpha * (double)(N * P), a = alpha * (double)(N * P) / values;
     *count = (REAL)values;
-    *seen += N;
+    *seen += (int64_t)images;
     REAL floor = (REAL)((double)*seen < clamp_images ? clamp_var : 0);
     for (int64_t at = 0; at < C; at += BLOCK) {
         int64_t b = C - at < BLOCK ? C - at : BLOCK;

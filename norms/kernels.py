@@ -22,7 +22,7 @@ GRAIN = 32768   # values; torch's own kernels give a thread no fewer (at::intern
 THREADS = 2     # of torch's, to which one of ours comes up
 
 _ORDINARY = (nn.Parameter, torch.Tensor)
-_POINTERS_INTS_FLOATS = {"batch_norm": (8, 3, 2), "running_batch_norm": (9, 3, 4), "channel_backward": (7, 3, 1),
+_POINTERS_INTS_FLOATS = {"batch_norm": (8, 3, 2), "running_batch_norm": (9, 3, 5), "channel_backward": (7, 3, 1),
                          "group_norm": (5, 6, 1), "group_backward": (7, 6, 0)}
 
 
@@ -50,15 +50,22 @@ AVAILABLE = bool(KERNELS)
 def kernels_for(x, size=0, *tensors):
     """The kernels for a training step on `x`, an ordinary tensor on a CPU; None if torch's are to be used.
 
-    They work on bare memory. So of the parameters and buffers that a step reads or writes besides, those of `size`
-    values come here as `tensors`, and must be as `ordinary` demands.
+    `x` must be contiguous or channels last. The kernels work on bare memory: so of the parameters and buffers that a
+    step reads or writes besides, those of `size` values come here as `tensors`, and must be as `ordinary` demands.
     """
     kernels = KERNELS.get(x.dtype)
     large = x.numel() > GRAIN and torch.get_num_threads() > THREADS
-    if kernels is None or large or not x.is_contiguous(): return None
-    for t in tensors:
-        if not ordinary(t, x.dtype, size): return None
+    if kernels is None or large or not (x.is_contiguous() or channels_last(x)): return None
+    dtype = x.dtype
+    for t in tensors:                                                   # `ordinary`, without a call for each
+        if not (type(t) in _ORDINARY and t.dtype is dtype and t.numel() == size and t.is_cpu and t.is_contiguous()):
+            return None
     return kernels
+
+
+def channels_last(x):
+    """Whether `x` `(N, C, H, W)` is laid out `(N, H, W, C)`."""
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def ordinary(t, dtype, size):

@@ -20,7 +20,6 @@ from norms.channel import (
 from norms.kernels import kernels_for, ordinary
 from norms.moments import HALF, Norm, check_channels, merge_moments
 
-_STATE = "running_mean", "running_var", "count", "seen"
 CLAMP_IMAGES, CLAMP_VAR = 20, 0.01  # the lesson's: variance at least 0.01 until 20 images have been seen
 
 
@@ -105,12 +104,13 @@ class RunningBatchNorm(Norm):
         if (self.training and weight is not None and bias is not None and x.dtype is weight.dtype
                 and not self.average_backward and plain_step(x, self.nf)):
             # What follows below, in one call or with fewer: at batch size 2 they are the time.
-            mean, var, count, seen = (self._buffers[k] for k in _STATE)
+            state = self._buffers
+            mean, var, count, seen = state["running_mean"], state["running_var"], state["count"], state["seen"]
             if (type(self).track is RunningBatchNorm.track and type(self).floor is RunningBatchNorm.floor
                     and (kernels := kernels_for(x, self.nf, weight, bias, mean, var))
                     and ordinary(count, x.dtype, 1) and ordinary(seen, torch.int64, 1) and not checkpointing()):
                 return KernelStep.apply(x, weight, bias, kernels, "running_batch_norm", (mean, var, count, seen),
-                                        (self.batch_weight(x.shape[0]), CLAMP_IMAGES, CLAMP_VAR, self.eps))
+                                        (x.shape[0], self.batch_weight(x.shape[0]), CLAMP_IMAGES, CLAMP_VAR, self.eps))
             step = self.track(x, *torch.batch_norm_update_stats(x.detach(), None, None, 0.0))
             if step[0].dtype is x.dtype: return _Fused.apply(x, weight, bias, step, self.eps)
             return normalise_channels(x, weight, bias, step, self.eps)
