@@ -80,6 +80,8 @@ class CompiledStep:
         grads, self.grads = self.grads, None
         for p, g in zip(self.params, grads, strict=True):
             if g is None: continue
+            # As autograd does: torch's fused optimizers take it for granted that the two are laid out alike.
+            if g.stride() != p.stride(): g = torch.empty_like(p).copy_(g)
             if p.grad is None: p.grad = g
             else: p.grad += g
 

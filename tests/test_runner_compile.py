@@ -116,6 +116,30 @@ def test_generated_code_gives_the_same(tmp_path, monkeypatch):
     assert_alike(both)
 
 
+def test_a_gradient_is_laid_out_as_its_parameter(traced):
+    """torch's fused optimizers go through memory in its order; here the gradient comes out transposed."""
+    class Turned(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, w): return w.clone()
+
+        @staticmethod
+        def backward(ctx, g): return g.t().contiguous().t()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.arange(243.0).view(81, 3) / 300)
+
+        def forward(self, x): return x.flatten(1) @ Turned.apply(self.w)
+    both = fit_both(None, make=lambda norm: Model().double(), fused=True)
+    assert_alike(both)
+    learn, run = both[1]
+    seen = []
+    see = type("See", (Callback,), {"after_backward": lambda cb: seen.append(cb.model.w.grad.stride())})()
+    run.fit(1, learn, cbs=see)
+    assert set(seen) == {(3, 1)}
+
+
 def test_ragged_last_batches(traced):
     both = fit_both(RunningBatchNorm, epochs=3, n_train=46, n_valid=7, bs=4)
     assert_alike(both)
