@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from experiments.models import (
+    AvgPool,
     GeneralRelu,
     Lambda,
+    channels_last_,
     conv_layer,
     flatten,
     get_cnn_model,
@@ -39,6 +41,31 @@ def test_general_relu_by_hand():
 def test_lambda_and_flatten():
     assert Lambda(flatten)(torch.zeros(3, 2, 4)).shape == (3, 8)
     assert repr(Lambda(flatten)) == "Lambda(flatten)"
+
+
+def test_avg_pool_is_torch_s():
+    for size in ((1, 1), (3, 2), (1, 4)):
+        x = torch.randn(2, 5, *size, dtype=torch.float64, requires_grad=True)
+        y, want = AvgPool()(x), nn.AdaptiveAvgPool2d(1)(x)
+        torch.testing.assert_close(y, want, rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(*(torch.autograd.grad(t.pow(2).sum(), x)[0] for t in (y, want)))
+
+
+@pytest.mark.parametrize("norm", ["RunningBatchNorm", "BatchNorm2d", "GroupNorm", "none"])
+def test_channels_last_changes_the_layout_and_not_the_network(norm):
+    first, last = (build(norm, 0).double() for _ in range(2))
+    assert channels_last_(last) is last
+    convs = [m.weight for m in last.modules() if isinstance(m, nn.Conv2d)]
+    assert [w.is_contiguous() for w in convs] == [True] + [False] * 4
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in convs[1:])
+    for _ in range(3):
+        x, results = torch.randn(2, 1, 28, 28, dtype=torch.float64), []
+        for m in (first, last):
+            y = m(x)
+            results.append([y, *torch.autograd.grad(y.pow(2).sum(), list(m.parameters()))])
+        for a, b in zip(*results, strict=True): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    for a, b in zip(first.state_dict().values(), last.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_conv_layer_is_conv_relu_norm_and_has_a_bias_only_without_a_norm():
