@@ -31,6 +31,14 @@ def eager_cpu(x):
             and not torch._C._len_torch_dispatch_stack() and not torch._C._is_tracing())
 
 
+def bare(g):
+    """Whether the gradient `g` is a tensor with memory of its own, and no batch of gradients under `vmap`.
+
+    `torch.autograd.grad(..., is_grads_batched=True)` has a kind of batch that no transform announces.
+    """
+    return eager_cpu(g) and not torch._C._functorch.is_legacy_batchedtensor(g)
+
+
 def plain_step(x, nf):
     """Whether `x` is what `check_input` wants and a training forward on it may go the short way.
 
@@ -140,7 +148,7 @@ def gradients(g, xhat, scale, a, free=None):
     dot, total = (g * xhat).sum(dims, keepdim=True), g.sum(dims, keepdim=True)
     share = (1 if a is None else a) / (g.numel() // g.shape[1])
     through_var = share * dot * xhat if free is None else share * dot * free * xhat
-    return scale * (g - share * total - through_var), dot.flatten(), total.flatten()
+    return scale * (g - share * total - through_var), dot.reshape(-1), total.reshape(-1)
 
 
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
@@ -206,7 +214,7 @@ class KernelStep(torch.autograd.Function):
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
         kernels, kept, sizes, eps = ctx.kept
-        if torch.is_grad_enabled():                                     # somebody will differentiate this gradient
+        if torch.is_grad_enabled() or not bare(g):          # this gradient will be differentiated, or is many in one
             mean, var, a, floor = kept.split((sizes[1], sizes[1], 1, 1))
             return *differentiable(x, weight, mean, var, eps, a, floor, g), None, None, None, None
         if not x.is_contiguous(): g = g.contiguous(memory_format=torch.channels_last)

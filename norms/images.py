@@ -12,7 +12,7 @@ differentiation. `_Fused` has it in closed form, by torch's kernels, and `_Kerne
 
 import torch
 
-from norms.channel import _ONE, eager_cpu
+from norms.channel import _ONE, bare, eager_cpu
 from norms.kernels import channels_last, kernels_for
 from norms.moments import moments, scale_shift, wide
 
@@ -84,7 +84,8 @@ class _KernelStep(torch.autograd.Function):
     def backward(ctx, g):
         x, weight, bias = ctx.saved_tensors
         kernels, kept, sizes, groups, eps = ctx.kept
-        if torch.is_grad_enabled(): return *differentiable(x, groups, eps, weight, bias, g), None
+        if torch.is_grad_enabled() or not bare(g):          # this gradient will be differentiated, or is many in one
+            return *differentiable(x, groups, eps, weight, bias, g), None
         if not x.is_contiguous(): g = g.contiguous(memory_format=torch.channels_last)
         elif not g.is_contiguous(): g = g.contiguous()
         gx, gw, gb = torch.empty_like(x), None, None
@@ -100,7 +101,9 @@ class _KernelStep(torch.autograd.Function):
 def differentiable(x, groups, eps, weight, bias, g):
     """The gradients of `plain`'s arguments, as functions of x, weight and g that can be differentiated in turn."""
     wanted = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(plain(x, groups, eps, weight, bias), wanted, g, create_graph=True))
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(): y = plain(x, groups, eps, weight, bias)
+    found = iter(torch.autograd.grad(y, wanted, g, create_graph=again))
     gx, gw, gb = (next(found) if t is not None and t.requires_grad else None for t in (x, weight, bias))
     return gx, None, None, gw, gb
 

@@ -141,6 +141,21 @@ def test_gradients_that_are_views(make):
 
 
 @needs_kernels
+@pytest.mark.parametrize("name", NORMS)
+def test_a_batch_of_gradients(name):
+    """As the rows of a Jacobian are computed: the gradient that comes is a batch of them, and no bare memory."""
+    norm, x = NORMS[name](4).double(), torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    y, inputs = norm(x), [x, *norm.parameters()]
+    assert used(y)
+    many = torch.randn(5, *y.shape, dtype=torch.float64)
+    rows = zip(*(torch.autograd.grad(y, inputs, g, retain_graph=True) for g in many), strict=True)
+    batched = torch.autograd.grad(y, inputs, many, is_grads_batched=True, retain_graph=True)
+    mapped = torch.func.vmap(lambda g: torch.autograd.grad(y, inputs, g, retain_graph=True))(many)
+    for a, b, want in zip(batched, mapped, rows, strict=True):
+        for got in (a, b): torch.testing.assert_close(got, torch.stack(want), rtol=1e-10, atol=1e-10)
+
+
+@needs_kernels
 def test_a_buffer_changes_in_place_and_says_so():
     """Another reference to it sees the update, and a graph that had saved it before refuses to go on."""
     for norm in (BatchNorm(3), RunningBatchNorm(3)):
