@@ -56,6 +56,35 @@ def test_order_follows_the_generator_alone():
     assert order(1, 0) != order(2, 0)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_order_and_random_numbers_are_those_of_torchs_loader(own):
+    """Twice through both, and the next random number after each time."""
+    x = torch.arange(20.0)
+    train, _ = get_dls(Dataset(x, x), Dataset(x, x), 3, drop_last=True,
+                       generator=torch.Generator().manual_seed(3) if own else None)
+    torchs = DataLoader(train.dataset, None, sampler=train.sampler, collate_fn=train.collate_fn,
+                        generator=train.generator)
+    assert type(train) is not type(torchs)
+
+    def seen(dl):
+        torch.manual_seed(3)
+        if own: dl.generator.manual_seed(3)
+        return [([xb.tolist() for xb, _ in dl], torch.rand(1, generator=dl.generator).item()) for _ in range(2)]
+    a, b = seen(train), seen(torchs)
+    assert a == b
+    assert a[0] != a[1]
+    assert len(train) == len(torchs) == 6
+
+
+def test_collate_function_and_workers_of_the_user():
+    x = torch.arange(10.0)
+
+    def doubled(batch): return batch[0] * 2, batch[1]
+    for workers in (0, 1):
+        _, valid = get_dls(Dataset(x, x), Dataset(x, x), 2, collate_fn=doubled, num_workers=workers)
+        assert [xb.tolist() for xb, _ in valid] == [[0, 2, 4, 6], [8, 10, 12, 14], [16, 18]]
+
+
 def test_drop_last_concerns_training_only():
     x = torch.arange(10.0)
     train, valid = get_dls(Dataset(x, x), Dataset(x, x), 4, drop_last=True)
