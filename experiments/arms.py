@@ -3,7 +3,6 @@
 import math
 import time
 from collections import Counter
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -68,7 +67,7 @@ def train(model, images, row, device, label, cbs=(), *, tfm=None, backend=None, 
         Recorder(), AvgStatsCallback(accuracy), CudaCallback(device),
         BatchTransformXCallback(tfm or view_tfm(1, 28, 28)), ProgressCallback(label),
         *([backend] if convolutions else []), *([ParamScheduler("lr", sched)] if sched else []), *cbs],
-        opt_func=partial(torch.optim.SGD, fused=device.type in ("cpu", "cuda")), compile=compile)
+        compile=compile)
     row = {**row, "parameters": sum(p.numel() for p in model.parameters())}
     start, error = time.perf_counter(), None
     # A norm that refuses its input (torch's batch norm does, one value per channel) is a row, not a crash.

@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn, optim
+from torch import nn
 
-from runner import Callback, Learner, Runner, listify
+from runner import SGD, Callback, Learner, Runner, listify
 
 
 class GeneralRelu(nn.Module):
@@ -149,13 +149,13 @@ def get_runner(model, data, lr=0.6, cbs=None, opt_func=None, loss_func=F.cross_e
         model, data: what to train and a `DataBunch`.
         lr: learning rate.
         cbs: callbacks, or functions that make them (the lesson's way), mixed at will.
-        opt_func: `opt_func(parameters, lr=lr)` makes the optimizer; `optim.SGD` if None.
+        opt_func: `opt_func(parameters, lr=lr)` makes the optimizer; `runner.SGD` if None.
         loss_func: `f(pred, yb)`.
         compile: whether the runner compiles its steps.
     """
     cbs = listify(cbs)
     made = [cb if isinstance(cb, Callback) else cb() for cb in cbs]
-    opt = (opt_func or optim.SGD)(model.parameters(), lr=lr)
+    opt = (opt_func or SGD)(model.parameters(), lr=lr)
     return Learner(model, opt, loss_func, data), Runner(cbs=made, compile=compile)
 
 

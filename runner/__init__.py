@@ -26,6 +26,7 @@ from runner.nonfinite import TerminateOnNonFinite, replay
 from runner.norm_gap import train_eval_gap
 from runner.norm_preflight import preflight
 from runner.norm_stats import NormStats
+from runner.optim import SGD
 from runner.progress import ProgressCallback
 from runner.rows import Rows
 from runner.schedules import (
@@ -41,7 +42,7 @@ from runner.schedules import (
 from runner.stats import ActivationStats, GradientStats, ParameterStats, Probe
 
 __all__ = [
-    "EVENTS", "ActivationStats", "AvgStats", "AvgStatsCallback", "BatchTransformXCallback", "CPUBackendCallback",
+    "EVENTS", "SGD", "ActivationStats", "AvgStats", "AvgStatsCallback", "BatchTransformXCallback", "CPUBackendCallback",
     "Callback", "CancelBatchException", "CancelEpochException", "CancelException", "CancelTrainException",
     "CudaCallback", "DataBunch", "Dataset", "GradientStats", "Hook", "Hooks", "LR_Find", "Learner", "NormStats",
     "ParamScheduler", "ParameterStats", "Probe", "ProgressCallback", "Recorder", "Rows", "Runner",

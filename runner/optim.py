@@ -1,0 +1,59 @@
+"""SGD whose plain step is the one call that it comes to."""
+
+from operator import attrgetter
+
+import torch
+from torch import nn, optim
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+_ORDINARY = {torch.Tensor, nn.Parameter}
+_is_sparse = attrgetter("is_sparse")
+
+
+class SGD(optim.SGD):
+    """`torch.optim.SGD`, the same to the last bit, and faster where it is plain: no momentum, no weight decay.
+
+        p <- p - lr dL/dp
+
+    torch has one call for this. Around it are a record for the profiler, hooks, and lists by device and dtype, which
+    together are a tenth of a training step at batch size 2. Here the call is made directly; with a closure, with hooks
+    on the step, and for whatever isn't plain (`momentum`, `weight_decay`, `maximize`, `differentiable`, `fused=True`,
+    `foreach=False`, a rate that is a tensor, gradients that are sparse, tensors of a kind of their own), torch's step
+    is taken. torch's profiler sees the call and no "Optimizer.step" around it.
+
+    Arguments, parameter groups, schedulers and state dict are `torch.optim.SGD`'s.
+    """
+
+    def step(self, closure=None):
+        """A step along the gradients at hand. Returns what `closure` returns, None without one."""
+        hooks = (self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+                 or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+        plain = not hooks and closure is None and [_plain(group) for group in self.param_groups]
+        if not plain or None in plain:
+            # torch puts hooks around a class's step when it makes the class's first instance.
+            if not getattr(optim.SGD.step, "hooked", False): optim.SGD([torch.zeros(())], lr=0.0)
+            return super().step(closure)
+        with torch.no_grad():
+            for params, grads, lr in plain:
+                if params: torch._foreach_add_(params, grads, alpha=-lr)
+
+    step.hooked = True      # it looks after hooks itself: torch needn't
+
+    def zero_grad(self, set_to_none=True):
+        """Forget the gradients, or set them to 0 where `set_to_none` is False."""
+        if not set_to_none: return super().zero_grad(False)
+        for group in self.param_groups:
+            for p in group["params"]: p.grad = None
+
+
+def _plain(group):
+    """`(parameters, gradients, lr)` of the parameters in `group` that have a gradient; None if its step isn't plain."""
+    lr = group["lr"]
+    if (group["momentum"] or group["weight_decay"] or group["maximize"] or group["differentiable"] or group["fused"]
+            or group["foreach"] is False or not isinstance(lr, (int, float))):
+        return None
+    params = [p for p in group["params"] if p.grad is not None]
+    grads = [p.grad for p in params]
+    if set(map(type, params)) | set(map(type, grads)) <= _ORDINARY and not any(map(_is_sparse, grads)):
+        return params, grads, lr
+    return None
