@@ -28,13 +28,13 @@ class SGD(optim.SGD):
         """A step along the gradients at hand. Returns what `closure` returns, None without one."""
         hooks = (self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
                  or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
-        plain = not hooks and closure is None and [_plain(group) for group in self.param_groups]
-        if not plain or None in plain:
+        updates = [None] if hooks or closure is not None else [_plain(group) for group in self.param_groups]
+        if None in updates:
             # torch puts hooks around a class's step when it makes the class's first instance.
             if not getattr(optim.SGD.step, "hooked", False): optim.SGD([torch.zeros(())], lr=0.0)
             return super().step(closure)
         with torch.no_grad():
-            for params, grads, lr in plain:
+            for params, grads, lr in updates:
                 if params: torch._foreach_add_(params, grads, alpha=-lr)
 
     step.hooked = True      # it looks after hooks itself: torch needn't

@@ -14,7 +14,7 @@ from torch import nn
 from experiments.__main__ import main
 from experiments.bench import PARTS, Config, lesson_form, timing, whole
 from experiments.bench.norms import arms, network, step
-from experiments.bench.runner import by_hand, loader, with_runner
+from experiments.bench.runner import by_hand, loader, own_sgd, torchs_loader, with_runner
 from experiments.data import load_data
 from experiments.errors import InputError
 from experiments.results import read_summary
@@ -58,11 +58,11 @@ def test_settings_are_put_back():
 def test_the_runner_and_the_loop_by_hand_do_the_same_work():
     """Equal losses, means and weights, bit for bit."""
     results = []
-    for f in (by_hand, with_runner):
+    for f in (by_hand, with_runner, own_sgd, torchs_loader):
         model = network(nn.BatchNorm2d)
         losses, means = f(model, torch.optim.SGD(model.parameters(), lr=0.01), loader(12, 2, Config().rng()))
         results.append((losses, means, [v.tolist() for v in model.state_dict().values()]))
-    assert results[0] == results[1]
+    assert all(r == results[0] for r in results)
 
 
 def test_the_norms_compared_compute_the_same():

@@ -2,16 +2,19 @@
 
 Both fetch the same batches from the same kind of loader and compute the same: forward, cross entropy, backward, SGD,
 every loss kept, means of loss and accuracy weighted by images. nn.BatchNorm2d, one thread; at batch size 2 without
-oneDNN, at 64 with it. Milliseconds per step, of whole fits without validation.
+oneDNN, at 64 with it. Milliseconds per step, of whole fits without validation. Optimizer and loader are alike for both:
+torch's SGD and the loader of `get_dls`. Two more arms say what `runner.SGD` and that loader are worth at batch size 2.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
 from experiments.bench.norms import network
 from experiments.bench.timing import interleave, row, settings
 from runner import (
+    SGD,
     AvgStatsCallback,
     BatchTransformXCallback,
     Callback,
@@ -73,6 +76,17 @@ def with_runner(model, opt, dl):
     return run.recorder.losses, [run.avg_stats.history[0][f"train_{k}"] for k in ("loss", "accuracy")]
 
 
+def torchs_loader(model, opt, dl):
+    """`by_hand` with the same batches from torch's own loader."""
+    return by_hand(model, opt, DataLoader(dl.dataset, None, sampler=dl.sampler, collate_fn=dl.collate_fn,
+                                          generator=dl.generator))
+
+
+def own_sgd(model, opt, dl):
+    """`with_runner` with `runner.SGD` at the rate of `opt`."""
+    return with_runner(model, SGD(model.parameters(), lr=opt.param_groups[0]["lr"]), dl)
+
+
 def epoch(f, dl, norm=nn.BatchNorm2d):
     """A function that trains one network through `dl` by `f`, and goes on at every call."""
     model = network(norm)
@@ -92,7 +106,9 @@ def rows(config):
     """The part's rows."""
     found = []
     for size, batches, target in ((2, 100, 1.05), (64, 20, 1.02)):
-        times = per_step({"by hand": by_hand, "Runner": with_runner}, size, batches, config)
-        found += [row("runner", f"batch {size}", "by hand", None, times),
-                  row("runner", f"batch {size}", "Runner", "by hand", times, target)]
+        arms = {"by hand": by_hand, "Runner": with_runner}
+        if size == 2: arms |= {"Runner, runner.SGD": own_sgd, "by hand, torch's loader": torchs_loader}
+        times = per_step(arms, size, batches, config)
+        found += [row("runner", f"batch {size}", name, None if name == "by hand" else "by hand", times,
+                      target if name == "Runner" else None) for name in arms]
     return found
