@@ -377,25 +377,31 @@ def test_table_by_hand():
 
 
 def test_spread_of_the_criterion_is_that_of_the_committed_records():
+    def accuracies(name, arm="norm", of="RunningBatchNorm"):
+        rows = read_summary(ROOT / "experiments" / "results" / f"{name}.json")["rows"]
+        return {row["seed"]: row["valid_accuracy"] for row in rows if row[arm] == of}
     found = {}
-    for when in ("earlier", "seeds"):
-        rows = [row for part in ("0_to_5", "6_to_11")
-                for row in read_summary(ROOT / "experiments" / "results" / f"running_{when}_{part}.json")["rows"]]
-        assert sorted(row["seed"] for row in rows) == list(range(12))
-        found[when] = [row["valid_accuracy"] for row in rows]
+    for when in ("earlier", "seeds", "kernels"):
+        by_seed = accuracies(f"running_{when}_0_to_5") | accuracies(f"running_{when}_6_to_11")
+        assert list(by_seed) == list(range(12))
+        found[when] = list(by_seed.values())
         assert statistics.median(found[when]) >= small_batch.least_median(12)
     assert round(statistics.stdev(found["earlier"] + found["seeds"]), 3) == small_batch.EXPECTED_STD
-    low, high = (f"{f(found['earlier']):.3f}"[1:] for f in (min, max))
-    said = f"gave a mean of {statistics.mean(found['earlier']):.3f} ({low} to {high})".replace("0.", ".")
-    assert said in " ".join((ROOT / "README.md").read_text().split())
-    main_run = read_summary(ROOT / "experiments" / "results" / "small_batch.json")
-    lesson = read_summary(ROOT / "experiments" / "results" / "lesson.json")
-    others = [[r["valid_accuracy"] for r in run["rows"] if r[arm] == name] for run, arm, name in (
-        (main_run, "norm", "RunningBatchNorm"), (lesson, "arm", "RunningBatchNorm-batch-2"))]
-    runs = [*found["earlier"], *found["seeds"], *others[0], *others[1]]
-    assert (len(runs), sum(a < 0.5 for a in runs)) == (30, 1)
-    assert [round(seeds[0], 3) for seeds in others] == [0.968, 0.099]      # seed 0, as README and comment say
-    assert judge(main_run["rows"], "MNIST", 50_000)[0] is True
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for when, before in (("earlier", "gave a mean of"), ("seeds", "the last bits of a step")):
+        figures = [f"{f(found[when]):.3f}"[1:] for f in (statistics.mean, min, max)]
+        assert "{} {} ({} to {})".format(before, *figures) in readme
+    lesson = accuracies("lesson", "arm", "RunningBatchNorm-batch-2")
+    earlier = accuracies("small_batch_earlier")
+    runs = [a for many in (*found.values(), lesson.values(), earlier.values()) for a in many]
+    assert (len(runs), sum(a < 0.5 for a in runs)) == (42, 1)
+    assert (round(lesson[0], 3), round(earlier[0], 3)) == (0.099, 0.968)       # as README and comment say
+    assert list(accuracies("small_batch").values()) == found["kernels"][:3]     # the same code, seeds and machine
+    group = [accuracies(name, of="GroupNorm")[1] for name in ("small_batch", "small_batch_earlier")]
+    assert [f"{a:.3f}" for a in group] == ["0.830", "0.964"]
+    for name in ("small_batch", "small_batch_earlier"):
+        rows = read_summary(ROOT / "experiments" / "results" / f"{name}.json")["rows"]
+        assert judge(rows, "MNIST", 50_000)[0] is True
 
 
 def test_readme_opens_with_two_commands_and_ci_runs_the_second():
