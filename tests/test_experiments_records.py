@@ -42,6 +42,18 @@ def test_the_verdict_in_a_record_is_the_present_criterion_s(name):
                                                                          record["train_images"])
 
 
+def test_what_the_readme_says_of_whole_epochs_is_in_their_records():
+    now, before = ({r["arm"]: r for r in read_summary(ROOT / f"experiments/results/{name}.json")["rows"]}
+                   for name in ("bench_whole", "bench_whole_earlier"))
+    lesson, ours = "lesson's way, RunningBatchNorm", "ours, RunningBatchNorm"
+    seconds = [runs[lesson]["ms"] * 25 for runs in (now, before)]
+    fastest = now[ours]["ms_range"][0] * 25
+    words = " ".join(README.split())
+    assert (f"({seconds[0]:.0f} s for the whole epoch; on the quiet day of the other parts it had been {seconds[1]:.0f} s, "
+            f"of which the fastest of our three epochs, {fastest:.0f} s, would be ") in words
+    assert f"would be {fastest / seconds[1]:.2f})".replace("0.", ".") in words
+
+
 def test_table_goes_between_its_marks_and_nowhere_else():
     a, b, end = table.begin("a"), table.begin("b"), table.END
     text = f"x\n{a}\nold\n{end}\ny\n{b}\nold\n{end}\nz"
