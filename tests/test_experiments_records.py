@@ -49,8 +49,8 @@ def test_what_the_readme_says_of_whole_epochs_is_in_their_records():
     seconds = [runs[lesson]["ms"] * 25 for runs in (now, before)]
     fastest = now[ours]["ms_range"][0] * 25
     words = " ".join(README.split())
-    assert (f"({seconds[0]:.0f} s for the whole epoch; on the quiet day of the other parts it had been {seconds[1]:.0f} "
-            f"s, of which the fastest of our three epochs, {fastest:.0f} s, would be ") in words
+    assert (f"({seconds[0]:.0f} s for the whole epoch; on the quiet day of the other parts it had been "
+            f"{seconds[1]:.0f} s, of which the fastest of our three epochs, {fastest:.0f} s, would be ") in words
     assert f"would be {fastest / seconds[1]:.2f})".replace("0.", ".") in words
 
 
