@@ -11,7 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from norms.batch import BatchNorm
 from norms.group import GroupNorm
 from norms.instance import InstanceNorm
-from norms.running import CLAMP_IMAGES, RunningBatchNorm
+from norms.running import CARRIED_COUNT, CLAMP_IMAGES, RunningBatchNorm
 
 # The norms with an affine map per channel of axis 1. Within a family the formula is the same, at equal eps.
 BATCH = (_BatchNorm, BatchNorm, RunningBatchNorm)
@@ -19,15 +19,6 @@ FAMILIES = (BATCH, (_InstanceNorm, InstanceNorm), (nn.GroupNorm, GroupNorm))
 CHANNEL_NORMS = tuple(cls for family in FAMILIES for cls in family)
 FORWARDS = {cls.forward for cls in (*CHANNEL_NORMS, nn.SyncBatchNorm)}
 IDENTITY = {"weight": 1.0, "bias": 0.0}
-
-# W, the values per channel and batch, that a RunningBatchNorm is given along with statistics from elsewhere. The next
-# batch's share is alpha n / ((1 - alpha) W + alpha n). Right would be W = n, which makes it alpha, but n is the next
-# batch's and no norm knows it beforehand. Below n the statistics are forgotten sooner, at W = 0 in one step, which
-# only gives the usual first step; above n they are held for log(W / n) / alpha steps, and a network that trains under
-# frozen statistics runs away. (Measured on the R1 network, batch norm at batch 64 and then this at batch 2, lr 0.05:
-# W = 0, 2 and the true n go on alike, W = 1e4 blows up within 40 steps.) So it is the least n: two images, a 1x1 map.
-CARRIED_COUNT = 2.0
-
 
 @torch.no_grad()
 def convert_norms(model, factory):
@@ -148,10 +139,10 @@ def translate_counts(old, new):
     """Between a RunningBatchNorm and another norm: make `new` evaluate as `old` does, and average on from there."""
     if isinstance(old, RunningBatchNorm) == isinstance(new, RunningBatchNorm): return
     if isinstance(old, RunningBatchNorm):
-        new.running_var.copy_(old.running_var.clamp_min(old.floor(old.seen)))
         if hasattr(new, "num_batches_tracked"): new.num_batches_tracked.copy_(old.seen)
         return
     # Not by num_batches_tracked: older checkpoints lack it and load as 0. Statistics as made count as none.
+    new.unclamped_var.copy_(new.running_var)
     trained = (old.running_mean != 0).any() | (old.running_var != 1).any()
     images = getattr(old, "num_batches_tracked", torch.tensor(0)).clamp_min(CLAMP_IMAGES)  # at least 1 in a batch
     new.seen.copy_(images * trained)

@@ -1,7 +1,7 @@
 """Group normalization (Y. Wu, K. He, 2018, https://arxiv.org/abs/1803.08494)."""
 
-from norms.images import normalise_groups
-from norms.moments import Norm, check_channels
+from norms import fast
+from norms.moments import Norm, check_channels, moments, scale_shift, wide
 
 
 class GroupNorm(Norm):
@@ -18,6 +18,7 @@ class GroupNorm(Norm):
         num_channels: channels, the size of axis 1.
         eps: added to the variance.
         affine: whether there are a `weight` and a `bias` per channel.
+        device, dtype: of the parameters.
 
     Shapes: `(N, C)` or `(N, C, *spatial)` in and out; `weight` and `bias` `(C,)`.
 
@@ -26,20 +27,29 @@ class GroupNorm(Norm):
         TypeError: an integer input.
     """
 
-    def __init__(self, num_groups, num_channels, eps=1e-5, affine=True):
+    def __init__(self, num_groups, num_channels, eps=1e-5, affine=True, *, device=None, dtype=None):
         check_channels("GroupNorm", num_channels)
         if not isinstance(num_groups, int) or num_groups < 1 or num_channels % num_groups:
             raise ValueError(f"GroupNorm got {num_groups!r} groups for {num_channels} channels; the groups must divide "
                              f"the channels: choose one of "
                              f"{[g for g in range(1, num_channels + 1) if num_channels % g == 0]}")
-        super().__init__((num_channels,) if affine else None, eps)
+        super().__init__((num_channels,), eps, affine, device, dtype)
         self.num_groups, self.num_channels = num_groups, num_channels
 
     def forward(self, x):
+        if (y := fast.step(self, x)) is not None: return y
         self.check_input(x, self.num_channels)
-        return normalise_groups(x, self.num_groups, self.eps, self.weight, self.bias)
+        groups = (1, self.num_groups, -1, *[1] * (x.ndim - 2))                      # of the channels
+        xs = wide(x).unflatten(1, groups[1:3])                                      # (N, G, C / G, H, W)
+        _, var, centred = moments(xs, tuple(range(2, xs.ndim)))                     # (N, G, 1, 1, 1), and as xs
+        weight, bias = (t if t is None else t.view(groups) for t in (self.weight, self.bias))   # (1, G, C / G, 1, 1)
+        return scale_shift(centred, var, self.eps, weight, bias).flatten(1, 2).to(x.dtype)
 
     def statistic_groups(self, x): return x.reshape(len(x) * self.num_groups, -1)      # (N G, C / G * positions)
 
     def extra_repr(self):
         return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.weight is not None}"
+
+
+fast.register(GroupNorm, lambda norm, x, kernels: None if x.shape[1] != norm.num_channels else
+              fast.group_norm(norm, x, kernels, len(x), norm.num_groups, x.numel() // (len(x) * norm.num_channels)))

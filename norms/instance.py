@@ -1,7 +1,7 @@
 """Instance normalization (D. Ulyanov, A. Vedaldi, V. Lempitsky, 2016, https://arxiv.org/abs/1607.08022)."""
 
-from norms.images import normalise_groups
-from norms.moments import Norm, check_channels
+from norms import fast
+from norms.moments import Norm, check_channels, moments, per_channel, scale_shift, wide
 
 
 class InstanceNorm(Norm):
@@ -20,6 +20,8 @@ class InstanceNorm(Norm):
     Args:
         nf: channels, the size of axis 1.
         eps: added to the variance.
+        affine: whether there are a `weight` and a `bias` per channel.
+        device, dtype: of the parameters.
 
     Shapes: `(N, C, *spatial)` in and out, at least one spatial axis; `weight` and `bias` `(C,)`.
 
@@ -28,16 +30,23 @@ class InstanceNorm(Norm):
         TypeError: an integer input.
     """
 
-    def __init__(self, nf, eps=1e-0):
+    def __init__(self, nf, eps=1e-0, affine=True, *, device=None, dtype=None):
         check_channels("InstanceNorm", nf)
-        super().__init__((nf,), eps)
+        super().__init__((nf,), eps, affine, device, dtype)
         self.nf = nf
 
     def forward(self, x):
+        if (y := fast.step(self, x)) is not None: return y
         self.check_input(x, self.nf, min_dims=3)
-        return normalise_groups(x, self.nf, self.eps, self.weight, self.bias)
+        _, var, centred = moments(wide(x), tuple(range(2, x.ndim)))                 # (N, C, 1, 1), (N, C, H, W)
+        weight, bias = (per_channel(t, x.ndim) for t in (self.weight, self.bias))   # (1, C, 1, 1)
+        return scale_shift(centred, var, self.eps, weight, bias).to(x.dtype)
 
     def statistic_groups(self, x): return x.flatten(0, 1).flatten(1)        # (N C, positions)
 
     def extra_repr(self):
-        return f"{self.nf}, eps={self.eps}"
+        return f"{self.nf}, eps={self.eps}" + ("" if self.weight is not None else ", affine=False")
+
+
+fast.register(InstanceNorm, lambda norm, x, kernels: None if x.shape[1] != norm.nf or x.ndim < 3 else
+              fast.group_norm(norm, x, kernels, len(x), norm.nf, x.numel() // (len(x) * norm.nf)))

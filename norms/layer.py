@@ -1,55 +1,108 @@
 """Layer normalization (J. L. Ba, J. R. Kiros, G. E. Hinton, 2016, https://arxiv.org/abs/1607.06450)."""
 
-from norms.images import normalise_groups
-from norms.moments import Norm
+import math
+import warnings
+
+import torch
+
+from norms import fast
+from norms.moments import Norm, moments, scale_shift, wide
 
 
 class LayerNorm(Norm):
-    """Normalise every image by its own mean and variance over all channels and positions.
+    """Normalise every image, or every vector of its trailing axes, by its own mean and variance.
 
-        y = (x - mean) / sqrt(var + eps) * weight + bias        mean, var (biased) over axes 1 and up
+        y = (x - mean) / sqrt(var + eps) * weight + bias        mean, var (biased) over the normalised axes
 
-    No running state: training and evaluation compute the same, and the batch size plays no part. By default
-    `weight` and `bias` are scalars, as in the lesson (fastai part 2 v3, notebook 07); with `shape=x.shape[1:]`
-    output, gradients and state dict equal those of `torch.nn.LayerNorm(x.shape[1:])`. The lesson's own took
-    the unbiased variance, 0/0 where an image is a single value; the biased one is 0 there and y = bias.
+    With a `normalized_shape` this is `torch.nn.LayerNorm`: the axes are the trailing ones of that shape, `weight` and
+    `bias` have it, and output, gradients and state dict are torch's. In a transformer, `LayerNorm(features)` on
+    `(N, L, features)` normalises every position of its own. Without one it is the lesson's (fastai part 2 v3,
+    notebook 07): all axes but the first, an image's channels and positions, with a scalar `weight` and `bias`; there
+    the network's conv layers take it as `norm=lambda nf: LayerNorm()`. The lesson's own took the unbiased variance, 0/0
+    where an image is a single value; the biased one is 0 there and y = bias.
+
+    No running state: training and evaluation compute the same, and the batch size plays no part.
 
     Args:
-        eps: added to the variance. It is the first argument, as in the lesson: there is no channel count.
-        shape: shape of `weight` and `bias`, broadcast against `(C, *spatial)`: `()` for scalars, `(C, 1, 1)` for
-            one per channel, `(C, H, W)` for torch's.
+        normalized_shape: sizes of the trailing axes to normalise, an integer or several; None for all but the first.
+        eps: added to the variance.
+        affine: whether there are a `weight` and a `bias` (torch's `elementwise_affine`).
+        device, dtype: of the parameters.
 
-    Shapes: `(N, C)` or `(N, C, *spatial)` in and out.
+    Shapes: `(*, *normalized_shape)` in and out, and `weight`, `bias` `normalized_shape`; without one `(N, C)` or
+        `(N, C, *spatial)`, and scalars.
 
     Raises:
-        ValueError: a `shape` that doesn't fit the input, fewer than two axes, an empty input.
-        TypeError: an integer input; an integer `eps`, which is a channel count gone astray.
+        ValueError: an input whose trailing axes are not `normalized_shape`, fewer than two axes, an empty input.
+        TypeError: an integer input; a `normalized_shape` that is no shape; `shape`, as the argument was called before.
     """
 
-    def __init__(self, eps=1e-5, shape=()):
-        if isinstance(eps, int):
-            raise TypeError(f"LayerNorm's first argument is eps and got the integer {eps!r}; it takes no channel "
-                            "count: as a conv layer's norm write `norm=lambda nf: LayerNorm()`")
-        super().__init__(tuple(shape), eps)
+    def __init__(self, normalized_shape=None, eps=1e-5, affine=True, *, device=None, dtype=None, shape=()):
+        if shape != (): warnings.warn(RenamedArgument(shape), stacklevel=2)
+        if normalized_shape is not None:
+            sizes = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+            if not isinstance(sizes, (tuple, list)) or not sizes or not all(type(n) is int and n > 0 for n in sizes):
+                raise TypeError(f"LayerNorm got normalized_shape={normalized_shape!r}; it needs the sizes of the "
+                                "trailing axes, such as 64 or (64, 7, 7), or None for all axes but the first; eps goes "
+                                "by its name, as in LayerNorm(eps=1e-5)")
+            normalized_shape = tuple(sizes)
+        super().__init__(normalized_shape or tuple(shape), eps, affine, device, dtype)
+        self.normalized_shape = normalized_shape
+        self.values = None if normalized_shape is None else math.prod(normalized_shape)
 
     def forward(self, x):
-        self.check_input(x)
-        weight, bias = self.weight, self.bias
-        if weight.ndim:
-            self.check_affine(x)
-            if weight.shape != x.shape[1:]: weight, bias = weight.expand(x.shape[1:]), bias.expand(x.shape[1:])
-        return normalise_groups(x, 1, self.eps, weight, bias)
+        if (y := fast.step(self, x)) is not None: return y
+        self.check_input(x, min_dims=2 if self.normalized_shape is None else 1)
+        self.check_trailing(x)
+        axes = x.ndim - 1 if self.normalized_shape is None else len(self.normalized_shape)
+        _, var, centred = moments(wide(x), tuple(range(x.ndim - axes, x.ndim)))     # (N, 1, 1, 1), (N, C, H, W)
+        return scale_shift(centred, var, self.eps, self.weight, self.bias).to(x.dtype)
 
-    def statistic_groups(self, x): return x.flatten(1)              # (N, C * positions)
+    def statistic_groups(self, x):
+        if self.normalized_shape is None: return x.flatten(1)                       # (N, C * positions)
+        return x.reshape(-1, self.values)                # (vectors, values)
 
-    def check_affine(self, x):
-        """Raise unless `weight` broadcasts against one image of `x` without enlarging it."""
-        affine, image = tuple(self.weight.shape), tuple(x.shape[1:])
-        ends = zip(reversed(affine), reversed(image), strict=False)
-        if len(affine) > len(image) or any(a not in (1, n) for a, n in ends):
-            raise ValueError(f"LayerNorm has weight and bias of shape {affine} and got images of shape {image}; the "
-                             f"first must broadcast to the second: make it with shape={image}, or with shape=() for "
-                             "scalars")
+    def check_trailing(self, x):
+        """Raise unless the trailing axes of `x` are those that the norm was made for."""
+        sizes, found = self.normalized_shape, tuple(x.shape)
+        if sizes is not None and found[-len(sizes):] != sizes:
+            raise ValueError(f"LayerNorm was made for trailing axes of sizes {sizes} and got an input of shape {found};"
+                             f" make it with the sizes of the axes to normalise, LayerNorm({found[1:]}) for all but "
+                             "the first; as a conv layer's norm write norm=lambda nf: LayerNorm()")
+        if sizes is None and self.weight is not None and self.weight.ndim:          # made with `shape`
+            if torch.broadcast_shapes(self.weight.shape, found[1:]) != found[1:]:
+                raise ValueError(f"LayerNorm has weight and bias of shape {tuple(self.weight.shape)} and got images of "
+                                 f"shape {found[1:]}; make it with normalized_shape={found[1:]}")
 
     def extra_repr(self):
-        return f"eps={self.eps}, shape={tuple(self.weight.shape)}"
+        shape = "" if self.normalized_shape is None else f"{self.normalized_shape}, "
+        return f"{shape}eps={self.eps}" + ("" if self.weight is not None else ", affine=False")
+
+
+class RenamedArgument(FutureWarning, TypeError):
+    """The error of an argument by its old name.
+
+    It is raised by a filter for warnings, the last in their list: so an old script still runs, and means what it meant,
+    where warnings are ignored (`python -W ignore`).
+    """
+
+    def __init__(self, shape):
+        super().__init__(f"LayerNorm got shape={shape!r}, which is now normalized_shape, as torch's: the sizes of the "
+                         "trailing axes to normalise, and of weight and bias. Write LayerNorm(x.shape[1:]) for a "
+                         "weight per value of an image, LayerNorm() for a scalar one, and GroupNorm(1, C) for one per channel")
+
+
+warnings.filterwarnings("error", category=RenamedArgument, append=True)
+
+
+def _launch(norm, x, kernels):
+    """Each vector of the trailing axes is an image of one group to the kernels."""
+    sizes = norm.normalized_shape
+    if sizes is None:
+        if norm.weight is not None and norm.weight.ndim: return None                # made with `shape`
+        return fast.group_norm(norm, x, kernels, len(x), 1, None)
+    if tuple(x.shape[-len(sizes):]) != sizes: return None
+    return fast.group_norm(norm, x, kernels, x.numel() // norm.values, 1, 1)
+
+
+fast.register(LayerNorm, _launch)

@@ -21,12 +21,17 @@ def wide(x):
 def moments(x, dims):
     """Mean and biased variance of `x` over the axes `dims`, which are kept with size 1, and `x - mean`.
 
+        mean = r + mean(x - r)        var = mean((x - mean)^2)        r = the first value of each statistic
+
     Two passes: the mean is subtracted before squaring. E[x^2] - E[x]^2 would lose all its digits in float32 where
-    |mean| / std is above 1000. (`torch.var_mean` is as exact and on a CPU 2 to 5 times slower.) The variance is
-    biased (divided by n): it is that of the very values being normalised, and of one value it is 0, where the
-    unbiased one is 0/0.
+    |mean| / std is above 1000. The mean is taken about one of the values: then it is exact where all are equal, so that
+    a constant input is centred to 0 and not to the mean's rounding, which a small `eps` would blow up. The variance is
+    biased (divided by n): it is that of the very values being normalised, and of one value it is 0, where the unbiased
+    one is 0/0.
     """
-    mean = x.mean(dims, keepdim=True)
+    r = x.detach()
+    for dim in dims: r = r.narrow(dim, 0, 1)
+    mean = r + (x - r).mean(dims, keepdim=True)
     centred = x - mean
     return mean, (centred * centred).mean(dims, keepdim=True), centred
 
@@ -40,28 +45,40 @@ def merge_moments(mean, var, batch_mean, batch_var, a):
 
     (T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating formulae and a pairwise algorithm for computing sample
     variances", 1979.) Equal to averaging x and x^2 and subtracting, without the cancellation; every term of
-    the variance is positive, so it can't turn negative. `a` is a number, or a scalar tensor of the moments' dtype.
+    the variance is positive, so it can't turn negative. `a` is a number, or a scalar tensor of the moments' dtype;
+    at a = 1 the result is the second pair to the last bit, which the formula as written would round.
     """
-    d, share = batch_mean - mean, a * (1 - a)
-    var = torch.lerp(var, batch_var, a)
-    var = var.addcmul_(d, d, value=share) if isinstance(a, float) else var + share * d * d
-    return torch.lerp(mean, batch_mean, a), var
+    d = batch_mean - mean
+    return torch.lerp(mean, batch_mean, a), torch.lerp(var, batch_var, a) + a * (1 - a) * d * d
 
 
 def scale_shift(centred, var, eps, weight=None, bias=None):
     """`centred / sqrt(var + eps) * weight + bias` with `centred = x - mean`, everything broadcast against it.
 
     The mean is subtracted first. Folding it into the shift (`x * scale + (bias - mean * scale)`) saves a pass
-    and costs the digits of x when |mean| / std is large.
+    and costs the digits of x when |mean| / std is large; and where x is the mean the result is then not `bias`.
+
+    The graph keeps a copy of `weight`, never the parameter: an optimizer's step or a load between this and the backward
+    pass changes no gradient.
     """
     scale = torch.rsqrt(var + eps)
     if weight is None: return centred * scale
-    return (centred * (weight * scale)).add_(bias)  # in place: one tensor less than `+ bias`
+    return torch.addcmul(wide(bias), centred, scale * wide(weight).clone())
 
 
 def per_channel(t, ndim):
-    """View a `(C,)` tensor as `(1, C, 1, ...)` with `ndim` axes."""
-    return t.view(1, -1, *[1] * (ndim - 2))
+    """View a `(C,)` tensor as `(1, C, 1, ...)` with `ndim` axes; None stays None."""
+    return None if t is None else t.view(1, -1, *[1] * (ndim - 2))
+
+
+def all_but_channels(x):
+    """The axes of images and positions of `x` `(N, C, *spatial)`."""
+    return (0, *range(2, x.ndim))
+
+
+def channel_groups(x):
+    """`x` `(N, C, *spatial)` as `(C, N * positions)`: for each channel the values behind its mean and variance."""
+    return x.transpose(0, 1).flatten(1)
 
 
 class Norm(nn.Module):
@@ -75,17 +92,27 @@ class Norm(nn.Module):
                                 used now, `(C,)` each, and how many images they remember at batches of `b`, or None
 
     Args:
-        shape: shape of `weight` and `bias`; None for a norm without them.
+        shape: shape of `weight` and `bias`.
         eps: added to the variance before the root, so that a constant input gives 0 and not 0/0.
+        affine: whether there are a `weight` and a `bias`; without them both are None.
+        device, dtype: of the parameters, as in torch's layers.
     """
 
-    def __init__(self, shape, eps):
+    def __init__(self, shape, eps, affine=True, device=None, dtype=None):
         super().__init__()
         if not isinstance(eps, (int, float)) or isinstance(eps, bool) or not eps >= 0:
             raise ValueError(f"{type(self).__name__}: eps is {eps!r}; it must be a number of at least 0, such as 1e-5")
         self.eps = eps
-        self.weight = None if shape is None else nn.Parameter(torch.ones(shape))
-        self.bias = None if shape is None else nn.Parameter(torch.zeros(shape))
+        for name in ("weight", "bias"):
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if affine
+                                    else None)
+        Norm.reset_parameters(self)
+
+    def reset_parameters(self):
+        """Set `weight` to ones and `bias` to zeros, as after construction."""
+        if self.weight is None: return
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def check_input(self, x, channels=None, min_dims=2):
         """Raise an error that says what came, what is needed and what to do, unless `x` is fit for this norm."""
@@ -106,6 +133,57 @@ class Norm(nn.Module):
         if x.numel() == 0:
             raise ValueError(f"{name} got an empty input of shape {shape}; a mean needs at least one value: "
                              "skip empty batches before the model")
+
+
+class RunningNorm(Norm):
+    """Base of the norms with running statistics: buffers `running_mean` (zeros), `running_var` (ones), and counters.
+
+    Evaluation normalises by these two and nothing else, in every norm: what reads them from outside (a fusion with the
+    convolution before, an export, another layer's state dict) gets what evaluation computes. They are float32 or wider
+    whatever the module is cast to, and are written in place only, so that whatever holds them sees the update.
+
+    Args:
+        nf, eps, affine, device, dtype: as in `Norm`; `weight` and `bias` are `(nf,)`.
+        further: the norm's other buffers, `{name: (size, value before training)}`; those with an int are int64.
+    """
+
+    def __init__(self, nf, eps, further, affine=True, device=None, dtype=None):
+        check_channels(type(self).__name__, nf)
+        super().__init__((nf,), eps, affine, device, dtype)
+        self.nf, self.fresh = nf, {}
+        width = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        for name, (size, value) in {"running_mean": ((nf,), 0.0), "running_var": ((nf,), 1.0), **further}.items():
+            kind = torch.int64 if isinstance(value, int) else width
+            self.register_buffer(name, torch.empty(size, device=device, dtype=kind))
+            self.fresh[name] = value
+        self.reset_running_stats()
+
+    @torch.no_grad()
+    def reset_running_stats(self):
+        """Set the running statistics and their counts to what they are before training, in place."""
+        for name, value in self.fresh.items(): self._buffers[name].fill_(value)
+
+    def reset_parameters(self):
+        """Set parameters and running statistics to what they are after construction, as torch's batch norms do."""
+        self.reset_running_stats()
+        super().reset_parameters()
+
+    def statistic_groups(self, x): return channel_groups(x)             # (C, N * positions)
+
+    def _apply(self, fn, recurse=True):
+        """Move or cast the module; `half()` and `bfloat16()` leave the running statistics at their width."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            if self._buffers[name].dtype in HALF: self._buffers[name] = old.to(self._buffers[name].device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # With `assign=True` the checkpoint's tensors become the buffers: those of half precision are widened first.
+        for name in self.fresh:
+            found = state_dict.get(prefix + name)
+            if isinstance(found, torch.Tensor) and found.dtype in HALF: state_dict[prefix + name] = found.float()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def check_channels(name, nf):

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from norms.channel import channel_moments
-from norms.convert import BATCH, CARRIED_COUNT
-from norms.moments import merge_moments
-from norms.running import CLAMP_IMAGES, RunningBatchNorm
+from norms.convert import BATCH
+from norms.moments import all_but_channels, merge_moments, moments, wide
+from norms.running import CARRIED_COUNT, CLAMP_IMAGES, RunningBatchNorm
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,8 @@ def pooled_moments(model, norm, runs, batches, device):
         x = next(iter((*args, *kwargs.values())))                               # (N, C, *spatial)
         n, taken, left = n + x.numel() // x.shape[1], taken + 1, left - 1
         share = torch.tensor(x.numel() // x.shape[1] / n, dtype=torch.float64)
-        mean, var = merge_moments(mean, var, *(m.to("cpu", torch.float64) for m in channel_moments(x)), share)
+        batch = moments(wide(x.detach()), all_but_channels(x))[:2]              # (1, C, 1, 1) each
+        mean, var = merge_moments(mean, var, *(m.flatten().to("cpu", torch.float64) for m in batch), share)
         if not left: raise _Reached
     handle = norm.register_forward_pre_hook(take, with_kwargs=True)
     try:
@@ -162,6 +162,7 @@ def set_statistics(norm, name, images, mean, var, n, runs):
     norm.running_mean.copy_(mean)
     if isinstance(norm, RunningBatchNorm):
         norm.running_var.copy_(var)
+        norm.unclamped_var.copy_(var)
         norm.count.clamp_(min=CARRIED_COUNT)
         norm.seen.fill_(max(images, CLAMP_IMAGES))
     else:

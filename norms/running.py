@@ -1,29 +1,25 @@
 """Running batch normalization (fastai, "Deep Learning from the Foundations", 2019, part 2 v3, notebook 07)."""
 
 import math
-from collections import deque
 
 import torch
 
-from norms.channel import (
-    KernelStep,
-    _Fused,
-    channel_groups,
-    channel_moments,
-    checkpointing,
-    eager_cpu,
-    evaluate_channels,
-    in_backward,
-    normalise_channels,
-    plain_step,
-)
-from norms.kernels import kernels_for, ordinary
-from norms.moments import HALF, Norm, check_channels, merge_moments
+from norms import fast
+from norms.averaged import averaged_scale_shift
+from norms.moments import RunningNorm, all_but_channels, merge_moments, moments, per_channel, scale_shift, wide
 
 CLAMP_IMAGES, CLAMP_VAR = 20, 0.01  # the lesson's: variance at least 0.01 until 20 images have been seen
 
+# W, the values per channel and batch, that goes with statistics from elsewhere. The next batch's share is
+# alpha n / ((1 - alpha) W + alpha n). Right would be W = n, which makes it alpha, but n is the next batch's and no norm
+# knows it beforehand. Below n the statistics are forgotten sooner, at W = 0 in one step, which only gives the usual
+# first step; above n they are held for log(W / n) / alpha steps, and a network that trains under frozen statistics runs
+# away. (Measured on the R1 network, batch norm at batch 64 and then this at batch 2, lr 0.05: W = 0, 2 and the true n
+# go on alike, W = 1e4 blows up within 40 steps.) So it is the least n: two images, a 1x1 map.
+CARRIED_COUNT = 2.0
 
-class RunningBatchNorm(Norm):
+
+class RunningBatchNorm(RunningNorm):
     """Normalise every channel by running statistics, in training as well as in evaluation.
 
     Batch norm at batch size 2 divides by the spread of a handful of values. This norm divides by exponential
@@ -45,173 +41,146 @@ class RunningBatchNorm(Norm):
     The averages start at 0 and the lesson divides each by a debiasing weight for the first 100 steps; it cancels
     in both ratios. Here W starts at 0, so that a = 1 in the first step, which is plain batch norm.
 
-    The gradient is that of the current batch's share a (see `norms.channel`), with the means of g and g xhat over
-    the batch. With `average_backward=True` they are averaged over steps as the forward's are, with the same share:
+    The past is a constant to the gradient: it flows through the batch's own mean and variance, by their share a,
 
-        G <- (1 - a) G + a mean(g)          D <- (1 - a) D + a mean(g xhat)
-        dL/dx = weight / s [g - G - xhat D]
+        dL/dx = weight / s [g - a mean(g) - a xhat mean(g xhat)]        g = dL/dy, s = sqrt(var + eps)
 
-    which is no gradient of anything, but a steadier estimate of the one that many images would give. (J. Yan et al.,
-    "Towards stabilizing batch statistics in backward propagation of batch normalization", ICLR 2020, average the
-    backward's statistics too.)
+    means over the batch and its positions. With `average_backward=True` they are averaged over steps as the forward's
+    are: see `norms.averaged`, also for training in mixed precision (`rescale_`).
 
     While fewer than 20 images have been seen the variance is taken as at least 0.01. Before any training the
     running statistics are mean 0 and variance 1, so evaluation is the affine map alone.
+
+    `running_mean` and `running_var` are what evaluation normalises by, the clamp included, as in a batch norm: to fuse
+    the norm with a convolution, or to load them into `nn.BatchNorm2d`, takes nothing else. It loads a batch norm's
+    state dict too: where `seen` and `count` are missing, statistics that differ from 0 and 1 count as trained ones, of
+    max(num_batches_tracked, 20) images, which no clamp holds, and of `CARRIED_COUNT` values per channel, so that the
+    next batch has about its usual share. `torch.optim.swa_utils.update_bn` looks for torch's class and passes this one
+    by; `recalibrate` does its work.
 
     Args:
         nf: channels, the size of axis 1.
         mom: weight of the **new** batch at batch size 2, above 0 and at most 1.
         eps: added to the variance.
+        affine: whether there are a `weight` and a `bias` per channel.
         rule: how `mom` turns into a batch's weight, "lesson" or "per_image".
         average_backward: average the means in the gradient over steps. It keeps state in the backward pass, so second
-            derivatives and `torch.compile` are refused.
+            derivatives, `torch.func` and `torch.compile` are refused.
+        device, dtype: of the parameters; the statistics are float32 or wider.
 
-    Shapes: `(N, C)` or `(N, C, *spatial)` in and out; `weight`, `bias`, `running_mean`, `running_var` `(C,)`;
-        `count` (W, values per channel) and `seen` (images) are scalars. All are tensors, so that a state dict
-        saved in mid-training continues bit for bit and a compiled step is not compiled again. With
-        `average_backward` also `grad_mean` and `grad_dot` (G and D) `(C,)`.
+    Shapes: `(N, C)` or `(N, C, *spatial)` in and out; `weight`, `bias`, `running_mean`, `running_var` and
+        `unclamped_var` (the average that the clamp may hide) `(C,)`; `count` (W, values per channel) and `seen`
+        (images) are scalars. All are tensors, so that a state dict saved in mid-training continues bit for bit and a
+        compiled step is not compiled again. With `average_backward` also `grad_mean` and `grad_dot` (G and D) `(C,)`.
 
     Raises:
         ValueError: another channel count, fewer than two axes, an empty input, an unknown rule, `mom` out of range.
         TypeError: an integer input.
+        RuntimeError: a training forward inside a backward pass that is no repetition of one before.
     """
 
-    def __init__(self, nf, mom=0.1, eps=1e-5, *, rule="lesson", average_backward=False):
-        check_channels("RunningBatchNorm", nf)
-        super().__init__((nf,), eps)
+    def __init__(self, nf, mom=0.1, eps=1e-5, affine=True, *, rule="lesson", average_backward=False, device=None,
+                 dtype=None):
+        further = {"unclamped_var": ((nf,), 1.0), "count": ((), 0.0), "seen": ((), 0)}
+        if average_backward: further |= {"grad_mean": ((nf,), 0.0), "grad_dot": ((nf,), 0.0)}
+        super().__init__(nf, eps, further, affine, device, dtype)
         if not 0 < mom <= 1:
             raise ValueError(f"RunningBatchNorm: mom is {mom!r}; it weighs the new batch and must be above 0 and at "
                              "most 1, such as 0.1")
         if rule not in ("lesson", "per_image"):
             raise ValueError(f"RunningBatchNorm: rule is {rule!r}; choose 'lesson' or 'per_image'")
-        self.nf, self.mom, self.rule, self.average_backward = nf, mom, rule, average_backward
-        self.register_buffer("running_mean", torch.zeros(nf))
-        self.register_buffer("running_var", torch.ones(nf))
-        self.register_buffer("count", torch.tensor(0.0))
-        self.register_buffer("seen", torch.tensor(0))
-        if average_backward:
-            self.register_buffer("grad_mean", torch.zeros(nf))
-            self.register_buffer("grad_dot", torch.zeros(nf))
-        self.steps = deque(maxlen=16)                               # for `recall`; no part of the state
+        self.mom, self.rule, self.average_backward = mom, rule, average_backward
+
+    clamp_images, clamp_var = CLAMP_IMAGES, CLAMP_VAR
 
     def batch_weight(self, b):
         """alpha: the weight of a new batch of `b` images in the exponential averages."""
         if self.rule == "per_image" or b == 1: return 1 - (1 - self.mom) ** (b / 2)
-        return 1 - (1 - self.mom) / math.sqrt(b - 1)
-
-    def forward(self, x):
-        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")     # attributes are slow
-        if (self.training and weight is not None and bias is not None and x.dtype is weight.dtype
-                and not self.average_backward and plain_step(x, self.nf)):
-            # What follows below, in one call or with fewer: at batch size 2 they are the time.
-            state = self._buffers
-            mean, var, count, seen = state["running_mean"], state["running_var"], state["count"], state["seen"]
-            if (type(self).track is RunningBatchNorm.track and type(self).floor is RunningBatchNorm.floor
-                    and (kernels := kernels_for(x, self.nf, weight, bias, mean, var))
-                    and ordinary(count, x.dtype, 1) and ordinary(seen, torch.int64, 1) and not checkpointing()):
-                return KernelStep.apply(x, weight, bias, kernels, "running_batch_norm", (mean, var, count, seen),
-                                        (x.shape[0], self.batch_weight(x.shape[0]), CLAMP_IMAGES, CLAMP_VAR, self.eps))
-            step = self.track(x, *torch.batch_norm_update_stats(x.detach(), None, None, 0.0))
-            if step[0].dtype is x.dtype: return _Fused.apply(x, weight, bias, step, self.eps)
-            return normalise_channels(x, weight, bias, step, self.eps)
-        self.check_input(x, self.nf)
-        if not self.training:
-            floor = self.floor(self.seen.item() if eager_cpu(x) else self.seen)
-            return evaluate_channels(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps, floor)
-        host = eager_cpu(x)
-        batch_mean, batch_var = channel_moments(x, host)                # (C,) each
-        if in_backward(): step = self.recall(batch_mean)
-        else: step = (self.track if host else self.track_tensors)(x, batch_mean, batch_var)
-        averages = (self.grad_mean, self.grad_dot) if self.average_backward else None
-        return normalise_channels(x, self.weight, self.bias, step, self.eps, averages, host)
-
-    def track(self, x, batch_mean, batch_var):
-        """Take the batch in: the new running mean and variance, its share of them, and the least variance.
-
-        Here `seen`, `count` and what follows from them are numbers. The new mean and variance take the buffers'
-        places: the old ones are left as they are, the new ones are kept by the graph of this step. (Modules that
-        hold buffers by reference, as DistributedDataParallel does, look them up again.)
-        """
-        state = self._buffers                                           # attributes would take ten times as long
-        old_mean, old_var, seen, count = state["running_mean"], state["running_var"], state["seen"], state["count"]
-        b, n = x.shape[0], x.numel() // self.nf
-        alpha = self.batch_weight(b)
-        images, values = seen.item() + b, (1 - alpha) * count.item() + alpha * n
-        seen.fill_(images)
-        count.fill_(values)
-        a = alpha * n / values
-        if batch_mean.dtype is not old_mean.dtype:
-            batch_mean, batch_var = batch_mean.to(old_mean.dtype), batch_var.to(old_var.dtype)
-        mean, var = merge_moments(old_mean, old_var, batch_mean, batch_var, a)
-        state["running_mean"], state["running_var"] = mean, var
-        step = mean, var, a, self.floor(images)
-        if checkpointing(): self.steps.append((batch_mean, step))
-        return step
-
-    def track_tensors(self, x, batch_mean, batch_var):
-        """`track` with `seen`, `count` and what follows from them as scalar tensors.
-
-        To look at a number would wait for a GPU, and a compiler would make it a constant and compile at every step.
-        """
-        alpha = self.batch_weight(x.shape[0])
-        seen = self.seen + x.shape[0]
-        count = (1 - alpha) * self.count + alpha * (x.numel() // self.nf)
-        a = alpha * (x.numel() // self.nf) / count
-        batch_mean, batch_var = batch_mean.to(self.running_mean.dtype), batch_var.to(self.running_var.dtype)
-        mean, var = merge_moments(self.running_mean, self.running_var, batch_mean, batch_var, a)
-        step = mean, var, a, self.floor(seen)
-        if torch.compiler.is_compiling():
-            # Not in place: a compiled backward may compute a or the mean once more, from what the forward read.
-            self.running_mean, self.running_var, self.seen, self.count = mean, var, seen, count
-        else:
-            self.running_mean.copy_(mean)
-            self.running_var.copy_(var)
-            self.seen.copy_(seen)
-            self.count.copy_(count)
-            # Under torch.func these are wrappers that die with the transform.
-            if checkpointing() and not torch._C._are_functorch_transforms_active():
-                self.steps.append((batch_mean, step))
-        return step
-
-    def recall(self, batch_mean):
-        """What `track` returned for the batch with this mean, which activation checkpointing sends through again.
-
-        The latest first: a backward pass goes from the last forward to the first. What was recalled is forgotten.
-        """
-        for i in reversed(range(len(self.steps))):
-            mean, step = self.steps[i]
-            if torch.allclose(mean, batch_mean, rtol=1e-5, atol=1e-7):
-                del self.steps[i]
-                return step
-        kept = self.steps.maxlen
-        raise RuntimeError(f"RunningBatchNorm met a forward pass inside a backward pass and none of its last {kept} "
-                           "training batches is this one; only a checkpointed forward may run there, with its backward "
-                           f"at most {kept} batches later")
+        return 1 - (1 - self.mom) / (math.sqrt(b - 1) if isinstance(b, int) else (b - 1) ** 0.5)    # or symbolic
 
     def floor(self, seen):
-        """The least variance after `seen` images: 0.01 until there were 20, then none (0 where `seen` is a tensor)."""
-        if torch.is_tensor(seen): return CLAMP_VAR * (seen < CLAMP_IMAGES).to(self.running_var.dtype)
-        return CLAMP_VAR if seen < CLAMP_IMAGES else None
+        """The least variance after `seen` images, a scalar tensor: 0.01 until there were 20, then 0."""
+        return self.clamp_var * (seen < self.clamp_images).to(self.running_var.dtype)
 
-    def statistic_groups(self, x): return channel_groups(x)             # (C, N * positions)
+    def forward(self, x):
+        if (y := fast.step(self, x)) is not None: return y
+        self.check_input(x, self.nf)
+        xs = wide(x)
+        weight, bias = (per_channel(t, x.ndim) for t in (self.weight, self.bias))                   # (1, C, 1, 1)
+        if self.training:
+            batch_mean, batch_var, _ = moments(xs, all_but_channels(x))                             # (1, C, 1, 1)
+            mean, var, a, floor = self.track(batch_mean, batch_var, x.shape[0], x.numel() // self.nf)
+            if self.average_backward:
+                averages = self.grad_mean, self.grad_dot                                            # (C,) each
+                return averaged_scale_shift(x, mean, var, a, floor, self.eps, weight, bias, averages)
+            var = var.clamp_min(floor)
+        else: mean, var = (per_channel(t, x.ndim) for t in (self.running_mean, self.running_var))   # (1, C, 1, 1)
+        return scale_shift(xs - mean, var, self.eps, weight, bias).to(x.dtype)
+
+    def track(self, batch_mean, batch_var, images, n):
+        """Take a batch into the running statistics: of `images` images, its moments over `n` values per channel.
+
+        Returns:
+            The running mean and variance with it, functions of the batch's, and of their shape, `(1, C, 1, ...)`; the
+            batch's share a of them and the least variance, scalar tensors. To look at a number would wait for a GPU,
+            and a compiler would make it a constant.
+        """
+        state = fast.state(self)            # the buffers; those of then in a forward that checkpointing does again
+        old = {name: fast.owned(t) for name, t in state.items()}            # copies: the graph keeps none of a buffer
+        mean, var, hidden = (per_channel(wide(old[name]), batch_mean.ndim)
+                             for name in ("running_mean", "running_var", "unclamped_var"))
+        before = self.floor(old["seen"])
+        var = torch.where((var == before) & (before > 0), hidden, var)
+        alpha, seen = self.batch_weight(images), old["seen"] + images
+        count = (1 - alpha) * old["count"] + alpha * n
+        a, floor = (alpha * n / count).to(mean.dtype), self.floor(seen)
+        mean, var = merge_moments(mean, var, batch_mean.to(mean.dtype), batch_var.to(var.dtype), a)
+        with torch.no_grad():
+            state["running_mean"].copy_(mean.detach().flatten())
+            state["running_var"].copy_(var.detach().flatten().clamp_min(floor))
+            state["unclamped_var"].copy_(var.detach().flatten())
+            state["count"].copy_(count)
+            state["seen"].copy_(seen)
+        return mean, var, a, floor
+
+    @torch.no_grad()
+    def rescale_(self, factor):
+        """Multiply the averages of the backward pass by `factor`: the loss will be `factor` times as large from now on.
+
+        Only with `average_backward=True`; else there is nothing to do. See `norms.averaged`.
+        """
+        if self.average_backward:
+            self.grad_mean.mul_(factor)
+            self.grad_dot.mul_(factor)
 
     def running_moments(self, b):
         """The mean and the variance that it normalises by now, `(C,)` each, and how many images they remember.
 
-        The variance is the clamped one. At batches of `b` images the newest has the weight alpha and its k-th
-        predecessor alpha (1 - alpha)^k: as good as the plain average of (2 - alpha) / alpha batches.
+        At batches of `b` images the newest has the weight alpha and its k-th predecessor alpha (1 - alpha)^k: as good
+        as the plain average of (2 - alpha) / alpha batches.
         """
         alpha = self.batch_weight(b)
-        return self.running_mean, self.running_var.clamp_min(self.floor(self.seen)), b * (2 - alpha) / alpha
+        return self.running_mean, self.running_var, b * (2 - alpha) / alpha
 
-    def _apply(self, fn, recurse=True):
-        """Move or cast the module; `half()` and `bfloat16()` leave the running statistics at their width."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            if self._buffers[name].dtype in HALF: self._buffers[name] = old.to(self._buffers[name].device)
-        return self
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
+        if mean is not None and var is not None:
+            state_dict.setdefault(prefix + "unclamped_var", var.clone())
+            batches = state_dict.pop(prefix + "num_batches_tracked", torch.tensor(0))
+            if prefix + "seen" not in state_dict:                                   # a batch norm's
+                trained = ((mean != 0) | (var != 1)).any()
+                state_dict[prefix + "seen"] = batches.clamp_min(CLAMP_IMAGES) * trained
+                state_dict[prefix + "count"] = CARRIED_COUNT * trained
+            floor = self.floor(state_dict[prefix + "seen"]).to(var.device)
+            state_dict[prefix + "running_var"] = var.clamp_min(floor.to(var.dtype))
+            if self.average_backward:
+                for name in ("grad_mean", "grad_dot"): state_dict.setdefault(prefix + name, torch.zeros_like(mean))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self):
         more = ", average_backward=True" if self.average_backward else ""
+        more += "" if self.weight is not None else ", affine=False"
         return f"{self.nf}, mom={self.mom}, eps={self.eps}, rule={self.rule!r}{more}"
+
+
+fast.register(RunningBatchNorm, fast.running_batch_norm)

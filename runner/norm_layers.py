@@ -1,13 +1,14 @@
 """What a norm layer is and normalises by, seen from outside, and how to look at a model without leaving a trace.
 
-A norm layer is known by its class, if that is one of torch's, or by a protocol of two methods. The norms of `norms`
-have them and a norm of your own can, without an import from anywhere:
+A norm layer is known by its class, if that is one of torch's, or by a protocol of two methods and a buffer. The norms
+of `norms` have them and a norm of your own can, without an import from anywhere:
 
     statistic_groups(x)     `x` as `(statistics, values)`: a row for each mean and variance that a batch has of its own,
                             with the values behind it; where images have their own, image after image
     running_moments(b)      only where training too normalises by running statistics: their mean and variance as used
-                            now (clamped, say, where the buffer `running_var` is not), `(C,)` each, and how many images
-                            they remember at batches of `b`, or None
+                            now, `(C,)` each, and how many images they remember at batches of `b`, or None
+    unclamped_var           only where the norm keeps that variance above a least one: a buffer `(C,)`, the variance
+                            without it; where there is none, the buffer `running_var`
 
 Running statistics used in evaluation are looked for as `running_mean` and `running_var`, `(C,)` each. A layer of
 another kind with "Norm" in its class's name is reported as unknown.

@@ -205,7 +205,7 @@ def _judge(m, x, before, was_frozen, biased):
     else: remarks = [_one_batch(n, common, rms, eps < median)]
 
     def remark(level, text): remarks.append((level, text))
-    if running and before and (held := int((var > m.running_var).sum())):
+    if running and before and (held := int((var > getattr(m, "unclamped_var", m.running_var)).sum())):
         remark("ok", f"a clamp holds the variance of {held} of {len(var)} channels")
     if n > 1 and eps > median:
         remark("warn", f"eps {eps:g} is above the variance (median {median:.2g}): the input is hardly scaled")

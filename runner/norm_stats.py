@@ -75,7 +75,7 @@ class NormStats(Probe):
         else: used = running[1] if running and not m.training else var
         scale = (used + eps_of(m, x)).rsqrt().view(-1, k).mean(0).repeat_interleave(affine // k)
         if getattr(m, "weight", None) is not None: scale = scale * m.weight.flatten()
-        clamped = [(used > running[1]).sum()] if _clamps(m) else []
+        clamped = [(used > getattr(m, "unclamped_var", running[1])).sum()] if _clamps(m) else []
         numbers = mean.view(-1, k).mean(0), var.view(-1, k).mean(0), *(running or ()), scale, *clamped
         self.take(path, torch.cat([t.reshape(-1).float() for t in numbers]), groups.shape[1])
 

@@ -102,7 +102,7 @@ def test_repr_shows_the_settings():
     assert repr(BatchNorm(8)) == "BatchNorm(8, mom=0.1, eps=1e-05)"
     assert repr(GroupNorm(2, 8)) == "GroupNorm(2, 8, eps=1e-05, affine=True)"
     assert repr(InstanceNorm(8)) == "InstanceNorm(8, eps=1.0)"
-    assert repr(LayerNorm()) == "LayerNorm(eps=1e-05, shape=())"
+    assert repr(LayerNorm()) == "LayerNorm(eps=1e-05)"
 
 
 @pytest.mark.parametrize("make", [BatchNorm, InstanceNorm, RunningBatchNorm, lambda nf: GroupNorm(2, nf)])
@@ -148,9 +148,10 @@ def test_instance_norm_needs_positions():
     (lambda: RunningBatchNorm(4, mom=0), ValueError, "mom is 0; it weighs the new batch and must be above 0"),
     (lambda: RunningBatchNorm(4, rule="both"), ValueError, "rule is 'both'; choose 'lesson' or 'per_image'"),
     (lambda: GroupNorm(3, 8), ValueError, r"got 3 groups for 8 channels.*choose one of \[1, 2, 4, 8\]"),
-    (lambda: LayerNorm(64), TypeError, r"takes no channel count.*norm=lambda nf: LayerNorm\(\)"),
-    (lambda: LayerNorm(shape=(5, 1, 1))(torch.randn(2, 4, 3, 3)), ValueError,
-     r"weight and bias of shape \(5, 1, 1\) and got images of shape \(4, 3, 3\).*shape=\(4, 3, 3\)"),
+    (lambda: LayerNorm(64)(torch.randn(2, 64, 7, 7)), ValueError,
+     r"trailing axes of sizes \(64,\) and got an input of shape \(2, 64, 7, 7\).*norm=lambda nf: LayerNorm\(\)"),
+    (lambda: LayerNorm(1e-3), TypeError, r"normalized_shape=0.001; .*as in LayerNorm\(eps=1e-5\)"),
+    (lambda: LayerNorm(shape=(5, 1, 1)), TypeError, r"shape=\(5, 1, 1\), which is now normalized_shape"),
 ])
 def test_settings_that_make_no_sense(make, error, text):
     with pytest.raises(error, match=text): make()
@@ -195,4 +196,4 @@ def test_running_moments_are_what_a_training_batch_is_normalised_by():
         y = norm(x)
         mean, var, _ = norm.running_moments(2)
         torch.testing.assert_close(y, (x - mean.view(-1, 1)) / (var.view(-1, 1) + norm.eps).sqrt())
-        assert (var > norm.running_var).tolist() == [step < 9, False, False]           # 20 images are 10 steps
+        assert (var > norm.unclamped_var).tolist() == [step < 9, False, False]           # 20 images are 10 steps

@@ -1,4 +1,4 @@
-"""The norms' own kernels: they are built, equal torch's, and are left alone where they may not work."""
+"""The norms' kernels: they are built, equal the definitions, and are left alone where they may not work."""
 
 import os
 import shutil
@@ -13,23 +13,23 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
-import norms.kernels
+import norms.fast.kernels
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
 
 ROOT = Path(__file__).parent.parent
 NORMS = {"batch": BatchNorm, "running": RunningBatchNorm,
          "per image": lambda nf: RunningBatchNorm(nf, rule="per_image"),
          "layer": lambda nf: LayerNorm(), "instance": InstanceNorm, "group": lambda nf: GroupNorm(2 - nf % 2, nf)}
-needs_kernels = pytest.mark.skipif(not norms.kernels.AVAILABLE, reason="the norms' kernels are not built here")
+needs_kernels = pytest.mark.skipif(not norms.fast.kernels.AVAILABLE, reason="the norms' kernels are not built here")
 
 
 def test_they_are_built_where_there_is_a_compiler():
     if os.environ.get("NORMS_KERNELS") == "0": pytest.skip("switched off by NORMS_KERNELS=0")
     if not (shutil.which("cc") or shutil.which("gcc")): pytest.skip("there is no C compiler")
-    assert norms.kernels.AVAILABLE, "pip install -e . builds them"
+    assert norms.fast.kernels.AVAILABLE, "pip install -e . builds them"
 
 
-def used(y): return "Kernel" in type(y.grad_fn).__name__
+def used(y): return type(y.grad_fn).__name__ in ("_StepBackward", "_GroupStepBackward")
 
 
 def steps(norm, batches):
@@ -43,14 +43,14 @@ def steps(norm, batches):
 
 
 def both(make, batches, monkeypatch):
-    """What `steps` gives with our kernels and with torch's, from the same weights, in this order."""
+    """What `steps` gives with the kernels and by the definition, from the same weights, in this order."""
     ours, other = make(), make()
     for p, q in zip(ours.parameters(), other.parameters(), strict=True):
         with torch.no_grad(): p.copy_(torch.randn(p.shape)), q.copy_(p)
     got = steps(ours, batches)
     assert used(got[0])
     with monkeypatch.context() as patch:
-        patch.setattr(norms.kernels, "KERNELS", {})
+        patch.setattr(norms.fast.kernels, "KERNELS", {})
         want = steps(other, batches)
     assert not used(want[0])
     return got, want
@@ -60,7 +60,7 @@ def both(make, batches, monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize("size", [(3,), (130,), (3, 5), (130, 1, 1), (70, 3, 2), (2, 2, 2, 3)], ids=str)
 @pytest.mark.parametrize("name", NORMS)
-def test_same_numbers_as_with_torch_s_kernels(name, size, monkeypatch):
+def test_same_numbers_as_by_the_definition(name, size, monkeypatch):
     if name == "instance" and len(size) == 1: pytest.skip("needs positions")
     # Small spreads, so that the floor under the variance holds some channels at first and not others.
     spread = torch.linspace(0.02, 2, size[0], dtype=torch.float64).view(-1, *[1] * (len(size) - 1))
@@ -93,14 +93,11 @@ def test_channels_last(name):
 
 
 @needs_kernels
-@pytest.mark.parametrize("affine", [(), (6, 1, 1), (6, 3, 4)], ids=str)
-def test_layer_norm_s_affine_shapes(affine, monkeypatch):
+@pytest.mark.parametrize("shape", [(), (4,), (3, 4), (6, 3, 4)], ids=str)
+def test_layer_norm_s_shapes(shape, monkeypatch):
     batches = [(torch.randn(n, 6, 3, 4, dtype=torch.float64), torch.randn(n, 6, 3, 4, dtype=torch.float64))
                for n in (2, 5)]
-    if affine == (6, 1, 1):     # broadcast to an image: not contiguous, and so none of ours
-        assert not used(LayerNorm(shape=affine).double()(batches[0][0]))
-        return
-    for a, b in zip(*both(lambda: LayerNorm(shape=affine).double(), batches, monkeypatch), strict=True):
+    for a, b in zip(*both(lambda: LayerNorm(shape or None).double(), batches, monkeypatch), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
@@ -207,12 +204,12 @@ def test_a_parametrized_weight_is_no_bare_memory(name):
 
 @needs_kernels
 @pytest.mark.parametrize("name", NORMS)
-def test_other_inputs_are_torch_s(name, monkeypatch):
+def test_other_inputs_go_by_the_definition(name, monkeypatch):
     norm, x = NORMS[name](4), torch.randn(2, 4, 8, 8)
     assert used(norm(x))
     assert not used(norm(x[..., ::2]))
     assert not used(norm(x.bfloat16()))
-    monkeypatch.setattr(norms.kernels, "GRAIN", 100)
+    monkeypatch.setattr(norms.fast.kernels, "GRAIN", 100)
     for threads in (2, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert used(norm(x)) == (threads == 2)
@@ -231,7 +228,7 @@ def test_a_norm_with_a_rule_of_its_own_keeps_it(method):
             return getattr(base, method)(self, *args)
         norm = type("Own", (base,), {method: own})(3)
         norm(torch.randn(2, 3, 4))
-        assert called == [method]
+        assert set(called) == {method}
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -262,15 +259,15 @@ def test_jit_trace_gives_what_can_be_saved(name, tmp_path):
 
 def test_without_them_the_norms_work_the_same(tmp_path):
     """Switched off, and where the file is of another system."""
-    code = ("import norms.kernels, torch; from norms import RunningBatchNorm; assert not norms.kernels.AVAILABLE; "
+    code = ("import norms.kernels, torch; from norms import RunningBatchNorm; assert not norms.fast.kernels.AVAILABLE; "
             "y = RunningBatchNorm(3)(torch.arange(12.).view(2, 3, 2)); print(y.square().mean().item())")
     run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"NORMS_KERNELS": "0", "PYTHONPATH": str(ROOT)},
                          capture_output=True, text=True, check=True)
     assert float(run.stdout) == pytest.approx(1, abs=1e-4)
     from importlib.machinery import EXTENSION_SUFFIXES
     (tmp_path / f"_kernels{EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
-    assert norms.kernels.load(tmp_path) == {}
-    assert norms.kernels.load(tmp_path / "nowhere") == {}
+    assert norms.fast.kernels.load(tmp_path) == {}
+    assert norms.fast.kernels.load(tmp_path / "nowhere") == {}
 
 
 @pytest.mark.parametrize("compiler", ["cc", "false"])
@@ -278,15 +275,15 @@ def test_the_installation_goes_on_without_a_compiler(compiler, tmp_path):
     """As pip does it: `build_ext` of what pyproject.toml says, here in a copy."""
     if not shutil.which(compiler): pytest.skip(f"there is no {compiler}")
     for name in ("pyproject.toml", "README.md", "LICENSE"): shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "norms").mkdir()
-    shutil.copy(ROOT / "norms" / "kernels.c", tmp_path / "norms")
-    (tmp_path / "norms" / "__init__.py").touch()
+    (tmp_path / "norms" / "fast").mkdir(parents=True)
+    shutil.copy(ROOT / "norms" / "fast" / "kernels.c", tmp_path / "norms" / "fast")
+    for folder in ("norms", "norms/fast"): (tmp_path / folder / "__init__.py").touch()
     pytest.importorskip("setuptools", minversion="77")
-    code = "from setuptools import setup; setup(packages=['norms'])"
+    code = "from setuptools import setup; setup(packages=['norms', 'norms.fast'])"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, "build_ext", "--inplace"], cwd=tmp_path,
                           env=os.environ | {"CC": compiler}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = norms.kernels.load(tmp_path / "norms")
+    found = norms.fast.kernels.load(tmp_path / "norms" / "fast")
     assert set(found) == (set() if compiler == "false" or os.environ.get("NORMS_KERNELS") == "0"
                           else {torch.float32, torch.float64})
     if compiler == "false": assert "failed" in done.stdout + done.stderr

@@ -31,17 +31,16 @@ NOT_OURS = {
         and not m.track_running_stats and not training,
     "cumulative averages (momentum=None) are not offered": lambda m, x, training: isinstance(m, BATCH)
         and m.momentum is None and training,
-    "LayerNorm is over all axes of an image": lambda m, x, training: isinstance(m, nn.LayerNorm)
-        and len(m.normalized_shape) != x.ndim - 1,
 }
 
 
 def ours(m):
-    """The project's norm with the settings of torch's `m`; a missing affine map is ones and zeros here."""
-    if isinstance(m, BATCH): norm = BatchNorm(m.num_features, mom=m.momentum or 0.0, eps=m.eps)
-    elif isinstance(m, INSTANCE): norm = InstanceNorm(m.num_features, eps=m.eps)
-    elif isinstance(m, nn.GroupNorm): norm = GroupNorm(m.num_groups, m.num_channels, eps=m.eps)
-    else: norm = LayerNorm(eps=m.eps, shape=m.normalized_shape)
+    """The project's norm with the settings of torch's `m`; a missing bias (`bias=False`) is zeros here."""
+    affine = m.weight is not None
+    if isinstance(m, BATCH): norm = BatchNorm(m.num_features, mom=m.momentum or 0.0, eps=m.eps, affine=affine)
+    elif isinstance(m, INSTANCE): norm = InstanceNorm(m.num_features, eps=m.eps, affine=affine)
+    elif isinstance(m, nn.GroupNorm): norm = GroupNorm(m.num_groups, m.num_channels, eps=m.eps, affine=affine)
+    else: norm = LayerNorm(m.normalized_shape, eps=m.eps, affine=affine)
     norm = norm.double().train(m.training)
     with torch.no_grad():
         for name in ("weight", "bias", "running_mean", "running_var"):

@@ -8,20 +8,13 @@ from reference import LiteralRunningBatchNorm
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import norms.channel
-import norms.running
 from norms import BatchNorm, RunningBatchNorm
-from norms.channel import normalise_channels, plain
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
-@pytest.mark.parametrize("path", ["cpu", "elsewhere"])
 @pytest.mark.parametrize("rule", ["lesson", "per_image"])
-def test_equals_the_definition_over_ragged_steps(rule, path, monkeypatch):
-    if path == "elsewhere":     # as on a GPU and in a compiled graph: state in tensors, the plain formula
-        for module in (norms.channel, norms.running): monkeypatch.setattr(module, "eager_cpu", lambda x: False)
-        monkeypatch.setattr(norms.running, "plain_step", lambda x, nf: False)
+def test_equals_the_definition_over_ragged_steps(rule):
     ours, literal = RunningBatchNorm(3, rule=rule).double(), LiteralRunningBatchNorm(3, rule=rule).double()
     # Spreads of 0.02 to 3, so that the clamp at 0.01 holds some channels in the first steps and not others.
     spread, centre = torch.tensor([0.02, 1, 3]).view(3, 1, 1), torch.tensor([0, 1, -2.0]).view(3, 1, 1)
@@ -42,17 +35,9 @@ def test_equals_the_definition_over_ragged_steps(rule, path, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(6, 3), (4, 3, 5), (4, 3, 2, 3), (2, 3, 2, 2, 2)])
 @pytest.mark.parametrize("held", [False, True], ids=["free", "clamped"])
-def test_fused_equals_plain_and_passes_gradcheck(shape, held):
+def test_derivatives_of_every_order_and_direction(shape, held):
     x = (torch.randn(shape, dtype=torch.float64) * 0.05).requires_grad_()
     w, b = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    mean, var = torch.randn(3, dtype=torch.float64) * 0.01, torch.tensor([0.002, 0.004, 0.5], dtype=torch.float64)
-    g = torch.randn(shape, dtype=torch.float64)
-    for share in ((None, None), (0.3, 0.01 if held else None)):
-        results = []
-        for y in (normalise_channels(x, w, b, (mean, var, *share), 1e-5), plain(x, w, b, mean, var, *share, 1e-5)):
-            results.append([y, *torch.autograd.grad(y, [x, w, b], g)])
-        for p, q in zip(*results, strict=True): torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-11)
-
     # The statistics as the module makes them, from the input: the numeric derivative sees all of it.
     state = RunningBatchNorm(3).double()
     if not held: state.seen.fill_(100)
@@ -190,15 +175,14 @@ def test_checkpointed_forward_counts_once_and_keeps_the_gradient():
         leaf = x.clone().requires_grad_()
         (run(leaf).pow(3).sum() + run(leaf).pow(2).sum()).backward()
         ends.append([leaf.grad, *(p.grad for p in norms.parameters()), *norms.state_dict().values()])
-    # To rounding: a forward that will be done again takes torch's kernels.
-    for a, b in zip(*ends, strict=True): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    for a, b in zip(*ends, strict=True): assert torch.equal(a, b)
 
 
 def test_forward_in_a_backward_that_is_no_checkpoint():
     m, x = RunningBatchNorm(3), torch.randn(4, 3, requires_grad=True)
     y = m(x)
     y.register_hook(lambda g: m(torch.randn(4, 3)))
-    with pytest.raises(RuntimeError, match="none of its last 16 training batches is this one; only a checkpointed"):
+    with pytest.raises(RuntimeError, match="repeats none of its training forwards; only a checkpointed"):
         y.sum().backward()
 
 

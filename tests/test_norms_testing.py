@@ -51,8 +51,9 @@ NORMS = {
                               {"dims": [3, 4, 5], "reference": lambda nf: nn.InstanceNorm2d(nf, affine=True)}, set(),
                               STATELESS),
     "layer": (lambda nf: LayerNorm(), {}, set(), {"the reference", "wrong channel", *STATELESS}),
-    "layer, channel affine": (lambda nf: LayerNorm(shape=(nf, 1, 1)),
-                              {"dims": (4,), "reference": lambda nf: nn.GroupNorm(1, nf)}, set(), STATELESS),
+    "layer, trailing axes": (lambda nf: LayerNorm((nf, 5, 3)),
+                             {"dims": (4,), "reference": lambda nf: nn.LayerNorm((nf, 5, 3))}, {"one element"},
+                             STATELESS),
     # torch takes empty batches, and counts a batch in num_batches_tracked before it refuses it.
     "torch batch 2d": (nn.BatchNorm2d, {"dims": (4,), "reference": BatchNorm},
                        {"one element", "empty batch", "counts a batch once", "wrong channel", "integer"}, set()),

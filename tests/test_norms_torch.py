@@ -18,7 +18,7 @@ def pairs(ndim):
     yield "batch", BatchNorm(4, mom=0.3), BATCH[ndim](4, momentum=0.3)
     yield "group", GroupNorm(2, 4), nn.GroupNorm(2, 4)
     yield "group without affine", GroupNorm(4, 4, affine=False), nn.GroupNorm(4, 4, affine=False)
-    yield "layer", LayerNorm(shape=shape[1:]), nn.LayerNorm(shape[1:])
+    yield "layer", LayerNorm(shape[1:]), nn.LayerNorm(shape[1:])
     if ndim > 2: yield "instance", InstanceNorm(4, eps=1e-5), INSTANCE[ndim](4, affine=True)
 
 

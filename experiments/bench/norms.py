@@ -40,7 +40,7 @@ def arms():
         "nn.GroupNorm": (lambda nf: nn.GroupNorm(4, nf), None, None),
         "GroupNorm": (lambda nf: GroupNorm(4, nf), "nn.GroupNorm", (1.4, 1.15)),
         "nn.LayerNorm": (_layer(nn.LayerNorm), None, None),
-        "LayerNorm": (_layer(lambda shape: LayerNorm(shape=shape)), "nn.LayerNorm", (1.4, 1.15)),
+        "LayerNorm": (_layer(LayerNorm), "nn.LayerNorm", (1.4, 1.15)),
         "LayerNorm, scalar affine": (lambda nf: LayerNorm(), "nn.LayerNorm", (1.4, 1.15)),
         "nn.InstanceNorm2d": (lambda nf: _Instance(nf, affine=True), None, None),
         "InstanceNorm": (InstanceNorm, "nn.InstanceNorm2d", (1.4, 1.15)),

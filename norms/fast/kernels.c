@@ -1,9 +1,10 @@
 /* The norms' training steps on a CPU, one function for the forward and one for the backward pass of each.
 
    At batch size 2 the time of a norm is that of the calls it makes, some twenty of torch's for running batch norm.
-   Here it is one each way. The formulas are those of `norms/channel.py`, `norms/images.py` and `norms/running.py`,
-   where they stand in Python; the tests hold the two together. Everything is contiguous; sums are of double
-   precision. The file includes itself, once for each of the two types, and needs no header but C's own. */
+   Here it is one each way. The formulas are those of the norms' definitions one folder up, and of their derivatives in
+   `channels.py` and `images.py`; the tests hold them together. Everything is contiguous; sums are of double precision,
+   and means are taken about a first value, so that they are exact where all are equal. The file includes itself, once
+   for each of the two types, and needs no header but C's own. */
 
 #ifndef REAL
 
@@ -19,6 +20,9 @@
 
 #define BLOCK 64                        /* channels at a time */
 
+/* What `kernels.py` expects of this file: one more at every change of a function's arguments or of what they mean. */
+int64_t norms_kernels_version(void) { return 2; }
+
 #define REAL float
 #define NAME(f) f##_float
 #include "kernels.c"
@@ -30,11 +34,11 @@
 
 #else
 
-/* Sums over a row of p values: of x, of (x - m)^2, of g (x - m). */
-static inline double NAME(sum)(const REAL *x, int64_t p) {
+/* Sums over a row of p values: of x - r, of (x - m)^2, of g (x - m). */
+static inline double NAME(sum)(const REAL *x, int64_t p, double r) {
     double s = 0;
 #pragma omp simd reduction(+ : s)
-    for (int64_t j = 0; j < p; j++) s += x[j];
+    for (int64_t j = 0; j < p; j++) s += x[j] - r;
     return s;
 }
 
@@ -60,14 +64,17 @@ static inline double NAME(product)(const REAL *g, const REAL *x, int64_t p, doub
 
 static inline void NAME(channel_moments)(const REAL *x, int64_t N, int64_t C, int64_t P, int64_t b, double *mean,
                                          double *var) {
-    double n = (double)(N * P);
-    for (int64_t c = 0; c < b; c++) mean[c] = var[c] = 0;
+    double n = (double)(N * P), r[BLOCK];
+    for (int64_t c = 0; c < b; c++) {
+        mean[c] = var[c] = 0;
+        r[c] = x[c * P];
+    }
     for (int64_t i = 0; i < N; i++) {
         const REAL *xi = x + i * C * P;
-        if (P == 1) for (int64_t c = 0; c < b; c++) mean[c] += xi[c];
-        else for (int64_t c = 0; c < b; c++) mean[c] += NAME(sum)(xi + c * P, P);
+        if (P == 1) for (int64_t c = 0; c < b; c++) mean[c] += xi[c] - r[c];
+        else for (int64_t c = 0; c < b; c++) mean[c] += NAME(sum)(xi + c * P, P, r[c]);
     }
-    for (int64_t c = 0; c < b; c++) mean[c] /= n;
+    for (int64_t c = 0; c < b; c++) mean[c] = r[c] + mean[c] / n;
     for (int64_t i = 0; i < N; i++) {
         const REAL *xi = x + i * C * P;
         if (P == 1) for (int64_t c = 0; c < b; c++) var[c] += (xi[c] - mean[c]) * (xi[c] - mean[c]);
@@ -76,22 +83,37 @@ static inline void NAME(channel_moments)(const REAL *x, int64_t N, int64_t C, in
     for (int64_t c = 0; c < b; c++) var[c] /= n;
 }
 
-/* y = (x - mean) / sqrt(max(var, floor) + eps) weight + bias */
+/* y = (x - mean) / sqrt(var + eps) weight + bias; no weight is a null pointer, and then no bias either */
 static inline void NAME(channel_normalise)(const REAL *x, REAL *y, int64_t N, int64_t C, int64_t P, int64_t b,
-                                           const REAL *mean, const REAL *var, REAL floor, double eps,
-                                           const REAL *weight, const REAL *bias) {
-    REAL scale[BLOCK];
-    for (int64_t c = 0; c < b; c++) scale[c] = (REAL)(weight[c] / sqrt((var[c] < floor ? floor : var[c]) + eps));
+                                           const REAL *mean, const REAL *var, double eps, const REAL *weight,
+                                           const REAL *bias) {
+    REAL scale[BLOCK], shift[BLOCK];
+    for (int64_t c = 0; c < b; c++) {
+        scale[c] = (REAL)((weight ? weight[c] : 1) / sqrt(var[c] + eps));
+        shift[c] = bias ? bias[c] : 0;
+    }
     for (int64_t i = 0; i < N; i++) {
         const REAL *xi = x + i * C * P;
         REAL *yi = y + i * C * P;
-        if (P == 1) for (int64_t c = 0; c < b; c++) yi[c] = (xi[c] - mean[c]) * scale[c] + bias[c];
+        if (P == 1) for (int64_t c = 0; c < b; c++) yi[c] = (xi[c] - mean[c]) * scale[c] + shift[c];
         else for (int64_t c = 0; c < b; c++)
-            for (int64_t j = c * P; j < (c + 1) * P; j++) yi[j] = (xi[j] - mean[c]) * scale[c] + bias[c];
+            for (int64_t j = c * P; j < (c + 1) * P; j++) yi[j] = (xi[j] - mean[c]) * scale[c] + shift[c];
     }
 }
 
-/* Batch norm. `kept`, for the backward pass: C means, C variances, the batch's share (1), the least variance (0). */
+/* Evaluation, by statistics that don't depend on x. */
+KERNEL NAME(evaluate)(const REAL *x, const REAL *weight, const REAL *bias, REAL *y, const REAL *mean, const REAL *var,
+                      int64_t N, int64_t C, int64_t P, double eps) {
+    for (int64_t at = 0; at < C; at += BLOCK)
+        NAME(channel_normalise)(x + at * P, y + at * P, N, C, P, C - at < BLOCK ? C - at : BLOCK, mean + at, var + at, eps,
+                                weight ? weight + at : 0, bias ? bias + at : 0);
+}
+
+/* What a training step leaves in `kept` for its backward pass: five times C values, the mean and the variance that it
+   normalised by, the weight, the running mean and the running variance of before; the batch's share; the least variance.
+   The second is without the least variance. */
+
+/* Batch norm: the share is 1, there is no least variance, and what was before plays no part. */
 KERNEL NAME(batch_norm)(const REAL *x, const REAL *weight, const REAL *bias, REAL *y, REAL *kept, REAL *running_mean,
                         REAL *running_var, int64_t *batches, int64_t N, int64_t C, int64_t P, double mom, double eps) {
     double m[BLOCK], v[BLOCK], n = (double)(N * P);
@@ -102,68 +124,103 @@ KERNEL NAME(batch_norm)(const REAL *x, const REAL *weight, const REAL *bias, REA
         for (int64_t c = 0; c < b; c++) {
             mean[c] = (REAL)m[c];
             var[c] = (REAL)v[c];
+            kept[2 * C + at + c] = weight ? weight[at + c] : 1;
+            kept[3 * C + at + c] = kept[4 * C + at + c] = 0;
             running_mean[at + c] += (REAL)(mom * (m[c] - running_mean[at + c]));
             if (n > 1) running_var[at + c] += (REAL)(mom * (v[c] * n / (n - 1) - running_var[at + c]));
         }
-        NAME(channel_normalise)(x + at * P, y + at * P, N, C, P, b, mean, var, 0, eps, weight + at, bias + at);
+        NAME(channel_normalise)(x + at * P, y + at * P, N, C, P, b, mean, var, eps, weight ? weight + at : 0,
+                                bias ? bias + at : 0);
     }
-    kept[2 * C] = 1;
-    kept[2 * C + 1] = 0;
+    kept[5 * C] = 1;
+    kept[5 * C + 1] = 0;
     *batches += 1;
 }
 
-/* Running batch norm: `RunningBatchNorm.track` and the normalisation. `kept` as above; `images` are N but where N counts
-   their positions too. */
+/* Running batch norm: `RunningBatchNorm.track` and the normalisation. `images` are N but where N counts their positions
+   too. */
 KERNEL NAME(running_batch_norm)(const REAL *x, const REAL *weight, const REAL *bias, REAL *y, REAL *kept,
-                                REAL *running_mean, REAL *running_var, REAL *count, int64_t *seen, int64_t N, int64_t C,
-                                int64_t P, double images, double alpha, double clamp_images, double clamp_var,
-                                double eps) {
+                                REAL *running_mean, REAL *running_var, REAL *unclamped_var, REAL *count, int64_t *seen,
+                                int64_t N, int64_t C, int64_t P, double images, double alpha, double clamp_images,
+                                double clamp_var, double eps) {
     double m[BLOCK], v[BLOCK];
     double values = (1 - alpha) * *count + alpha * (double)(N * P), a = alpha * (double)(N * P) / values;
+    REAL before = (REAL)((double)*seen < clamp_images ? clamp_var : 0), floor;
     *count = (REAL)values;
     *seen += (int64_t)images;
-    REAL floor = (REAL)((double)*seen < clamp_images ? clamp_var : 0);
+    floor = (REAL)((double)*seen < clamp_images ? clamp_var : 0);
     for (int64_t at = 0; at < C; at += BLOCK) {
         int64_t b = C - at < BLOCK ? C - at : BLOCK;
-        REAL *mean = kept + at, *var = kept + C + at;
+        REAL *mean = kept + at, *var = kept + C + at, *used = running_var + at;
         NAME(channel_moments)(x + at * P, N, C, P, b, m, v);
         for (int64_t c = 0; c < b; c++) {
-            double d = m[c] - running_mean[at + c], old = running_var[at + c];              /* `merge_moments` */
-            mean[c] = running_mean[at + c] = (REAL)(running_mean[at + c] + a * d);
-            var[c] = running_var[at + c] = (REAL)(old + a * (v[c] - old) + a * (1 - a) * d * d);
+            REAL old_mean = running_mean[at + c], old = before > 0 && used[c] == before ? unclamped_var[at + c] : used[c];
+            double d = m[c] - old_mean;                                                     /* `merge_moments` */
+            kept[2 * C + at + c] = weight ? weight[at + c] : 1;
+            kept[3 * C + at + c] = old_mean;
+            kept[4 * C + at + c] = old;
+            mean[c] = running_mean[at + c] = (REAL)(a < 1 ? old_mean + a * d : m[c]);
+            var[c] = unclamped_var[at + c] = (REAL)(a < 1 ? old + a * (v[c] - old) + a * (1 - a) * d * d : v[c]);
+            used[c] = var[c] < floor ? floor : var[c];
         }
-        NAME(channel_normalise)(x + at * P, y + at * P, N, C, P, b, mean, var, floor, eps, weight + at, bias + at);
+        NAME(channel_normalise)(x + at * P, y + at * P, N, C, P, b, mean, used, eps, weight ? weight + at : 0,
+                                bias ? bias + at : 0);
     }
-    kept[2 * C] = (REAL)a;
-    kept[2 * C + 1] = floor;
+    kept[5 * C] = (REAL)a;
+    kept[5 * C + 1] = floor;
 }
 
-/* Both backward: gx = weight / s [g - a mean(g) - a xhat mean(g xhat)], the last term only where no floor holds. */
-KERNEL NAME(channel_backward)(const REAL *g, const REAL *x, const REAL *weight, const REAL *kept, REAL *gx,
-                              REAL *gweight, REAL *gbias, int64_t N, int64_t C, int64_t P, double eps) {
-    double total[BLOCK], dot[BLOCK], a = kept[2 * C], n = (double)(N * P);
-    REAL scale[BLOCK], shift[BLOCK], through_var[BLOCK], floor = kept[2 * C + 1];
+/* The sums of g and of g (x - mean) over a block of channels. */
+static inline void NAME(channel_sums)(const REAL *g, const REAL *x, const REAL *mean, int64_t N, int64_t C, int64_t P,
+                                      int64_t b, double *total, double *dot) {
+    for (int64_t c = 0; c < b; c++) total[c] = dot[c] = 0;
+    for (int64_t i = 0; i < N; i++) {
+        const REAL *gi = g + i * C * P, *xi = x + i * C * P;
+        if (P == 1) for (int64_t c = 0; c < b; c++) {
+            total[c] += gi[c];
+            dot[c] += gi[c] * (double)(xi[c] - mean[c]);
+        } else for (int64_t c = 0; c < b; c++) {
+            total[c] += NAME(sum)(gi + c * P, P, 0);
+            dot[c] += NAME(product)(gi + c * P, xi + c * P, P, mean[c]);
+        }
+    }
+}
+
+/* Both backward: gx = weight / s [g - a mean(g) - a xhat mean(g xhat)], the last term only where no least variance holds.
+
+   With `grad_mean` and `grad_dot`, of C values each and otherwise null, gx = weight / s [g - G - xhat D]: the means are
+   averaged over steps (`norms/averaged.py`), but where a gradient is not finite the averages stay. */
+KERNEL NAME(channel_backward)(const REAL *g, const REAL *x, const REAL *kept, REAL *gx, REAL *gweight, REAL *gbias,
+                              REAL *grad_mean, REAL *grad_dot, int64_t N, int64_t C, int64_t P, double eps) {
+    double total[BLOCK], dot[BLOCK], a = kept[5 * C], n = (double)(N * P);
+    REAL scale[BLOCK], shift[BLOCK], through_var[BLOCK], floor = kept[5 * C + 1];
+    int finite = 1;
+    if (grad_mean) for (int64_t at = 0; at < C && finite; at += BLOCK) {
+        int64_t b = C - at < BLOCK ? C - at : BLOCK;
+        NAME(channel_sums)(g + at * P, x + at * P, kept + at, N, C, P, b, total, dot);
+        for (int64_t c = 0; c < b; c++) finite &= total[c] - total[c] == 0 && dot[c] - dot[c] == 0;
+    }
     for (int64_t at = 0; at < C; at += BLOCK) {
         int64_t b = C - at < BLOCK ? C - at : BLOCK;
-        const REAL *mean = kept + at, *var = kept + C + at;
-        for (int64_t c = 0; c < b; c++) total[c] = dot[c] = 0;
-        for (int64_t i = 0; i < N; i++) {
-            const REAL *gi = g + (i * C + at) * P, *xi = x + (i * C + at) * P;
-            if (P == 1) for (int64_t c = 0; c < b; c++) {
-                total[c] += gi[c];
-                dot[c] += gi[c] * (double)(xi[c] - mean[c]);
-            } else for (int64_t c = 0; c < b; c++) {
-                total[c] += NAME(sum)(gi + c * P, P);
-                dot[c] += NAME(product)(gi + c * P, xi + c * P, P, mean[c]);
-            }
-        }
+        const REAL *mean = kept + at, *var = kept + C + at, *weight = kept + 2 * C + at;
+        if (!grad_mean || C > BLOCK || !finite)                                     /* else they are there already */
+            NAME(channel_sums)(g + at * P, x + at * P, mean, N, C, P, b, total, dot);
         for (int64_t c = 0; c < b; c++) {
-            double rstd = 1 / sqrt((var[c] < floor ? floor : var[c]) + eps);
-            gweight[at + c] = (REAL)(dot[c] * rstd);
-            gbias[at + c] = (REAL)total[c];
-            scale[c] = (REAL)(weight[at + c] * rstd);
-            shift[c] = (REAL)(a * total[c] / n);
-            through_var[c] = (REAL)(var[c] < floor ? 0 : a * dot[c] * rstd * rstd / n);
+            double rstd = 1 / sqrt((var[c] < floor ? floor : var[c]) + eps), by_mean = a * total[c] / n;
+            double by_var = a * dot[c] * rstd / n;
+            if (gweight) gweight[at + c] = (REAL)(dot[c] * rstd);
+            if (gbias) gbias[at + c] = (REAL)total[c];
+            if (grad_mean) {
+                by_mean = (REAL)((1 - a) * grad_mean[at + c] + by_mean);
+                by_var = (REAL)((1 - a) * grad_dot[at + c] + by_var);
+                if (finite) {
+                    grad_mean[at + c] = (REAL)by_mean;
+                    grad_dot[at + c] = (REAL)by_var;
+                }
+            }
+            scale[c] = (REAL)(weight[c] * rstd);
+            shift[c] = (REAL)by_mean;
+            through_var[c] = (REAL)(var[c] < floor ? 0 : by_var * rstd);
         }
         for (int64_t i = 0; i < N; i++) {
             const REAL *gi = g + (i * C + at) * P, *xi = x + (i * C + at) * P;
@@ -185,7 +242,7 @@ KERNEL NAME(channel_backward)(const REAL *g, const REAL *x, const REAL *weight, 
 KERNEL NAME(group_norm)(const REAL *x, const REAL *weight, const REAL *bias, REAL *y, REAL *kept, int64_t N, int64_t G,
                       int64_t C, int64_t P, int64_t wc, int64_t wp, double eps) {
     for (int64_t k = 0; k < N * G; k++, x += C * P, y += C * P) {
-        double m = NAME(sum)(x, C * P) / (double)(C * P);
+        double m = x[0] + NAME(sum)(x, C * P, x[0]) / (double)(C * P);
         double rstd = 1 / sqrt(NAME(squares)(x, C * P, m) / (double)(C * P) + eps);
         REAL mean = kept[2 * k] = (REAL)m, r = kept[2 * k + 1] = (REAL)rstd;
         for (int64_t c = 0; c < C; c++) {
@@ -226,7 +283,7 @@ KERNEL NAME(group_backward)(const REAL *g, const REAL *x, const REAL *weight, co
                     dot += h * (xc[j] - mean);
                 }
             } else {
-                double t = NAME(sum)(gc, P), d = NAME(product)(gc, xc, P, mean), w = weight ? weight[at] : 1;
+                double t = NAME(sum)(gc, P, 0), d = NAME(product)(gc, xc, P, mean), w = weight ? weight[at] : 1;
                 total += w * t;
                 dot += w * d;
                 if (weight && wc) {

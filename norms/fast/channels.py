@@ -1,0 +1,151 @@
+"""The steps of the norms per channel by the kernels: one call each way, the running state's update included.
+
+With m and s^2 = max(var, floor) + eps what the step normalised by, and a the batch's share in them (1 in batch norm):
+
+    y     = xhat weight + bias                                  xhat = (x - m) / s
+    dL/dx = weight / s [g - a mean(g) - a xhat mean(g xhat)]    g = dL/dy, means over the batch and its positions
+
+The last term is missing where `floor` holds the variance. With a = 1 this is batch norm's gradient; in general it is
+(1 - a) times the gradient with frozen statistics plus a times batch norm's taken at m and s.
+
+The graph keeps x, and in `kept` all else that the backward pass needs, copied by the forward: what was normalised by,
+the weight, and the running statistics of before, from which a second derivative is computed by the definition.
+"""
+
+import torch
+from torch.autograd.graph import increment_version
+
+from norms.fast.dispatch import bare, plain
+from norms.fast.kernels import channels_last, laid_out_as, ordinary, pointers
+from norms.fast.repeats import repeating, state
+from norms.moments import all_but_channels, merge_moments, moments, per_channel, scale_shift
+
+STATE = ("running_mean", "running_var", "unclamped_var", "count", "seen")
+
+
+def batch_norm(norm, x, kernels):
+    """A step of `BatchNorm`, or None."""
+    if not norm.training: return _evaluate(norm, x, kernels)
+    buffers = norm._buffers                                             # an attribute is 10 times as slow
+    written = [buffers[name] for name in ("running_mean", "running_var", "num_batches_tracked")]
+    if not (_fit(norm, x, written[:2]) and ordinary(written[2:], torch.int64, 1)): return None
+    if repeating(): written = [t.clone() for t in written]            # repeated: the batch is counted already
+    return _step(norm, x, kernels, "batch_norm", written, (norm.mom, norm.eps))
+
+
+def running_batch_norm(norm, x, kernels):
+    """A step of `RunningBatchNorm`, or None."""
+    if not norm.training: return _evaluate(norm, x, kernels)
+    buffers = norm._buffers
+    mean, var, hidden, count, seen = (buffers[name] for name in STATE)
+    if not (_fit(norm, x, (mean, var, hidden)) and ordinary((count,), x.dtype, 1)
+            and ordinary((seen,), torch.int64, 1)): return None
+    averages = ()
+    if norm.average_backward:
+        averages = buffers["grad_mean"], buffers["grad_dot"]
+        if not ordinary(averages, x.dtype, norm.nf): return None
+    images = x.shape[0]
+    now = state(norm)
+    rule = images, norm.batch_weight(images), norm.clamp_images, norm.clamp_var, norm.eps
+    return _step(norm, x, kernels, "running_batch_norm", [now[name] for name in STATE], rule, averages)
+
+
+def _fit(norm, x, statistics):
+    """Whether `x` is for this norm, and the parameters and `statistics` are memory as the kernels take it."""
+    nf, dtype, parameters = norm.nf, x.dtype, norm._parameters
+    affine = () if parameters["weight"] is None else (parameters["weight"], parameters["bias"])
+    return x.shape[1] == nf and ordinary(affine, dtype, nf) and ordinary(statistics, dtype, nf)
+
+
+def _evaluate(norm, x, kernels):
+    """Evaluation where nobody asks for a gradient, else None."""
+    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+    mean, var = norm._buffers["running_mean"], norm._buffers["running_var"]
+    asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, mean, var))
+    if asked or not _fit(norm, x, (mean, var)): return None
+    y = torch.empty_like(x)
+    kernels.evaluate(*pointers(x, weight, bias, y, mean, var), *_sizes(x), norm.eps)
+    return y
+
+
+def _step(norm, x, kernels, name, written, numbers, averages=()):
+    function = _AveragedStep if averages else _Step
+    parameters = norm._parameters
+    return function.apply(x, parameters["weight"], parameters["bias"], kernels, name, written, numbers, averages)
+
+
+def _sizes(x):
+    """`x` as the kernels see it, (N, C, positions); one that is channels last as (N positions, C, 1)."""
+    n, c = x.shape[0], x.shape[1]
+    return (n, c, x.numel() // (n * c)) if x.is_contiguous() else (x.numel() // c, c, 1)
+
+
+class _Step(torch.autograd.Function):
+    """`name` is the kernel's, `written` the tensors that it updates, `numbers` its settings, eps the last."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, kernels, name, written, numbers, averages):
+        y, kept = torch.empty_like(x), x.new_empty(5 * x.shape[1] + 2)
+        getattr(kernels, name)(*pointers(x, weight, bias, y, kept, *written), *_sizes(x), *numbers)
+        increment_version(written)
+        ctx.save_for_backward(x)
+        ctx.of, ctx.kept = (weight, bias), (kernels, kept, name == "running_batch_norm", numbers[-1], averages)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        # A gradient that will be differentiated in turn, many in one, or an x that came back as something else.
+        if torch.is_grad_enabled() or not bare(g) or not plain(x): return *_by_definition(ctx, x, g), *[None] * 5
+        return *_by_kernel(ctx, x, g), *[None] * 5
+
+
+class _AveragedStep(_Step):
+    """With G and D: see `norms.averaged`."""
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        if not bare(g) or not plain(x):
+            raise RuntimeError("average_backward takes in one gradient at a time and got a batch of them (vmap over a "
+                               "backward pass, or is_grads_batched=True); call the backward pass once for each")
+        increment_version(ctx.kept[-1])
+        return *_by_kernel(ctx, x, g), *[None] * 5
+
+
+def _by_kernel(ctx, x, g):
+    kernels, kept, _, eps, averages = ctx.kept
+    if not (x.is_contiguous() or channels_last(x)): x = x.contiguous()      # a hook may have given it back otherwise
+    g, gx = laid_out_as(g, x), torch.empty_like(x)
+    gw, gb = (None if t is None else x.new_empty(x.shape[1]) for t in ctx.of)
+    kernels.channel_backward(*pointers(g, x, kept, gx, gw, gb, *(averages or (None, None))), *_sizes(x), eps)
+    return gx, gw, gb
+
+
+def _by_definition(ctx, x, g):
+    _, kept, running, eps, _ = ctx.kept
+    c = x.shape[1]
+    _, _, weight_then, old_mean, old_var, a, floor = kept.split((c, c, c, c, c, 1, 1))
+
+    def define(x, weight, bias):
+        mean, var, centred = moments(x, all_but_channels(x))
+        if running:
+            mean, var = merge_moments(*(per_channel(t, x.ndim) for t in (old_mean, old_var)), mean, var, a)
+            centred, var = x - mean, var.clamp_min(floor)
+        return scale_shift(centred, var, eps, per_channel(weight, x.ndim), per_channel(bias, x.ndim))
+    return differentiable(define, x, *ctx.of, weight_then, g)
+
+
+def differentiable(define, x, weight, bias, weight_then, g):
+    """The gradients of x, weight and bias by autograd, as functions of x, weight and g to be differentiated in turn.
+
+    `weight` lends its place in the graph, `weight_then` its values: it may have been written since.
+    """
+    wanted = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        w = None if weight is None else weight_then.view_as(weight) + (weight - weight.detach())
+        y = define(x, w, bias)
+    found = iter(torch.autograd.grad(y, wanted, g, create_graph=again))
+    return [next(found) if t is not None and t.requires_grad else None for t in (x, weight, bias)]

@@ -1,0 +1,60 @@
+"""Whether a step may go by the kernels: the one place that decides."""
+
+import torch
+from torch.autograd import forward_ad
+
+from norms.fast import kernels
+
+_LAUNCHERS = {}
+
+
+def register(norm_class, launch):
+    """Let `launch(norm, x, kernels)` take the steps of norms of just this class; it may answer None in its turn."""
+    _LAUNCHERS[norm_class] = launch
+
+
+def step(norm, x):
+    """`norm(x)` by another way than its definition, or None: then the definition is to run.
+
+    For `torch.fx.symbolic_trace`, whose stand-in for a tensor knows no shape, the norm is one node of the graph, as
+    torch's own layers are.
+    """
+    if isinstance(x, torch.fx.Proxy):
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(norm), (x,), {})
+    launch = None if torch.compiler.is_compiling() else _LAUNCHERS.get(type(norm))
+    if launch is None or not plain(x) or x.ndim < 2 or not x.numel(): return None
+    found = kernels.kernels_for(x)
+    return None if found is None else launch(norm, x, found)
+
+
+def plain(x):
+    """Whether `x` is an ordinary tensor on a CPU and torch does nothing but what it is told, here and now.
+
+    The kernels read and write bare memory. So nothing may be at work that follows torch's operators (a compiler, a
+    tracer, a mode), stands in for tensors (`torch.func`), or wants another derivative than the backward one.
+    """
+    return not _watched() and type(x) is torch.Tensor and x.is_cpu and not x.is_neg()
+
+
+def bare(g):
+    """Whether the gradient `g` is `plain`, and no batch of gradients.
+
+    `torch.autograd.grad(..., is_grads_batched=True)` has a kind of batch that no transform announces.
+    """
+    return plain(g) and not _is_batch(g)
+
+
+# Private names of torch, which say what nothing public does. Without one of them no step is known to be plain.
+try:
+    _transforming = torch._C._are_functorch_transforms_active       # torch.func.vmap, grad, functionalize, ...
+    _dispatch_modes = torch._C._len_torch_dispatch_stack            # make_fx, FakeTensorMode, selective checkpointing
+    _function_modes = torch._C._len_torch_function_stack            # with torch.device(...), a user's own
+    _tracing = torch._C._is_tracing                                 # torch.jit.trace
+    _is_batch = torch._C._functorch.is_legacy_batchedtensor         # is_grads_batched=True
+    assert isinstance(forward_ad._current_level, int)               # at least 0 within forward_ad.dual_level()
+except AttributeError: _transforming = None
+
+
+def _watched():
+    return (torch.compiler.is_compiling() or _transforming is None or _transforming() or _dispatch_modes()
+            or _function_modes() or _tracing() or forward_ad._current_level >= 0)

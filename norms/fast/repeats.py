@@ -1,0 +1,116 @@
+"""Forward passes that a backward pass does again: activation checkpointing.
+
+A repeated forward must change no state and must give what the first one gave, whose running statistics are gone by
+then. So a training forward that may be repeated leaves a copy of the statistics that it starts from, and its repetition
+starts from that copy and writes to another. Which copy is no guess: both forwards run within the same segment, and
+torch has an object for it, which here holds the copies (so they live as long as the graph does), in the order of the
+norm's forwards within the segment:
+
+- `checkpoint(..., use_reentrant=False)`: a `_CheckpointFrame`. While the first forward runs, the hook that packs what
+  autograd saves holds it; while it is repeated, the hook that unpacks has it and is on the stack.
+- `checkpoint(..., use_reentrant=True)`, and any `torch.autograd.Function` that calls the norm in its `forward` and
+  again in its `backward`: the `ctx` that both get, found on the stack.
+
+Segments may be nested: a forward can be the repetition of one and the first of another.
+"""
+
+import sys
+
+import torch
+from torch.autograd.function import FunctionCtx
+from torch.utils import checkpoint
+
+# Private names of torch. Without one of them repetitions can't be told apart, and `state` refuses them.
+_Frame = getattr(checkpoint, "_CheckpointFrame", ())
+_graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)       # -1 outside of a backward pass
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+
+
+def repeating():
+    """Whether this training forward repeats one that was there before, and so may change no state.
+
+    Within a backward pass every forward is taken for a repetition, also by means that torch has no object for.
+    """
+    if torch.compiler.is_compiling() or _usual(): return False
+    return _graph_task() != -1 or _segments()[1] is not None
+
+
+def state(norm):
+    """The buffers that this training forward of `norm` reads and writes, by name; in a repetition, what they were.
+
+    Raises:
+        RuntimeError: a forward pass within a backward pass that repeats none of the norm's.
+    """
+    if torch.compiler.is_compiling() or _usual(): return norm._buffers
+    first, again, key = _segments()
+    repeats = again is not None or _graph_task() != -1
+    then = _recall(again, norm, key) if repeats else norm._buffers
+    if then is None:
+        raise RuntimeError(f"{type(norm).__name__} met a forward pass inside a backward pass that repeats none of its "
+                           "training forwards; only a checkpointed forward may run there (torch.utils.checkpoint, or a "
+                           "torch.autograd.Function that calls the norm in its forward and in its backward): call the "
+                           "norm outside of the backward pass, or in evaluation mode")
+    for segment in first: _copies(segment).setdefault(norm, []).append(_copy(then))
+    return _copy(then) if repeats else then
+
+
+def _usual():
+    """Whether this is no forward that can be, or ever be, repeated: most are of this kind, and this is quick."""
+    return _graph_task() == -1 and torch.is_grad_enabled() and _top_hooks(True) is None
+
+
+def _copy(buffers):
+    return {name: t.detach().clone() for name, t in buffers.items()}
+
+
+def _copies(segment):
+    """The norms' buffers at the beginning of their forwards in this segment, `{norm: [{name: tensor}]}`."""
+    if not hasattr(segment, "_norms_before"): segment._norms_before, segment._norms_repeated = {}, {}
+    return segment._norms_before
+
+
+def _recall(segment, norm, key):
+    """What `norm` started from in the forward of `segment` that is now done again, or None.
+
+    `key` is that of the repetition: a second backward pass does the segment again from its beginning.
+    """
+    found = [] if segment is None else getattr(segment, "_norms_before", {}).get(norm, [])
+    if not found: return None
+    counts, key = segment._norms_repeated, (key, norm)
+    counts[key] = k = counts.get(key, -1) + 1
+    return found[k] if k < len(found) else None
+
+
+def _segments():
+    """The segments that this forward is in for the first time; the innermost that is being done again, and its key."""
+    first, frame = _from_hooks(), sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "unpack_hook":
+            owner = frame.f_locals.get("frame")
+            if _Frame and isinstance(owner, _Frame): return first, owner, frame.f_locals.get("gid")
+        elif code.co_name in ("forward", "backward") and code.co_varnames:
+            owner = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(owner, FunctionCtx):
+                if code.co_name == "backward": return first, owner, _graph_task()
+                first.append(owner)
+        frame = frame.f_back
+    return first, None, None
+
+
+def _from_hooks():
+    """The `_CheckpointFrame`s whose first forward this is, within the innermost that is being done again.
+
+    The hooks are a stack of which only the top is in sight: they are taken off one by one, and put back.
+    """
+    found, taken = [], []
+    while (pair := _top_hooks(True)) is not None:
+        code = getattr(pair[0], "__code__", None)
+        held = {} if code is None else dict(zip(code.co_freevars, pair[0].__closure__ or (), strict=True))
+        if "target_frame_ref" in held: break                                # that one is being done again
+        owner = held["frame"].cell_contents if "frame" in held else None
+        if _Frame and isinstance(owner, _Frame): found.append(owner)
+        taken.append(pair)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    for pair in reversed(taken): torch._C._autograd._push_saved_tensors_default_hooks(*pair)
+    return found
