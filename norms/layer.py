@@ -88,8 +88,8 @@ class RenamedArgument(FutureWarning, TypeError):
 
     def __init__(self, shape):
         super().__init__(f"LayerNorm got shape={shape!r}, which is now normalized_shape, as torch's: the sizes of the "
-                         "trailing axes to normalise, and of weight and bias. Write LayerNorm(x.shape[1:]) for a "
-                         "weight per value of an image, LayerNorm() for a scalar one, and GroupNorm(1, C) for one per channel")
+                         "trailing axes to normalise, and of weight and bias. Write LayerNorm(x.shape[1:]) for one of "
+                         "each per value of an image, LayerNorm() for scalars, GroupNorm(1, C) for one per channel")
 
 
 warnings.filterwarnings("error", category=RenamedArgument, append=True)
