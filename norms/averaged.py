@@ -23,9 +23,10 @@ they must follow; with a GradScaler in a loop of your own:
 """
 
 import torch
+from torch import Tensor
 
 from norms import fast
-from norms.moments import all_but_channels, per_channel, scale_shift, wide
+from norms.moments import averaged_gradients, scale_shift, wide
 
 
 def averaged_scale_shift(x, mean, var, a, floor, eps, weight, bias, averages):
@@ -38,43 +39,46 @@ def averaged_scale_shift(x, mean, var, a, floor, eps, weight, bias, averages):
         eps: added to the variance.
         averages: G and D, `(C,)` each, which every backward pass updates.
     """
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        raise RuntimeError("average_backward keeps state in the backward pass, which torch.compile can't follow; "
-                           "train without compiling, or make the norm with average_backward=False")
-    return _Averaged.apply(x, weight, bias, mean.detach(), var.detach(), a, floor, eps, averages)
+    args = x, weight, bias, mean.detach(), var.detach(), a, floor, eps, *averages
+    # What is compiled or exported needs an operator, whose gradient goes with it; to call one takes longer.
+    return _operator(*args) if torch.compiler.is_compiling() else _Averaged.apply(*args)
+
+
+def _value(x, weight, bias, mean, var, a, floor, eps, grad_mean, grad_dot):
+    return scale_shift(wide(x) - mean, var.clamp_min(floor), eps, weight, bias).to(x.dtype)
+
+
+def _keep(ctx, inputs, output):
+    """What the backward pass needs: x, and copies of all that may be written until then, but for G and D themselves."""
+    x, weight, bias, mean, var, a, floor, eps, *averages = inputs
+    rstd, free = torch.rsqrt(var.clamp_min(floor) + eps), (var >= floor).to(var.dtype)
+    ctx.save_for_backward(x)
+    ctx.kept = mean, rstd, None if weight is None else wide(weight).clone(), a, free, averages
+    ctx.like = [None if t is None else (t.shape, t.dtype) for t in (weight, bias)]
+
+
+@torch.autograd.function.once_differentiable
+def _gradients(ctx, g):
+    if not torch.compiler.is_compiling(): fast.refuse_many(g)
+    gx, *affine = averaged_gradients(g, *ctx.saved_tensors, *ctx.kept)
+    gw, gb = (None if like is None else t.view(like[0]).to(like[1]) for t, like in zip(affine, ctx.like, strict=True))
+    return gx, gw, gb, *[None] * 7
 
 
 class _Averaged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, mean, var, a, floor, eps, averages):
-        held = var.clamp_min(floor)
-        ctx.save_for_backward(x)
-        scale = torch.rsqrt(held + eps) if weight is None else torch.rsqrt(held + eps) * wide(weight)
-        ctx.kept = mean, torch.rsqrt(held + eps), scale, (var >= floor).to(var.dtype), a, averages
-        ctx.of = weight, bias
-        return scale_shift(wide(x) - mean, held, eps, weight, bias).to(x.dtype)
+    def forward(ctx, *inputs):
+        _keep(ctx, inputs, None)
+        return _value(*inputs)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        (x,), (mean, rstd, scale, free, a, averages) = ctx.saved_tensors, ctx.kept
-        check_one_gradient(g)
-        dims, n = all_but_channels(x), x.numel() // x.shape[1]
-        g, xhat = wide(g), (wide(x) - mean) * rstd
-        total, dot = g.sum(dims), (g * xhat).sum(dims)                                      # (C,) each
-        new = []
-        for old, s in zip(averages, (total, dot), strict=True):
-            new.append(torch.lerp(old, s.to(old.dtype) / n, a.to(old.dtype)))
-        finite = total.isfinite().all() & dot.isfinite().all()
-        for old, value in zip(averages, new, strict=True): old.copy_(torch.where(finite, value, old))
-        grad_mean, grad_dot = (per_channel(t, x.ndim) for t in new)
-        gx = (scale * (g - grad_mean - xhat * grad_dot * free)).to(x.dtype)
-        gw, gb = (None if t is None else s.view_as(t).to(t.dtype) for t, s in zip(ctx.of, (dot, total), strict=True))
-        return gx, gw, gb, *[None] * 6
+    backward = staticmethod(_gradients)
 
 
-def check_one_gradient(g):
-    """Raise if `g` is many gradients in one, as `vmap` over a backward pass and `is_grads_batched=True` make it."""
-    if not fast.bare(g) and not torch.compiler.is_compiling():
-        raise RuntimeError("average_backward takes in one gradient at a time and got a batch of them (vmap over a "
-                           "backward pass, or is_grads_batched=True); call the backward pass once for each")
+@torch.library.custom_op("runnernorms::averaged_scale_shift", mutates_args=())
+def _operator(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, a: Tensor,
+              floor: Tensor, eps: float, grad_mean: Tensor, grad_dot: Tensor) -> Tensor:
+    return _value(x, weight, bias, mean, var, a, floor, eps, grad_mean, grad_dot)
+
+
+_operator.register_fake(lambda x, *_: torch.empty_like(x))
+_operator.register_autograd(_gradients, setup_context=_keep)

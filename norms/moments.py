@@ -66,6 +66,25 @@ def scale_shift(centred, var, eps, weight=None, bias=None):
     return torch.addcmul(wide(bias), centred, scale * wide(weight).clone())
 
 
+def averaged_gradients(g, x, mean, rstd, weight, a, free, averages):
+    """The gradients of x, weight and bias with the means over steps that `norms.averaged` defines, which it updates.
+
+    `mean`, `rstd` = 1 / s, `weight` and `free`, 0 where the variance is clamped and else 1, are `(1, C, 1, ...)`;
+    `averages` are G and D, `(C,)` each. They stay where the gradient is not finite: one such step would spoil all later
+    ones.
+    """
+    dims, n = all_but_channels(x), x.numel() // x.shape[1]
+    g, xhat = wide(g), (wide(x) - mean) * rstd
+    total, dot = g.sum(dims), (g * xhat).sum(dims)                                          # (C,) each
+    finite, new = total.isfinite().all() & dot.isfinite().all(), []
+    for old, s in zip(averages, (total, dot), strict=True):
+        new.append(torch.lerp(old, s.to(old.dtype) / n, a.to(old.dtype)))
+        old.copy_(torch.where(finite, new[-1], old))
+    grad_mean, grad_dot = (per_channel(t, x.ndim) for t in new)                             # (1, C, 1, 1) each
+    scale = rstd if weight is None else rstd * weight
+    return (scale * (g - grad_mean - xhat * grad_dot * free)).to(x.dtype), dot, total
+
+
 def per_channel(t, ndim):
     """View a `(C,)` tensor as `(1, C, 1, ...)` with `ndim` axes; None stays None."""
     return None if t is None else t.view(1, -1, *[1] * (ndim - 2))

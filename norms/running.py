@@ -65,7 +65,7 @@ class RunningBatchNorm(RunningNorm):
         affine: whether there are a `weight` and a `bias` per channel.
         rule: how `mom` turns into a batch's weight, "lesson" or "per_image".
         average_backward: average the means in the gradient over steps. It keeps state in the backward pass, so second
-            derivatives, `torch.func` and `torch.compile` are refused.
+            derivatives and `torch.func` are refused.
         device, dtype: of the parameters; the statistics are float32 or wider.
 
     Shapes: `(N, C)` or `(N, C, *spatial)` in and out; `weight`, `bias`, `running_mean`, `running_var` and

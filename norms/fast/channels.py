@@ -15,10 +15,10 @@ the weight, and the running statistics of before, from which a second derivative
 import torch
 from torch.autograd.graph import increment_version
 
-from norms.fast.dispatch import bare, plain
+from norms.fast.dispatch import bare, plain, refuse_many
 from norms.fast.kernels import channels_last, laid_out_as, ordinary, pointers
 from norms.fast.repeats import repeating, state
-from norms.moments import all_but_channels, merge_moments, moments, per_channel, scale_shift
+from norms.moments import all_but_channels, averaged_gradients, merge_moments, moments, per_channel, scale_shift
 
 STATE = ("running_mean", "running_var", "unclamped_var", "count", "seen")
 
@@ -107,11 +107,15 @@ class _AveragedStep(_Step):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         (x,) = ctx.saved_tensors
-        if not bare(g) or not plain(x):
-            raise RuntimeError("average_backward takes in one gradient at a time and got a batch of them (vmap over a "
-                               "backward pass, or is_grads_batched=True); call the backward pass once for each")
+        refuse_many(g)
         increment_version(ctx.kept[-1])
-        return *_by_kernel(ctx, x, g), *[None] * 5
+        if bare(g) and plain(x): return *_by_kernel(ctx, x, g), *[None] * 5
+        _, kept, _, eps, averages = ctx.kept
+        mean, var, weight, _, _ = (per_channel(t, x.ndim) for t in kept[:-2].view(5, -1))
+        a, floor = kept[-2], kept[-1]
+        gx, *affine = averaged_gradients(g, x, mean, torch.rsqrt(var.clamp_min(floor) + eps), weight, a, var >= floor,
+                                         averages)
+        return gx, *(None if t is None else s for t, s in zip(ctx.of, affine, strict=True)), *[None] * 5
 
 
 def _by_kernel(ctx, x, g):
@@ -125,8 +129,7 @@ def _by_kernel(ctx, x, g):
 
 def _by_definition(ctx, x, g):
     _, kept, running, eps, _ = ctx.kept
-    c = x.shape[1]
-    _, _, weight_then, old_mean, old_var, a, floor = kept.split((c, c, c, c, c, 1, 1))
+    (_, _, weight_then, old_mean, old_var), a, floor = kept[:-2].view(5, -1), kept[-2], kept[-1]
 
     def define(x, weight, bias):
         mean, var, centred = moments(x, all_but_channels(x))

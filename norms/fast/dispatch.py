@@ -44,6 +44,13 @@ def bare(g):
     return plain(g) and not _is_batch(g)
 
 
+def refuse_many(g):
+    """Raise if `g` is many gradients in one: what averages gradients over steps must get them one by one."""
+    if _transforming is not None and (_transforming() or _is_batch(g)):
+        raise RuntimeError("average_backward takes in one gradient at a time and got a batch of them (vmap over a "
+                           "backward pass, or is_grads_batched=True); call the backward pass once for each")
+
+
 # Private names of torch, which say what nothing public does. Without one of them no step is known to be plain.
 try:
     _transforming = torch._C._are_functorch_transforms_active       # torch.func.vmap, grad, functionalize, ...
