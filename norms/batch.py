@@ -60,7 +60,8 @@ class BatchNorm(RunningNorm):
             if not fast.repeating():
                 self.track(mean.detach().flatten(), var.detach().flatten(), x.numel() // self.nf)
         else:
-            mean, var = (per_channel(t, x.ndim) for t in (self.running_mean, self.running_var))     # (1, C, 1, 1)
+            state = fast.state(self)        # the buffers; those of then in a forward that checkpointing does again
+            mean, var = (per_channel(state[name], x.ndim) for name in ("running_mean", "running_var"))  # (1, C, 1, 1)
             centred = xs - mean
         weight, bias = (per_channel(t, x.ndim) for t in (self.weight, self.bias))                   # (1, C, 1, 1)
         return scale_shift(centred, var, self.eps, weight, bias).to(x.dtype)

@@ -114,7 +114,9 @@ class RunningBatchNorm(RunningNorm):
                 averages = self.grad_mean, self.grad_dot                                            # (C,) each
                 return averaged_scale_shift(x, mean, var, a, floor, self.eps, weight, bias, averages)
             var = var.clamp_min(floor)
-        else: mean, var = (per_channel(t, x.ndim) for t in (self.running_mean, self.running_var))   # (1, C, 1, 1)
+        else:
+            state = fast.state(self)
+            mean, var = (per_channel(state[name], x.ndim) for name in ("running_mean", "running_var"))  # (1, C, 1, 1)
         return scale_shift(xs - mean, var, self.eps, weight, bias).to(x.dtype)
 
     def track(self, batch_mean, batch_var, images, n):
@@ -132,8 +134,9 @@ class RunningBatchNorm(RunningNorm):
         before = self.floor(old["seen"])
         var = torch.where((var == before) & (before > 0), hidden, var)
         alpha, seen = self.batch_weight(images), old["seen"] + images
-        count = (1 - alpha) * old["count"] + alpha * n
-        a, floor = (alpha * n / count).to(mean.dtype), self.floor(seen)
+        new = alpha * n * torch.ones_like(old["count"])         # a number over a tensor takes an inexact reciprocal
+        count, floor = (1 - alpha) * old["count"] + new, self.floor(seen)
+        a = (new / count).to(mean.dtype)
         mean, var = merge_moments(mean, var, batch_mean.to(mean.dtype), batch_var.to(var.dtype), a)
         with torch.no_grad():
             state["running_mean"].copy_(mean.detach().flatten())

@@ -60,9 +60,11 @@ def _fit(norm, x, statistics):
 def _evaluate(norm, x, kernels):
     """Evaluation where nobody asks for a gradient, else None."""
     weight, bias = norm._parameters["weight"], norm._parameters["bias"]
-    mean, var = norm._buffers["running_mean"], norm._buffers["running_var"]
-    asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, mean, var))
-    if asked or not _fit(norm, x, (mean, var)): return None
+    statistics = norm._buffers["running_mean"], norm._buffers["running_var"]
+    asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *statistics))
+    if asked or not _fit(norm, x, statistics): return None
+    now = state(norm)
+    mean, var = now["running_mean"], now["running_var"]
     y = torch.empty_like(x)
     kernels.evaluate(*pointers(x, weight, bias, y, mean, var), *_sizes(x), norm.eps)
     return y

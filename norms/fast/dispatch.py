@@ -4,6 +4,7 @@ import torch
 from torch.autograd import forward_ad
 
 from norms.fast import kernels
+from norms.fast.repeats import same_way
 
 _LAUNCHERS = {}
 
@@ -23,7 +24,7 @@ def step(norm, x):
         return x.tracer.create_proxy("call_module", x.tracer.path_of_module(norm), (x,), {})
     launch = None if torch.compiler.is_compiling() else _LAUNCHERS.get(type(norm))
     if launch is None or not plain(x) or x.ndim < 2 or not x.numel(): return None
-    found = kernels.kernels_for(x)
+    found = same_way(norm, kernels.kernels_for(x))
     return None if found is None else launch(norm, x, found)
 
 

@@ -1,7 +1,7 @@
 """Forward passes that a backward pass does again: activation checkpointing.
 
 A repeated forward must change no state and must give what the first one gave, whose running statistics are gone by
-then. So a training forward that may be repeated leaves a copy of the statistics that it starts from, and its repetition
+then. So a forward that may be repeated leaves a copy of the statistics that it starts from, and its repetition
 starts from that copy and writes to another. Which copy is no guess: both forwards run within the same segment, and
 torch has an object for it, which here holds the copies (so they live as long as the graph does), in the order of the
 norm's forwards within the segment:
@@ -36,22 +36,38 @@ def repeating():
 
 
 def state(norm):
-    """The buffers that this training forward of `norm` reads and writes, by name; in a repetition, what they were.
+    """The buffers that this forward of `norm` reads and in training writes, by name; in a repetition, what they were.
+
+    An evaluation may be repeated after they have changed, too.
 
     Raises:
-        RuntimeError: a forward pass within a backward pass that repeats none of the norm's.
+        RuntimeError: a training forward within a backward pass that repeats none of the norm's.
     """
     if torch.compiler.is_compiling() or _usual(): return norm._buffers
     first, again, key = _segments()
     repeats = again is not None or _graph_task() != -1
     then = _recall(again, norm, key) if repeats else norm._buffers
+    if then is None and not norm.training: return norm._buffers            # an evaluation like any other
     if then is None:
         raise RuntimeError(f"{type(norm).__name__} met a forward pass inside a backward pass that repeats none of its "
                            "training forwards; only a checkpointed forward may run there (torch.utils.checkpoint, or a "
                            "torch.autograd.Function that calls the norm in its forward and in its backward): call the "
                            "norm outside of the backward pass, or in evaluation mode")
-    for segment in first: _copies(segment).setdefault(norm, []).append(_copy(then))
+    for segment in first: _firsts(segment).setdefault(norm, []).append(_copy(then))
     return _copy(then) if repeats else then
+
+
+def same_way(norm, kernels):
+    """The `kernels` to take this forward of `norm`, or None; in a repetition those of the first forward.
+
+    The two must save the same tensors, and the choice depends on the number of threads, which may have changed.
+    """
+    if _usual(): return kernels
+    first, again, key = _segments()
+    then = None if again is None else _recall(again, (norm, "way"), key)
+    if then is not None: (kernels,) = then
+    for segment in first: _firsts(segment).setdefault((norm, "way"), []).append((kernels,))
+    return kernels
 
 
 def _usual():
@@ -63,18 +79,18 @@ def _copy(buffers):
     return {name: t.detach().clone() for name, t in buffers.items()}
 
 
-def _copies(segment):
-    """The norms' buffers at the beginning of their forwards in this segment, `{norm: [{name: tensor}]}`."""
-    if not hasattr(segment, "_norms_before"): segment._norms_before, segment._norms_repeated = {}, {}
-    return segment._norms_before
+def _firsts(segment):
+    """What the first forwards in this segment left, in their order: `{norm: [its buffers before, by name]}`."""
+    if not hasattr(segment, "_norms_first"): segment._norms_first, segment._norms_repeated = {}, {}
+    return segment._norms_first
 
 
 def _recall(segment, norm, key):
-    """What `norm` started from in the forward of `segment` that is now done again, or None.
+    """What the forward of `norm` in `segment` left that is now done again, or None.
 
     `key` is that of the repetition: a second backward pass does the segment again from its beginning.
     """
-    found = [] if segment is None else getattr(segment, "_norms_before", {}).get(norm, [])
+    found = [] if segment is None else getattr(segment, "_norms_first", {}).get(norm, [])
     if not found: return None
     counts, key = segment._norms_repeated, (key, norm)
     counts[key] = k = counts.get(key, -1) + 1
