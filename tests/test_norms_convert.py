@@ -1,6 +1,7 @@
 """Swapping the norms of a model, and taking their statistics anew."""
 
 import copy
+import pickle
 from collections import Counter
 from functools import partial
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 from torchvision.models import resnet18
+from torchvision.ops import Conv2dNormActivation
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from experiments.models import conv_layer, get_cnn_model
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm, convert_norms, recalibrate
@@ -269,15 +272,342 @@ def test_untracked_batch_norm_starts_with_untrained_statistics():
     assert model[0].weight is weight
 
 
-def test_layer_norms_are_left_alone():
-    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    model = nn.Sequential(nn.BatchNorm1d(5), encoder, LayerNorm(), nn.RMSNorm(8))
+@pytest.mark.parametrize("norm", [BatchNorm, RunningBatchNorm])
+def test_layer_without_affine_stays_without_where_the_factory_makes_it_so(norm):
+    x = torch.randn(6, 3, 5, 5, dtype=torch.float64) * 2 + 1
+    model = nn.Sequential(nn.BatchNorm2d(3, affine=False)).double()
+    model(x), model[0].num_batches_tracked.fill_(30)
+    y, before = model.eval()(x), copy.deepcopy(model)
+    convert_norms(model, lambda nf: norm(nf, affine=False))
+    assert list(model.parameters()) == []
+    assert model[0].weight is model[0].bias is None
+    torch.testing.assert_close(model(x), y, rtol=0, atol=1e-12)
+    convert_norms(model, partial(nn.BatchNorm2d, affine=False))
+    assert same_state(model, before)
+    convert_norms(model, norm)
+    convert_norms(model, lambda nf: norm(nf, affine=False))     # the frozen identity goes again
+    assert list(model.parameters()) == []
+    torch.testing.assert_close(model(x), y, rtol=0, atol=1e-12)
+
+
+def test_models_dtype_holds_whatever_the_factory_and_our_wide_statistics_say():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).double()
+    convert_norms(model, partial(RunningBatchNorm, device="cpu", dtype=torch.float16))
+    assert {t.dtype for t in (*model.parameters(), *model.buffers())} == {torch.float64, torch.int64}
+    half = nn.Sequential(nn.Conv2d(3, 4, 1), BatchNorm(4, affine=False)).bfloat16()     # with float32 statistics
+    convert_norms(half, nn.BatchNorm2d)
+    assert {p.dtype for p in half.parameters()} == {half[1].running_var.dtype} == {torch.bfloat16}
+
+
+# --- convert_norms: the state of RunningBatchNorm ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("batches", [0, 3, 500])
+@pytest.mark.parametrize("average_backward", [False, True])
+def test_loading_a_batch_norms_state_dict_and_converting_agree(batches, average_backward):
+    make = partial(RunningBatchNorm, average_backward=average_backward)
+    old = nn.Sequential(nn.BatchNorm2d(3)).double()
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64) * 0.01
+    if batches: old(x), nn.init.normal_(old[0].weight), old[0].running_var.mul_(1e-3)      # below the clamp
+    old[0].num_batches_tracked.fill_(batches)
+    loaded = nn.Sequential(make(3)).double()
+    loaded.load_state_dict(old.state_dict())
+    y = old.eval()(x)
+    convert_norms(old, make)
+    assert same_state(old, loaded)
+    assert (old[0].seen.item(), old[0].count.item()) == (max(batches, 20) * bool(batches), 2 * bool(batches))
+    torch.testing.assert_close(old(x), y, rtol=0, atol=1e-12)
+    assert torch.equal(loaded.eval()(x), old(x))
+    assert torch.equal(loaded.train()(x), old.train()(x))       # and they train on alike
+    assert same_state(old, loaded)
+
+
+@pytest.mark.parametrize("back", [nn.BatchNorm2d, BatchNorm, FrozenBatchNorm2d])
+def test_clamped_statistics_evaluate_alike_in_every_other_norm(back):
+    model = nn.Sequential(RunningBatchNorm(3)).double()
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64) * 0.01
+    model(x)
+    hidden = model[0].unclamped_var.clone()
+    assert (hidden < model[0].running_var).all()
+    y, clone = model.eval()(x), copy.deepcopy(model)
+    convert_norms(clone, RunningBatchNorm)                      # to another one the hidden average goes too
+    assert same_state(model, clone)
+    convert_norms(model, back)
+    assert model[0].running_var.tolist() == [0.01] * 3
+    torch.testing.assert_close(model(x), y, rtol=0, atol=1e-12)
+    convert_norms(model, RunningBatchNorm)
+    assert (model[0].unclamped_var.tolist(), model[0].seen.item()) == ([0.01] * 3, 20)
+    torch.testing.assert_close(model(x), y, rtol=0, atol=1e-12)
+
+
+def test_averages_of_the_backward_pass_go_only_to_another_such_norm():
+    averaged = partial(RunningBatchNorm, average_backward=True)
+    model, x = nn.Sequential(averaged(3)), torch.randn(2, 3, 5, 5, requires_grad=True)
+    (model(x) * torch.randn(2, 3, 5, 5)).sum().backward()
+    mean, dot = model[0].grad_mean.clone(), model[0].grad_dot.clone()
+    assert mean.any()
+    assert dot.any()
+    recalibrate(model, [x.detach()], 2)                         # which says nothing of the gradients
+    convert_norms(model, averaged)
+    assert torch.equal(model[0].grad_mean, mean)
+    assert torch.equal(model[0].grad_dot, dot)
+    convert_norms(model, RunningBatchNorm)
+    assert not hasattr(model[0], "grad_mean")
+    for start in (RunningBatchNorm, BatchNorm):
+        convert_norms(model, start)
+        convert_norms(model, averaged)
+        assert (model[0].grad_mean.tolist(), model[0].grad_dot.tolist()) == ([0] * 3, [0] * 3)
+        (model(x) * torch.randn(2, 3, 5, 5)).sum().backward()
+
+
+def test_recalibration_ends_the_clamp():
+    model, x = nn.Sequential(RunningBatchNorm(2, average_backward=True)).double(), torch.randn(30, 2).double() * 0.01
+    model(x[:4])
+    assert model[0].running_var.tolist() == [0.01] * 2
+    recalibrate(model, [x], 30)
+    torch.testing.assert_close(model[0].running_var, x.var(0, correction=0))
+    assert torch.equal(model[0].running_var, model[0].unclamped_var)
+    assert model[0].seen == 30
+
+
+# --- convert_norms: layer norms ---------------------------------------------------------------------------------------
+
+def encoder(**kwargs):
+    """A transformer layer with two layer norms, of weights and biases of their own, where they have them."""
+    model = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, **kwargs).double()
+    for norm in (model.norm1, model.norm2):
+        for p in norm.parameters(): nn.init.normal_(p)
+    return model
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_layer_norms_there_and_back(training):
+    model, x = encoder(layer_norm_eps=1e-3).train(training), torch.randn(3, 5, 8, dtype=torch.float64)
+    y, before, params = model(x), copy.deepcopy(model), dict(model.named_parameters())
+    expected = torch.autograd.grad(y.square().sum(), model.parameters())
+    assert convert_norms(model, LayerNorm) == {"LayerNorm": 2}
+    assert repr(model.norm1) == "LayerNorm((8,), eps=0.001)"
+    assert isinstance(model.norm1, LayerNorm)
+    assert all(p is params[k] for k, p in model.named_parameters())
+    torch.testing.assert_close(model(x), y, rtol=0, atol=1e-12)
+    for g, e in zip(torch.autograd.grad(model(x).square().sum(), model.parameters()), expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=0, atol=1e-10)
+    assert convert_norms(model, partial(nn.LayerNorm, eps=7)).left_alone == {}
+    assert torch.equal(model(x), y)
+    assert same_state(model, before)
+    assert repr(model) == repr(before)
+    assert model.norm1.training is training
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5), (3, 2, 5)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_norm_of_every_shape_keeps_it_and_its_affine_map_or_none(shape, affine):
+    model = nn.Sequential(nn.LayerNorm(shape, elementwise_affine=affine)).double()
+    for p in model.parameters(): nn.init.normal_(p)
+    x = torch.randn(4, 3, 2, 5, dtype=torch.float64) + 3
+    y, before = model(x), repr(model)
+    convert_norms(model, LayerNorm)
+    assert repr(model[0]) == f"LayerNorm({shape}, eps=1e-05{'' if affine else ', affine=False'})"
+    assert len(list(model.parameters())) == 2 * affine
+    torch.testing.assert_close(model(x), y, rtol=0, atol=1e-12)
+    convert_norms(model, nn.LayerNorm)
+    assert repr(model) == before
+    assert torch.equal(model(x), y)
+
+
+def test_layer_norm_without_bias_gets_a_frozen_one_and_gives_it_back():
+    model, x = nn.Sequential(nn.LayerNorm(5, bias=False)).double(), torch.randn(4, 5, dtype=torch.float64)
+    nn.init.normal_(model[0].weight)
+    y, weight = model(x), model[0].weight
+    convert_norms(model, LayerNorm)
+    assert model[0].weight is weight
+    assert (model[0].bias.tolist(), model[0].bias.requires_grad) == ([0] * 5, False)
+    torch.testing.assert_close(model(x), y, rtol=0, atol=1e-12)
+    convert_norms(model, partial(nn.LayerNorm, bias=False))
+    assert model[0].weight is weight
+    assert model[0].bias is None
+    assert torch.equal(model(x), y)
+
+
+def test_shared_layer_norm_stays_shared_and_keeps_its_mode():
+    norm = nn.LayerNorm(4).eval()
+    model = nn.Sequential(norm, nn.Linear(4, 4), norm)
+    assert convert_norms(model, LayerNorm) == {"LayerNorm": 1}
+    assert model[0] is model[2]
+    assert [m.training for m in model] == [False, True, False]
+
+
+class NormAndGelu(nn.LayerNorm):
+    def forward(self, x): return F.gelu(super().forward(x))
+
+
+class Ours(LayerNorm):
+    pass
+
+
+@pytest.mark.parametrize(("change", "factory", "error", "text"), [
+    (lambda n: NormAndGelu(8), LayerNorm, ValueError, r"layer 'norm2' \(NormAndGelu\) has a forward of its own"),
+    (lambda n: n.register_forward_hook(print) and n, LayerNorm, ValueError, r"layer 'norm2' \(LayerNorm\) has hooks"),
+    (lambda n: nn.utils.parametrize.register_parametrization(n, "weight", nn.Softplus(), unsafe=True), LayerNorm,
+     ValueError, r"\(ParametrizedLayerNorm\) is parametrized"),
+    (lambda n: n, partial(nn.LayerNorm, elementwise_affine=False), ValueError,
+     r"needs a weight of shape \(8,\) .*LayerNorm has no weight; use norms.LayerNorm or nn.LayerNorm as they are"),
+    (lambda n: n, partial(nn.LayerNorm, bias=False), ValueError, r"a bias of shape \(8,\) .*LayerNorm has no bias"),
+    (lambda n: n, partial(LayerNorm, shift=1), TypeError,
+     r"called with the normalized_shape \(8,\), raised a TypeError: .*unexpected keyword argument 'shift'; it needs "
+     "a callable that takes that alone, such as norms.LayerNorm or nn.LayerNorm, or a partial with more of its argum"),
+    (lambda n: n, partial(LayerNorm, (8, 8)), ValueError, r"eps is \(8,\)"),
+    (lambda n: n, lambda n: LayerNorm(n), ValueError, r"leaves LayerNorm alone\); .*layer norms are replaced by "
+     r"norms.LayerNorm or nn.LayerNorm as the factory"),
+])
+def test_layer_norms_that_are_refused(change, factory, error, text):
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    model.norm2 = change(model.norm2)
+    modules = list(model.modules())
+    with pytest.raises(error, match=text): convert_norms(model, factory)
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+
+
+def test_layer_norms_are_left_alone_by_a_channel_norm_and_channel_norms_by_a_layer_norm():
+    def make(): return nn.Sequential(nn.BatchNorm1d(5), encoder(), LayerNorm(), nn.RMSNorm(8), nn.LocalResponseNorm(2))
+    model, left = make(), {"LayerNorm": 3, "RMSNorm": 1, "LocalResponseNorm": 1}
     layer_norms = [m for m in model.modules() if isinstance(m, (nn.LayerNorm, LayerNorm, nn.RMSNorm))]
-    assert convert_norms(model, BatchNorm) == {"BatchNorm1d": 1}
+    done = convert_norms(model, BatchNorm)
+    assert done == Counter({"BatchNorm1d": 1})
+    assert done.left_alone == left
     assert [m for m in model.modules() if isinstance(m, (nn.LayerNorm, LayerNorm, nn.RMSNorm))] == layer_norms
-    with pytest.raises(ValueError, match=r"found no norm to swap in TransformerEncoderLayer \(it leaves LayerNorm alone"
-                                         r"\); it needs batch, instance or group norms"):
-        convert_norms(encoder, BatchNorm)
+    model = make()
+    batch, lessons = model[0], model[2]
+    for factory in (LayerNorm, Ours, nn.LayerNorm):
+        done = convert_norms(model, factory)
+        assert done == {"Ours" if factory is nn.LayerNorm else "LayerNorm": 2}
+        assert type(model[1].norm1) is factory
+        assert done.left_alone == left | {"LayerNorm": 1, "BatchNorm1d": 1}
+    assert model[0] is batch                                    # and the lesson's, of a shape that the input tells
+    assert model[2] is lessons
+    for factory in (BatchNorm, lambda nf: GroupNorm(1, nf)):
+        with pytest.raises(ValueError, match=r"found no norm to swap in TransformerEncoderLayer \(it leaves LayerNorm "
+                                             r"alone\); it needs batch, instance or group norms \(layer norms are "
+                                             r"replaced by norms.LayerNorm or nn.LayerNorm as the factory"):
+            convert_norms(encoder(), factory)
+    with pytest.raises(ValueError, match=r"leaves LayerNorm, RMSNorm alone\); it needs layer norms with a norm"):
+        convert_norms(nn.Sequential(LayerNorm(), nn.RMSNorm(8)), LayerNorm)
+    with pytest.raises(ValueError, match="got a LayerNorm itself"): convert_norms(nn.LayerNorm(8), LayerNorm)
+
+
+class PreNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fn = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+
+def test_report_names_norms_and_neither_blocks_around_them_nor_weight_norm():
+    blocks = Conv2dNormActivation(3, 4), Conv2dNormActivation(3, 4, norm_layer=None), PreNorm()
+    model = nn.Sequential(*blocks, nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)))
+    done = convert_norms(model, BatchNorm)
+    assert done.left_alone == {}
+    assert repr(done) == "Counter({'BatchNorm2d': 2})"
+    model.append(nn.RMSNorm(4)), model.append(model[-1])        # one layer, twice
+    done = convert_norms(model, nn.BatchNorm2d)
+    assert repr(done) == "Counter({'BatchNorm': 2}), left alone: {'RMSNorm': 1}"
+    for other in (copy.copy(done), copy.deepcopy(done), done.copy(), pickle.loads(pickle.dumps(done))):
+        assert (other, other.left_alone) == (done, done.left_alone)
+
+
+# --- convert_norms: torchvision's frozen batch norm -------------------------------------------------------------------
+
+def frozen(nf=4, eps=1e-3):
+    model = nn.Sequential(nn.Conv2d(3, nf, 1), FrozenBatchNorm2d(nf, eps)).double()
+    for b in model.buffers(): nn.init.uniform_(b, 0.5, 2)
+    return model
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNorm, RunningBatchNorm])
+def test_frozen_batch_norm_there_and_back(norm):
+    model, x = frozen(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    y, before = model(x), copy.deepcopy(model)
+    done = convert_norms(model, norm)
+    assert done == {"FrozenBatchNorm2d": 1}
+    assert done.left_alone == {}
+    assert [m.training for m in model] == [True, False]
+    assert [p.requires_grad for p in model.parameters()] == [True] * 2 + [False] * 2
+    torch.testing.assert_close(model(x), y, rtol=0, atol=1e-12)
+    assert all(not torch.equal(p, torch.ones(4)) for p in model[1].parameters())
+    convert_norms(model, FrozenBatchNorm2d)
+    assert same_state(model, before)
+    assert repr(model) == repr(before)
+    assert torch.equal(model(x), y)
+
+
+def test_frozen_batch_norm_to_its_like_and_to_group_norm():
+    model = frozen()
+    state = copy.deepcopy(model.state_dict())
+    old = model[1]
+    convert_norms(model, FrozenBatchNorm2d)
+    assert model[1] is not old
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    convert_norms(model, lambda nf: GroupNorm(2, nf))
+    assert torch.equal(model[1].weight, state["1.weight"])
+    assert not model[1].weight.requires_grad
+    assert model[1].training
+
+
+@pytest.mark.parametrize("norm", [*NORMS, nn.SyncBatchNorm])
+def test_batch_norm_freezes_to_the_same_evaluation(norm):
+    x = torch.randn(4, 1, 28, 28, dtype=torch.float64)
+    model = trained(cnn(nn.BatchNorm2d).double(), x)
+    convert_norms(model, norm)
+    y, params = model(x), list(model.parameters())
+    convert_norms(model, FrozenBatchNorm2d)
+    torch.testing.assert_close(model(x), y, rtol=0, atol=1e-10)
+    assert torch.equal(model.train()(x), model.eval()(x))
+    assert len(list(model.parameters())) == len(params) - 10    # which are buffers now, and copies:
+    for p in params: p.data.zero_()                             # an optimizer made before moves nothing
+    assert all(m.weight.all() and m.bias.all() for m in model.modules() if isinstance(m, FrozenBatchNorm2d))
+
+
+def test_batch_norm_without_affine_freezes_to_the_identity():
+    model, x = nn.Sequential(nn.BatchNorm2d(3, affine=False)).double(), torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    model(x)
+    y = model.eval()(x)
+    convert_norms(model, FrozenBatchNorm2d)
+    assert (model[0].weight.tolist(), model[0].bias.tolist()) == ([1] * 3, [0] * 3)
+    torch.testing.assert_close(model(x), y, rtol=0, atol=1e-12)
+    convert_norms(model, lambda nf: BatchNorm(nf, affine=False))
+    torch.testing.assert_close(model(x), y, rtol=0, atol=1e-12)
+
+
+class FrozenAndRelu(FrozenBatchNorm2d):
+    def forward(self, x): return super().forward(x).relu()
+
+
+class Named(nn.Module):     # another library's, with a formula that is not known
+    def forward(self, x): return x * 2
+
+
+Named.__name__ = "FrozenBatchNorm2d"
+
+
+@pytest.mark.parametrize(("layer", "factory", "text"), [
+    (FrozenAndRelu(4), BatchNorm, r"\(FrozenAndRelu\) has a forward of its own"),
+    (FrozenBatchNorm2d(4), lambda nf: BatchNorm(8), r"needs a weight of shape \(4,\)"),
+    (nn.GroupNorm(2, 4), FrozenBatchNorm2d, "keeps no running statistics, and a FrozenBatchNorm2d has nothing else"),
+    (nn.BatchNorm2d(4, track_running_stats=False), FrozenBatchNorm2d, "keeps no running statistics.*recalibrate"),
+    (nn.BatchNorm1d(4), FrozenBatchNorm2d, r"is not for images \(N, C, H, W\), the only input of a FrozenBatchNorm2d"),
+    (nn.BatchNorm3d(4), FrozenBatchNorm2d, "is not for images"),
+])
+def test_frozen_batch_norm_refusals(layer, factory, text):
+    model = nn.Sequential(layer)
+    with pytest.raises(ValueError, match=text): convert_norms(model, factory)
+    assert model[0] is layer
+
+
+def test_frozen_batch_norm_of_another_library_is_left_alone_and_hooks_are_seen():
+    model = nn.Sequential(Named(), nn.BatchNorm2d(4))
+    assert convert_norms(model, BatchNorm).left_alone == {"FrozenBatchNorm2d": 1}
+    model = frozen()
+    model[1].register_forward_hook(print)
+    with pytest.raises(ValueError, match="has hooks"): convert_norms(model, BatchNorm)
+    with pytest.raises(ValueError, match="got a FrozenBatchNorm2d itself"): convert_norms(frozen()[1], BatchNorm)
 
 
 # --- convert_norms: refusals ------------------------------------------------------------------------------------------
@@ -321,6 +651,47 @@ def test_refusals_leave_the_model_as_it_was(layer, factory, error, text):
     with pytest.raises(error, match=text): convert_norms(model, factory)
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
     assert all(a is b for a, b in zip(model.parameters(), params, strict=True))
+
+
+def groups_and_channels(groups, nf): return GroupNorm(groups, nf)
+
+
+@pytest.mark.parametrize(("factory", "text"), [
+    (GroupNorm, r"layer '1' \(BatchNorm2d\): the factory, called with the channel count 8, raised a TypeError: .*"
+     r"missing 1 required positional argument: 'num_channels'; .*that alone, such as lambda nf: GroupNorm\(4, nf\)$"),
+    (nn.GroupNorm, r"'num_channels'; .*such as lambda nf: nn\.GroupNorm\(4, nf\)$"),
+    (partial(nn.GroupNorm, num_groups=4), r"multiple values for argument 'num_groups'; .* nn\.GroupNorm\(4, nf\)$"),
+    (groups_and_channels, r"argument: 'nf'; .*such as lambda nf: groups_and_channels\(\.\.\.\) with nf a"),
+    (lambda groups, nf: nf, r"argument: 'nf'; .*such as lambda nf: GroupNorm\(4, nf\)$"),
+    (partial(nn.BatchNorm2d, epsilon=1), r"argument 'epsilon'; .*such as lambda nf: BatchNorm2d\(\.\.\.\) with nf amo"),
+    (lambda nf: BatchNorm("8" + nf), r"raised a TypeError: can only concatenate str .*from within the factory"),
+])
+def test_factory_that_fails_is_named_with_what_it_said(factory, text):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+    old = model[1]
+    with pytest.raises(TypeError, match=text) as error: convert_norms(model, factory)
+    assert isinstance(error.value.__cause__, TypeError)
+    assert str(error.value.__cause__) in str(error.value)
+    assert model[1] is old
+    with pytest.raises(ValueError, match="the groups must divide"):     # other errors come as they are
+        convert_norms(model, lambda nf: GroupNorm(3, nf))
+
+
+@pytest.mark.parametrize("factory", [LayerNorm, nn.LayerNorm, partial(LayerNorm, eps=1e-3), lambda nf: LayerNorm(nf),
+                                     lambda nf: nn.LayerNorm(nf, elementwise_affine=False), nn.RMSNorm])
+def test_norm_over_the_last_axis_in_a_channel_norms_place_is_refused(factory):
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False))
+    old = list(model)
+    with pytest.raises(TypeError, match=r"would normalise the last axis. write lambda nf: GroupNorm\(1, nf\), layer n"):
+        convert_norms(model, factory)
+    assert all(a is b for a, b in zip(model, old, strict=True))
+
+
+@pytest.mark.parametrize(("factory", "plain"), [
+    (nn.LazyBatchNorm2d, "BatchNorm2d"), (lambda nf: nn.LazyInstanceNorm1d(affine=True), "InstanceNorm1d")])
+def test_factory_of_lazy_modules_is_refused(factory, plain):
+    with pytest.raises(TypeError, match=rf"gives a Lazy{plain}, which has no weights .*; use {plain}, the class witho"):
+        convert_norms(nn.Sequential(nn.BatchNorm2d(4)), factory)
 
 
 def test_parametrized_layer_is_refused():
