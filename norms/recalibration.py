@@ -3,10 +3,14 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from norms.convert import BATCH
 from norms.moments import all_but_channels, merge_moments, moments, wide
 from norms.running import CARRIED_COUNT, CLAMP_IMAGES, RunningBatchNorm
+
+WRAPPERS = {cls.forward for cls in (AveragedModel, nn.DataParallel, nn.parallel.DistributedDataParallel)}
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,16 @@ def recalibrate(model, loader, n_images, *, metric=None):
     A layer that runs several times in one evaluation gets a pass for each: statistics over its runs up to that one, of
     which the earlier ones use the statistics of the pass before. A layer that doesn't run is left as it is.
 
+    `torch.optim.swa_utils.update_bn` looks for torch's class and passes BatchNorm and RunningBatchNorm by without a
+    word; use this one. An `AveragedModel` is taken as it is: it's the averaged module's statistics that come anew, and
+    `n_averaged` stays (with `use_buffers=False` the next `update_parameters` copies the model's over them). In a
+    DataParallel or DistributedDataParallel the module inside evaluates, on one device: let every process of the latter
+    have the same images.
+
     Modes and hooks are restored, torch's random state is kept, and after an error so are the statistics.
 
     Args:
-        model: the trained model.
+        model: the trained model, or an `AveragedModel`, DataParallel or DistributedDataParallel of one.
         loader: any iterable of `xb` or `(xb, yb)`, best over the training images. It is read once: the images are
             kept in memory, the same for every layer, and moved to the model's device batch by batch. To transform
             them, give `((tfm(xb), yb) for xb, yb in loader)`.
@@ -70,18 +80,25 @@ def recalibrate(model, loader, n_images, *, metric=None):
         statistics = [(b, b.clone()) for m in names for b in m.buffers()]
         try:
             model.eval()
-            before = metric and mean_metric(model, batches, metric, device)
-            runs = order_of_runs(model, names, batches[0][0].to(device))
+            core = unwrapped(model)
+            before = metric and mean_metric(core, batches, metric, device)
+            runs = order_of_runs(core, names, batches[0][0].to(device))
             for i, norm in enumerate(runs):
                 set_statistics(norm, names[norm], images,
-                               *pooled_moments(model, norm, runs[:i + 1].count(norm), batches, device))
-            after = metric and mean_metric(model, batches, metric, device)
+                               *pooled_moments(core, norm, runs[:i + 1].count(norm), batches, device))
+            after = metric and mean_metric(core, batches, metric, device)
         except BaseException:
             for b, old in statistics: b.copy_(old)
             raise
         finally:
             for m, training in modes: m.training = training
     return Recalibration(tuple(names[m] for m in dict.fromkeys(runs)), images, before, after)
+
+
+def unwrapped(model):
+    """The module whose function `model` is: on several devices at once a layer's inputs would not be in one place."""
+    while type(model).forward in WRAPPERS: model = model.module
+    return model
 
 
 def take_images(loader, n_images, metric):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
+from torch.optim.swa_utils import AveragedModel, update_bn
 from torchvision.models import resnet18
 from torchvision.ops import Conv2dNormActivation
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -942,3 +943,62 @@ def test_converted_model_is_recalibrated_to_the_same_function():
     convert_norms(ours, BatchNorm)      # statistics lost on the way
     for model in (ours, theirs): recalibrate(model, x.split(10), 64)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=0, atol=1e-10)
+
+
+# --- recalibrate: models in wrappers ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_averaged_model_gets_the_statistics_of_its_averaged_weights(norm):
+    x = torch.randn(40, 1, 28, 28, dtype=torch.float64)
+    model = trained(cnn(norm).double(), x[:4]).train()
+    averaged = AveragedModel(model)
+    for _ in range(2):
+        for p in model.parameters(): p.data.add_(torch.randn_like(p), alpha=0.1)
+        averaged.update_parameters(model)
+    averaged.module[0][2].eval()
+    modes, params = [m.training for m in averaged.modules()], copy.deepcopy(list(averaged.parameters()))
+    plain = copy.deepcopy(averaged.module)
+    result = recalibrate(averaged, x.split(8), 40)
+    assert result.layers == tuple(f"module.{name}" for name in recalibrate(plain, x.split(8), 40).layers)
+    assert same_state(averaged.module, plain)
+    assert averaged.n_averaged == 2
+    assert [m.training for m in averaged.modules()] == modes
+    assert all(torch.equal(a, b) for a, b in zip(averaged.parameters(), params, strict=True))
+    averaged.update_parameters(model)       # and it goes on averaging
+    assert averaged.n_averaged == 3
+
+
+def test_torchs_update_bn_passes_our_norms_by_and_recalibrate_does_not():
+    x = torch.randn(64, 2, dtype=torch.float64) * 3 + 5
+    for norm, correction in ((BatchNorm, 1), (RunningBatchNorm, 0), (nn.BatchNorm1d, 1)):
+        averaged = AveragedModel(nn.Sequential(norm(2)).double())
+        update_bn([x], averaged)
+        assert (averaged.module[0].running_mean != 0).any() == (norm is nn.BatchNorm1d)
+        recalibrate(averaged, [x], 64)
+        torch.testing.assert_close(averaged.module[0].running_mean, x.mean(0))
+        torch.testing.assert_close(averaged.module[0].running_var, x.var(0, correction=correction))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, lambda m: AveragedModel(nn.DataParallel(m))])
+def test_wrapped_model_is_recalibrated_and_converted_as_it_is_bare(wrap):
+    x, y = torch.randn(12, 1, 28, 28), torch.arange(12) % 10
+    bare = trained(cnn(nn.BatchNorm2d), x[:4]).train()
+    model = wrap(copy.deepcopy(bare))
+    model.register_forward_pre_hook(lambda *args: pytest.fail("with several devices, the images would be spread"))
+    results = []
+    for m in (bare, model):
+        convert_norms(m, RunningBatchNorm)
+        results.append(recalibrate(m, [(x, y)], 12, metric=F.cross_entropy))
+    assert [results[0].before, results[0].after] == [results[1].before, results[1].after]
+    assert all(torch.equal(a, b) for a, b in zip(bare.eval().state_dict().values(),
+                                                 [v for k, v in model.state_dict().items() if k != "n_averaged"],
+                                                 strict=True))
+    assert all(m.training for m in model.modules())
+
+
+def test_wrapper_with_a_forward_of_its_own_is_run():
+    class Scaled(AveragedModel):
+        def forward(self, x): return super().forward(x * 2)
+    model = Scaled(nn.Sequential(BatchNorm(1)))
+    recalibrate(model, [torch.tensor([[1.0], [2.0], [3.0]])], 3)
+    assert model.module[0].running_mean.item() == pytest.approx(4)
