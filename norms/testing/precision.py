@@ -1,0 +1,45 @@
+"""The checks of half precision."""
+
+import torch
+
+from norms.moments import HALF
+from norms.testing.case import GRAD, OUT, Checks, agree, finite, mode, step
+
+check = Checks()
+
+
+@check("half-precision input")
+def half_input(case):
+    for dtype in HALF:
+        for mean, spread in ((200, 300), (10, 1)):      # squares overflow float16; 8 bits don't hold mean and spread
+            same_as_wide(case, dtype, mean, spread, lambda norm: norm)
+
+
+@check("a norm cast to half precision")
+def half_norm(case):
+    for dtype in HALF:
+        norm = case.make(2).to(dtype)
+        for training in (True, True, False):
+            result = step(norm.train(training), case.x(1, dtype=dtype))
+            if result[OUT].dtype != dtype: raise AssertionError(f"turned {dtype} into {result[OUT].dtype}")
+            finite(result, f"in {dtype} {mode(training)}")
+
+
+@check("autocast")
+def autocast(case):
+    def cast(norm):
+        def call(x):
+            with torch.autocast(x.device.type, dtype=torch.bfloat16): return norm(x)
+        return call
+    for dtype in (torch.bfloat16, torch.float32): same_as_wide(case, dtype, 10, 1, cast)
+
+
+def same_as_wide(case, dtype, mean, spread, wrap):
+    """Raise unless the norm, called through `wrap`, keeps an input's `dtype` and gives what it gives in float32."""
+    norm, wide = case.make(2), case.make(2)
+    for training in (True, False):
+        x, same = (case.x(1, mean=mean, spread=spread, dtype=dtype) for _ in range(2))
+        got, want = step(norm.train(training), x, wrap(norm)), step(wide.train(training), same.float())
+        if got[OUT].dtype != dtype: raise AssertionError(f"turned {dtype} into {got[OUT].dtype} {mode(training)}")
+        agree(got, {k: want[k] for k in (OUT, GRAD)}, f"from float32 {mode(training)} on {dtype}",
+              2e-2 if dtype in HALF else 1e-4)
