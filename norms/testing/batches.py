@@ -2,7 +2,7 @@
 
 import torch
 
-from norms.testing.case import OUT, Checks, NotForThisNorm, draw, finite, refused, state, step
+from norms.testing.case import GRAD, OUT, Checks, NotForThisNorm, buffers, draw, finite, mode, refused, state, step
 
 check = Checks()
 
@@ -48,3 +48,33 @@ def nan_input(case):
     norm.eval()(case.x(2))
     kept = [k for k, v in state(norm).items() if v.is_floating_point() and v.isnan().any()]
     return f"{y.isnan().sum()} of {y.numel()} outputs" + (f"; it stays in {', '.join(kept)}" if kept else "")
+
+
+def apart(case, training, axis):
+    """Whether the norm keeps what stands along `axis` apart: found by a change of its first entry."""
+    x = case.x(1)
+    x.select(axis, 0).mul_(3).add_(1)
+    before, after = (case.make(2).train(training)(t).detach() for t in (case.x(1), x))
+    return torch.allclose(*(y.narrow(axis, 1, y.shape[axis] - 1) for y in (before, after)), rtol=1e-5, atol=1e-5)
+
+
+@check("what is not finite stays in its image or channel")
+def stays_apart(case):
+    remark = ""
+    for training in (True, False):
+        axes = [axis for axis in (0, 1) if apart(case, training, axis)]
+        if training:
+            if not axes: raise NotForThisNorm("in training neither images nor channels are independent of each other")
+            remark = "per " + " and ".join(("image", "channel")[axis] for axis in axes)
+        for value in (torch.nan, torch.inf, -torch.inf):
+            norm, x = case.make(2).train(training), case.x(1)
+            x[(0,) * case.rank] = value
+            result, when = step(norm, x), f"{mode(training)}, where only the first has a {value}"
+            for axis in axes:
+                where = "in other " + ("images", "channels")[axis]
+                finite({f"{k} {where}": result[k].narrow(axis, 1, x.shape[axis] - 1) for k in (OUT, GRAD)}, when)
+            if 1 not in axes: continue
+            kept = {**buffers(norm), **{k: t for k, t in result.items() if k not in (OUT, GRAD)}}
+            finite({f"{k} in other channels": t.flatten()[1:] if t.numel() == case.nf else t.new_zeros(())
+                    for k, t in kept.items()}, when)
+    return remark

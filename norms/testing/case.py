@@ -72,10 +72,14 @@ def draw(shape, seed):
     return torch.randn(shape, generator=rng, device="cpu").to(torch.get_default_device())
 
 
-def step(norm, x, call=None):
-    """Forward and backward, of `call` if given: the output and the gradients of a fixed weighted sum of it, by name."""
+def step(norm, x, call=None, between=None):
+    """Forward and backward, of `call` if given: the output and the gradients of a fixed weighted sum of it, by name.
+
+    `between`, if given, is called after the forward.
+    """
     x = x.detach().requires_grad_()
     y = (norm if call is None else call)(x)     # a compiled module has a length, and that can be 0
+    if between is not None: between()
     wanted = {GRAD: x, **{f"the gradient of {k}": p for k, p in norm.named_parameters()}}
     grads = torch.autograd.grad(y, list(wanted.values()), draw(y.shape, 99).to(y), allow_unused=True,
                                 materialize_grads=True)
@@ -126,3 +130,18 @@ def refused(case, x, names, kinds=Exception, modes=(True, False)):
                 raise AssertionError(f"the error {mode(training)} doesn't say what it got: {text}") from e
         else: raise AssertionError(f"took an input of shape {tuple(x.shape)} and {x.dtype} {mode(training)}")
         agree(state(norm), before, f"after a refusal {mode(training)}")
+
+
+def places(norm):
+    """The norm's buffers themselves and where their memory is, for `in_place`."""
+    return {k: (b, b.data_ptr()) for k, b in norm.named_buffers()}
+
+
+def in_place(norm, before, when):
+    """Raise unless the norm's buffers are the tensors and the memory of `before`, its `places` then."""
+    now = dict(norm.named_buffers())
+    for k, (b, pointer) in before.items():
+        if now.get(k) is not b:
+            raise AssertionError(f"the buffer {k} is another tensor {when}; write it in place: whoever holds the old "
+                                 "one sees no update")
+        if b.data_ptr() != pointer: raise AssertionError(f"the buffer {k} has other memory {when}")

@@ -1,8 +1,11 @@
 """The checks of what a forward pass leaves to its backward pass."""
 
-import torch
+from functools import partial
 
-from norms.testing.case import Checks, agree, draw, step
+import torch
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+
+from norms.testing.case import Checks, NotForThisNorm, agree, buffers, draw, mode, state, step
 
 check = Checks()
 
@@ -18,3 +21,102 @@ def two_forwards(case):
     want = [first, second, *(p + q for p, q in zip(ps, qs, strict=True))]
     names = ["the first input's gradient", "the second input's gradient", *(k for k, _ in norm.named_parameters())]
     agree(dict(zip(names, got, strict=True)), dict(zip(names, want, strict=True)), "from two separate steps", 1e-4)
+
+
+def other(t): return t * 2 + 3
+
+
+def overwrite(tensors):
+    """As a broadcast from another process or an optimizer's step does."""
+    with torch.no_grad():
+        for t in tensors: t.copy_(other(t))
+
+
+def overwrite_data(tensors):
+    """The same where autograd can't see it."""
+    for t in tensors: t.data.copy_(other(t.data))
+
+
+def swap(norm):
+    """Put new tensors in the buffers' places, and use the old ones' memory for something else."""
+    old = list(norm.buffers())
+    norm.load_state_dict({k: other(b) for k, b in buffers(norm).items()}, strict=False, assign=True)
+    overwrite_data(old)
+
+
+BUFFER_CHANGES = {
+    "written under no_grad": lambda norm: overwrite(norm.buffers()),
+    "written through .data": lambda norm: overwrite_data(norm.buffers()),
+    "loaded": lambda norm: norm.load_state_dict({k: other(b) for k, b in buffers(norm).items()}, strict=False),
+    "swapped": swap}
+WEIGHT_CHANGES = {
+    "written under no_grad": lambda norm: overwrite(norm.parameters()),
+    "loaded": lambda norm: norm.load_state_dict({k: other(p.detach()) for k, p in norm.named_parameters()},
+                                                strict=False),
+    "written through .data": lambda norm: overwrite_data(norm.parameters())}
+
+
+@check("buffers may change before the backward")
+def owns_statistics(case):
+    if not buffers(case.make()): raise NotForThisNorm("it has no buffers")
+    for training in (True, False):
+        want = step(case.make(2).train(training), case.x(1))
+        for what, change in BUFFER_CHANGES.items():
+            norm, when = case.make(2).train(training), f"{mode(training)} where buffers are {what} before the backward"
+            try: got = step(norm, case.x(1), between=partial(change, norm))
+            except RuntimeError as e: raise AssertionError(f"the backward raises {when}: {e}") from e
+            agree(got, want, when, 1e-6)
+
+
+@check("weights may change before the backward")
+def owns_weights(case):
+    if not any(True for _ in case.make().parameters()): raise NotForThisNorm("it has no parameters")
+    loud, unseen = set(), set()
+    for training in (True, False):
+        want = step(case.make(2).train(training), case.x(1))
+        for what, change in WEIGHT_CHANGES.items():
+            norm, when = case.make(2).train(training), f"{mode(training)} where weights are {what} before the backward"
+            try: agree(step(norm, case.x(1), between=partial(change, norm)), want, when, 1e-6)
+            except RuntimeError as e:
+                if "modified by an inplace operation" not in str(e): raise
+                loud.add(training)
+            except AssertionError:
+                # The graph holds the parameter itself, as torch's do: autograd notices all but what goes round it.
+                if what != "written through .data" or training not in loud: raise
+                unseen.add(training)
+    if not loud: return None
+    return "refused by torch's error" + (", but unnoticed through .data" if unseen else "")
+
+
+def packed():
+    """Hooks that keep contiguous copies, as `save_on_cpu` does on a GPU with pinned memory."""
+    return saved_tensors_hooks(lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t), lambda t: t)
+
+
+@check("saved tensors through hooks, as by save_on_cpu")
+def packs_saved(case):
+    formats = [torch.contiguous_format] + [torch.channels_last] * (case.rank == 4)
+    for training in (True, False):
+        for layout in formats:
+            x = partial(case.x(1).clone, memory_format=layout)
+            want = step(case.make(2).train(training), x())
+            for hooks in (save_on_cpu, packed):
+                norm = case.make(2).train(training)
+
+                def call(x, norm=norm, hooks=hooks):
+                    with hooks(): return norm(x)
+                agree(step(norm, x(), call), want, f"{mode(training)} under {hooks.__name__}, {layout}", 1e-5)
+
+
+@check("a backward changes nothing and repeats itself")
+def backward_is_pure(case):
+    for training in (True, False):
+        norm, x = case.make(2).train(training), case.x(1).requires_grad_()
+        y = norm(x)
+        before, wanted, g = {**buffers(norm), **state(norm)}, [x, *norm.parameters()], draw(y.shape, 99).to(y)
+        first, second = (dict(enumerate(torch.autograd.grad(y, wanted, g, retain_graph=True, allow_unused=True,
+                                                            materialize_grads=True))) for _ in range(2))
+        agree({**buffers(norm), **state(norm)}, before, f"after two backwards {mode(training)}")
+        names = dict(enumerate(["the input's gradient", *(f"the gradient of {k}" for k, _ in norm.named_parameters())]))
+        first, second = ({names[i]: t for i, t in found.items()} for found in (first, second))
+        agree(second, first, f"in a second backward {mode(training)}")

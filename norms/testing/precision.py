@@ -3,7 +3,7 @@
 import torch
 
 from norms.moments import HALF
-from norms.testing.case import GRAD, OUT, Checks, agree, finite, mode, step
+from norms.testing.case import GRAD, OUT, Checks, NotForThisNorm, agree, buffers, finite, mode, step
 
 check = Checks()
 
@@ -43,3 +43,27 @@ def same_as_wide(case, dtype, mean, spread, wrap):
         if got[OUT].dtype != dtype: raise AssertionError(f"turned {dtype} into {got[OUT].dtype} {mode(training)}")
         agree(got, {k: want[k] for k in (OUT, GRAD)}, f"from float32 {mode(training)} on {dtype}",
               2e-2 if dtype in HALF else 1e-4)
+
+
+@check("half precision leaves the statistics wide")
+def statistics_stay_wide(case):
+    before = {k: b for k, b in buffers(case.make(2)).items() if b.is_floating_point()}
+    if not before: raise NotForThisNorm("it has no floating-point buffers")
+    for dtype in HALF:
+        norm = case.make(2).to(dtype)
+        stay_wide(norm, before, f"in a norm cast to {dtype}")
+        agree(buffers(norm), before, f"in a norm cast to {dtype}")      # nor were they rounded on the way
+        for assign in (False, True):
+            norm = case.make()
+            norm.load_state_dict({k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+                                  for k, v in case.make(2).state_dict().items()}, assign=assign)
+            when = f"after load_state_dict of {dtype} with {assign=}"
+            stay_wide(norm, before, when)
+            finite(step(norm, case.x(1, dtype=dtype)), when)
+            stay_wide(norm, before, f"{when} and a step")
+
+
+def stay_wide(norm, names, when):
+    found = dict(norm.named_buffers())
+    for k in names:
+        if found[k].dtype in HALF: raise AssertionError(f"the buffer {k} is {found[k].dtype} {when}")

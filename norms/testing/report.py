@@ -4,10 +4,10 @@ import textwrap
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from norms.testing import batches, graphs, precision, refusals, repeats, states, transforms, values
+from norms.testing import batches, buffers, graphs, precision, refusals, repeats, states, transforms, values
 from norms.testing.case import RANKS, Case, NotForThisNorm
 
-MODULES = values, precision, batches, states, graphs, transforms, repeats, refusals
+MODULES = values, precision, batches, states, buffers, graphs, transforms, repeats, refusals
 CHECKS = {name: f for module in MODULES for name, f in module.check.items()}
 
 

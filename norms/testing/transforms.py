@@ -5,7 +5,7 @@ import re
 import torch
 from torch.func import functional_call
 
-from norms.testing.case import GRAD, Checks, NotForThisNorm, agree, buffers, draw, mode, state, step
+from norms.testing.case import GRAD, Checks, NotForThisNorm, agree, buffers, draw, in_place, mode, places, state, step
 
 check = Checks()
 
@@ -14,6 +14,7 @@ check = Checks()
 def compiles_once(case):
     from torch._dynamo.testing import CompileCounterWithBackend  # here and not above: it takes two seconds
     norm, eager = case.make(), case.make()
+    there = places(norm)
     counter = CompileCounterWithBackend("aot_eager")     # traces the backward too, and needs no C++ compiler
     torch.compiler.reset()
     try:
@@ -25,6 +26,7 @@ def compiles_once(case):
                 got = step(norm, case.x(seed), compiled)
                 agree(got, step(eager, case.x(seed)), f"compiled, {mode(training)}", 1e-4)
             agree(state(norm), state(eager), f"after compiled steps {mode(training)}", 1e-5)
+            in_place(norm, there, f"after compiled steps {mode(training)}")
             if counter.frame_count > 1:     # 0 in evaluation: a norm that ignores its mode needs no second graph
                 raise AssertionError(f"compiled {counter.frame_count} times in 7 steps of one shape {mode(training)}; "
                                      "keep state that changes in tensors, not in Python numbers")

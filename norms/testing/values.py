@@ -95,3 +95,36 @@ def large_mean(case):
             # A float32 mean is off by about mean * 6e-8: what no norm can avoid, with room for a few such steps.
             agree(got, {k: want[k] for k in (OUT, GRAD)}, f"from float64 at mean {mean:g} and std {spread:g}",
                   20 * 6e-8 * mean / spread)
+
+
+def due_for_constant(norm, x):
+    """What a norm that takes the mean away makes of a constant `x`: its bias, or 0 without parameters."""
+    named = dict(norm.named_parameters())
+    if not named: return torch.zeros_like(x)
+    bias = [p.detach() for k, p in named.items() if k.rpartition(".")[2] == "bias"]
+    if len(bias) != 1: raise NotForThisNorm(f"its parameters are {', '.join(named)}, and not one is called bias")
+    shape = (1, -1, *[1] * (x.ndim - 2)) if bias[0].shape == x.shape[1:2] else bias[0].shape
+    return bias[0].reshape(shape).expand_as(x)
+
+
+@check("a constant input gives the bias")
+def constant_input(case):
+    x, double = case.x(1, dtype=torch.float64), {"dtype": torch.float64}
+    try: agree({OUT: case.make(**double)(x + 1)}, {OUT: case.make(**double)(x)}, "", 1e-3)
+    except AssertionError: raise NotForThisNorm("its output changes when a constant is added to the input") from None
+    layouts = {"contiguous": lambda x: x, "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1)}
+    layouts["channels_last"] = lambda x: x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
+    shapes = [case.shape(n, rank) for n in (5, 7) for rank in case.dims]
+    square = (6, case.nf, *[7] * (case.rank - 2))
+    try: case.make()(torch.zeros(square))
+    except Exception: pass                              # made for another map
+    else: shapes.append(square)
+    for dtype in (torch.float32, torch.float64):
+        for value in (1.1, 1000.1, 1e4 + 0.1):
+            for shape in shapes:
+                for what, layout in layouts.items():
+                    norm = case.make(dtype=dtype)
+                    for _ in range(2):
+                        x = layout(torch.full(shape, value, dtype=dtype))
+                        agree({OUT: norm(x).detach()}, {OUT: due_for_constant(norm, x)},
+                              f"on the constant {value:g} in {dtype}, shape {shape}, {what}")
