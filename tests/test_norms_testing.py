@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from old_running import OldRunningBatchNorm
 from reference import LiteralRunningBatchNorm
 from torch import nn
 
@@ -145,6 +146,28 @@ def test_every_defect_of_the_published_norm_is_reported():
         **dict.fromkeys(REPEATED - {"counts a batch once"}, "modified by an inplace operation"),
     }
     found_are(report, texts)
+
+
+def test_every_defect_of_the_old_norm_is_reported():
+    report = check_norm(OldRunningBatchNorm, reference=LiteralRunningBatchNorm)
+    unknown = "none of its last 16 training batches is this one"
+    found_are(report, {
+        # its graph held the very tensors that were its buffers, and every step put others in their places
+        "buffers may change": "in training where buffers are written under no_grad before the backward",
+        "written in place": "the buffer running_mean is another tensor after a training step",
+        "compiles once": "the buffer running_mean is another tensor after compiled steps in training",
+        "inference_mode": "Inference tensors cannot be saved for backward",
+        "torch.export": "running_mean, running_var, count, seen did not move in the exported program",
+        # it knew a recomputed batch by its mean, among the last 16
+        "batch that is not finite": "with a NaN in the second of three batches, use_reentrant=False: RunningBatchNorm "
+                                  f"met a forward pass inside a backward pass and {unknown}",
+        "batch twice": "the input's gradient of batch 1 is off by",
+        "20 batches": unknown,
+        "within activation": unknown,
+        # x scale + (bias - mean scale), by torch's kernel
+        "constant": "on the constant 1.1 in torch.float32",
+        "statistics wide": "running_mean is torch.float16 after load_state_dict of torch.float16 with assign=True",
+    })
 
 
 def recomputing(): return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
