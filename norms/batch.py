@@ -70,8 +70,8 @@ class BatchNorm(RunningNorm):
     def track(self, mean, var, n):
         """Take the batch's `mean` and biased `var`, each `(C,)` over `n` values, into the running averages."""
         self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.mom)
-        if n > 1: self.running_var.lerp_((var * (n / (n - 1))).to(self.running_var.dtype), self.mom)
+        for old, new in ((self.running_mean, mean), (self.running_var, var * (n / max(n - 1, 1)))):
+            if new is mean or n > 1: old.copy_(torch.lerp(old, new.to(old.dtype), self.mom))    # vmap has no lerp_
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         if (local_metadata.get("version") or 1) < 2:

@@ -189,6 +189,11 @@ class RunningNorm(Norm):
 
     def statistic_groups(self, x): return channel_groups(x)             # (C, N * positions)
 
+    @property
+    def num_features(self):
+        """`nf`, by the name that torch's functions on batch norms read, such as `fuse_linear_bn_eval`."""
+        return self.nf
+
     def _apply(self, fn, recurse=True):
         """Move or cast the module; `half()` and `bfloat16()` leave the running statistics at their width."""
         before = dict(self._buffers)

@@ -1,6 +1,7 @@
 """Imports run one way: nbdev_style -> experiments -> {runner, norms}; heavy packages are loaded where they are used."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,40 @@ def test_imports_run_one_way(package):
             assert others <= {heavy for heavy, home in ONLY_IN.items() if home == name}, name
         if package == "nbdev_style": continue       # on top of all: the lessons draw
         for heavy, home in ONLY_IN.items(): assert heavy not in found or name == home, f"{name} imports {heavy}"
+
+
+def modules(package):
+    """Every file of `package` and the modules of the package that it imports, by their dotted names."""
+    files = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f
+             for f in (ROOT / package).rglob("*.py")}
+    found = {}
+    for name, file in files.items():
+        of, found[name] = ast.parse(file.read_text()), set()
+        for node in of.body:    # at the import; what a function imports comes later
+            if not isinstance(node, ast.ImportFrom) or not node.module.startswith(package): continue
+            inner = {f"{node.module}.{a.name}" for a in node.names} & set(files)
+            found[name] |= inner or {node.module}
+    return found
+
+
+def test_no_two_files_of_norms_import_each_other_in_a_circle():
+    left = modules("norms")
+    for package in ("norms", "norms.fast", "norms.testing"): left.pop(package, None)        # they gather what is public
+    while free := [name for name, needs in left.items() if not needs & set(left)]:
+        for name in free: del left[name]
+    assert not left, "these import each other in a circle"
+
+
+PRIVATE = re.compile(r"torch(?:\.\w+)*\._[a-zA-Z]\w*|forward_ad\._\w+|checkpoint, \"_")
+
+
+def test_private_names_of_torch_stand_in_norms_fast_alone():
+    found = {}
+    for file in (ROOT / "norms").rglob("*.py"):
+        hits = set(PRIVATE.findall(file.read_text()))
+        # check_norm counts compilations by a class of torch's tests, and `per_example` is about torch's own rules.
+        if hits and file.parent.name != "fast": found[file.relative_to(ROOT).as_posix()] = hits
+    assert set(found) <= {"norms/testing/transforms.py"}, found
 
 
 def test_runner_takes_no_matplotlib_and_no_fastprogress_with_it():

@@ -4,6 +4,7 @@ Forward, cross entropy, backward, SGD, at batch size 2 without oneDNN and at 512
 """
 
 import argparse
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ def arms():
         "nn.BatchNorm2d": (nn.BatchNorm2d, None, None),
         "BatchNorm": (BatchNorm, "nn.BatchNorm2d", (1.25, 1.1)),
         "RunningBatchNorm": (RunningBatchNorm, "nn.BatchNorm2d", (1.25, 1.05)),
+        "averaged backward": (partial(RunningBatchNorm, average_backward=True), "RunningBatchNorm", (1.15, 1.05)),
         "nn.GroupNorm": (lambda nf: nn.GroupNorm(4, nf), None, None),
         "GroupNorm": (lambda nf: GroupNorm(4, nf), "nn.GroupNorm", (1.4, 1.15)),
         "nn.LayerNorm": (_layer(nn.LayerNorm), None, None),
