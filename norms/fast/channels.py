@@ -15,7 +15,7 @@ the weight, and the running statistics of before, from which a second derivative
 import torch
 from torch.autograd.graph import increment_version
 
-from norms.fast.dispatch import bare, plain, refuse_many
+from norms.fast.dispatch import bare, refuse_many
 from norms.fast.kernels import channels_last, laid_out_as, ordinary, pointers
 from norms.fast.repeats import repeating, state
 from norms.moments import all_but_channels, averaged_gradients, merge_moments, moments, per_channel, scale_shift
@@ -98,7 +98,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx, g):
         (x,) = ctx.saved_tensors
         # A gradient that will be differentiated in turn, many in one, or an x that came back as something else.
-        if torch.is_grad_enabled() or not bare(g) or not plain(x): return *_by_definition(ctx, x, g), *[None] * 5
+        if torch.is_grad_enabled() or not bare(g, x): return *_by_definition(ctx, x, g), *[None] * 5
         return *_by_kernel(ctx, x, g), *[None] * 5
 
 
@@ -111,7 +111,7 @@ class _AveragedStep(_Step):
         (x,) = ctx.saved_tensors
         refuse_many(g)
         increment_version(ctx.kept[-1])
-        if bare(g) and plain(x): return *_by_kernel(ctx, x, g), *[None] * 5
+        if bare(g, x): return *_by_kernel(ctx, x, g), *[None] * 5
         _, kept, _, eps, averages = ctx.kept
         mean, var, weight, _, _ = (per_channel(t, x.ndim) for t in kept[:-2].view(5, -1))
         a, floor = kept[-2], kept[-1]

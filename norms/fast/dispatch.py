@@ -34,15 +34,15 @@ def plain(x):
     The kernels read and write bare memory. So nothing may be at work that follows torch's operators (a compiler, a
     tracer, a mode), stands in for tensors (`torch.func`), or wants another derivative than the backward one.
     """
-    return not _watched() and type(x) is torch.Tensor and x.is_cpu and not x.is_neg()
+    return type(x) is torch.Tensor and x.is_cpu and not x.is_neg() and not _watched()
 
 
-def bare(g):
-    """Whether the gradient `g` is `plain`, and no batch of gradients.
+def bare(g, x):
+    """Whether the gradient `g` and the input `x` that autograd gave back are `plain`, and `g` no batch of gradients.
 
     `torch.autograd.grad(..., is_grads_batched=True)` has a kind of batch that no transform announces.
     """
-    return plain(g) and not _is_batch(g)
+    return plain(g) and not _is_batch(g) and type(x) is torch.Tensor and x.is_cpu and not x.is_neg()
 
 
 def refuse_many(g):

@@ -12,7 +12,7 @@ copy of the weight.
 import torch
 
 from norms.fast.channels import differentiable
-from norms.fast.dispatch import bare, plain
+from norms.fast.dispatch import bare
 from norms.fast.kernels import channels_last, ordinary, pointers
 from norms.moments import moments, scale_shift
 
@@ -51,7 +51,7 @@ class _GroupStep(torch.autograd.Function):
         y, kept = torch.empty_like(x), x.new_empty(2 * sizes[0] * sizes[1])
         kernels.group_norm(*pointers(x, weight, bias, y, kept), *sizes, eps)
         ctx.save_for_backward(x)
-        then = None if weight is None else weight.detach().clone()
+        then = None if weight is None else weight.clone()
         ctx.of, ctx.kept = (weight, bias), (kernels, kept, then, sizes, eps)
         return y
 
@@ -60,7 +60,7 @@ class _GroupStep(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         kernels, kept, then, sizes, eps = ctx.kept
         # A gradient that will be differentiated in turn, many in one, or an x that came back as something else.
-        if torch.is_grad_enabled() or not bare(g) or not plain(x):
+        if torch.is_grad_enabled() or not bare(g, x):
             def define(x, weight, bias): return _define(x, weight, bias, sizes, eps)
             return *differentiable(define, x, *ctx.of, then, g), None, None, None
         # `x` has the layout of the forward, or comes from a hook in another one, which is as good: values that have one
