@@ -408,7 +408,7 @@ def test_readme_opens_with_two_commands_and_ci_runs_the_second():
     commands = re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(commands) == 2
     assert commands[0].endswith("-m experiments small-batch")
-    assert commands[1].endswith("-m pytest")
+    assert commands[1].endswith("-m pytest -n 2")
     assert commands[1].startswith("python3 -m venv .venv-test ")
     ci = (ROOT / ".ci" / "run").read_text()
     pattern = re.search(r"grep -m1 -E '(.*)' README.md", ci)[1]
