@@ -69,9 +69,9 @@ class BatchNorm(RunningNorm):
     @torch.no_grad()
     def track(self, mean, var, n):
         """Take the batch's `mean` and biased `var`, each `(C,)` over `n` values, into the running averages."""
-        self.num_batches_tracked.add_(1)
+        fast.write(self.num_batches_tracked, self.num_batches_tracked + 1)
         for old, new in ((self.running_mean, mean), (self.running_var, var * (n / max(n - 1, 1)))):
-            if new is mean or n > 1: old.copy_(torch.lerp(old, new.to(old.dtype), self.mom))    # vmap has no lerp_
+            if new is mean or n > 1: fast.write(old, torch.lerp(old, new.to(old.dtype), self.mom))
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         if (local_metadata.get("version") or 1) < 2:

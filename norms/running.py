@@ -143,7 +143,7 @@ class RunningBatchNorm(RunningNorm):
             state["running_var"].copy_(var.detach().flatten().clamp_min(floor))
             state["unclamped_var"].copy_(var.detach().flatten())
             state["count"].copy_(count)
-            state["seen"].copy_(seen)
+            fast.write(state["seen"], seen, refuse=True)
         return mean, var, a, floor
 
     @torch.no_grad()

@@ -165,6 +165,27 @@ def test_a_compiled_step_keeps_what_it_has_read_and_the_buffers(name, inside):
     for k, b in model.named_buffers(): assert b is buffers[k]
 
 
+@pytest.mark.parametrize(("backend", "reentrant"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)])
+def test_a_compiled_function_that_is_repeated_counts_once_or_is_refused(backend, reentrant, kernels):
+    if kernels == "definition": pytest.skip("a compiled step takes no kernels")
+    torch._dynamo.reset()
+    for name in ("batch", "running"):
+        model = nn.Sequential(made(NORMS[name]), nn.Tanh(), made(NORMS[name]))
+        twin, f = copy.deepcopy(model), torch.compile(model, backend=backend, fullgraph=True)
+        def step(x, f=f): return checkpoint(f, x, use_reentrant=reentrant)
+        if name == "running":
+            with pytest.raises(RuntimeError, match="Put the checkpoint inside of what is compiled"):
+                gradients(model, draw(3, 4, 5, 3), step)
+            continue
+        xs = [draw(3, 4, 5, 3, seed=seed).requires_grad_() for seed in range(3)]        # and then all backwards
+        for m, f in ((model, step), (twin, twin)):
+            sum(f(x).exp().sum() for x in xs).backward()
+            m.found = [g for t in (*xs, *m.parameters()) for g in [t.grad]]
+            for x in xs: x.grad = None
+        close(model.found, twin.found, 1e-8)
+        close(model.buffers(), twin.buffers(), 1e-8)
+
+
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("name", NORMS)

@@ -1,17 +1,25 @@
-"""A copy of a buffer that a compiled backward pass keeps.
+"""What a compiled step reads of a buffer, and what it writes there.
 
-torch's compiler cuts a training step into a forward and a backward graph, and may let the backward compute again what
-the forward has computed, a copy too, from the tensors that the forward was given. Of a buffer that the forward has
-written to since, these are other values, and nothing says so. So the copy carries the mark by which selective
-activation checkpointing tells the compiler what to keep.
+*Reads.* torch's compiler cuts a training step into a forward and a backward graph, and may let the backward compute
+again what the forward has computed, a copy too, from the tensors that the forward was given. Of a buffer that the
+forward has written to since, these are other values, and nothing says so. So the copy carries the mark by which
+selective activation checkpointing tells the compiler what to keep.
+
+*Writes.* Checkpointing around a compiled function runs it a second time, within the backward pass, and a graph that was
+made before can't know. So it asks while it runs, by an operation that answers with a tensor: `repeated`, whether this
+is a repetition, in which `write` leaves the buffer as it is; or `once`, which refuses one, where a repetition would
+have to start from statistics that are gone. The compiler makes one call of all equal ones in a graph (some 10 us).
 """
 
 import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
 
+from norms.fast.repeats import in_backward
+
 _library = torch.library.Library("runnernorms", "DEF")
 _library.define("owned(Tensor buffer) -> Tensor")
+for _name in ("repeated", "once"): _library.define(f"{_name}(Device device) -> Tensor")
 
 
 def _owned(buffer):
@@ -31,7 +39,37 @@ def _owned(buffer):
 _library.impl("owned", _owned, "CompositeImplicitAutograd")
 
 
+def _repeated(device): return torch.full((), in_backward(), device=device)
+
+
+def _once(device):
+    if in_backward():
+        raise RuntimeError("checkpointing repeats a compiled function in which a running norm trains: the norm would "
+                           "have to start from running statistics that are gone. Put the checkpoint inside of what is "
+                           "compiled, torch.compile(lambda x: checkpoint(model, x, use_reentrant=False)), or leave the "
+                           "norm out of it")
+    return torch.full((), False, device=device)
+
+
+def _answer(device): return torch.empty((), dtype=torch.bool, device=device)
+
+
+for _name, _f in (("repeated", _repeated), ("once", _once)):
+    _library.impl(_name, _f, "BackendSelect")               # for operators that get no tensor
+    torch.library.register_fake(f"runnernorms::{_name}", _answer, lib=_library)
+
+
 def owned(buffer):
     """A copy of `buffer` for the graph of this step: what writes to the buffer later changes no gradient."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting(): return torch.ops.runnernorms.owned(buffer)
-    return buffer.clone()
+    return torch.ops.runnernorms.owned(buffer) if _compiled() else buffer.clone()
+
+
+def write(buffer, value, refuse=False):
+    """Set `buffer` to `value`, in place; in a compiled step that is repeated leave it, or with `refuse` raise."""
+    if _compiled():
+        asked = torch.ops.runnernorms.once if refuse else torch.ops.runnernorms.repeated
+        value = torch.where(asked(buffer.device), buffer, value)
+    buffer.copy_(value)
+
+
+def _compiled(): return torch.compiler.is_compiling() and not torch.compiler.is_exporting()

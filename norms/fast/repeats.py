@@ -26,13 +26,18 @@ _graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)       # -1
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
 
 
+def in_backward():
+    """Whether a backward pass is under way."""
+    return _graph_task() != -1
+
+
 def repeating():
     """Whether this training forward repeats one that was there before, and so may change no state.
 
     Within a backward pass every forward is taken for a repetition, also by means that torch has no object for.
     """
     if torch.compiler.is_compiling() or _usual(): return False
-    return _graph_task() != -1 or _segments()[1] is not None
+    return in_backward() or _segments()[1] is not None
 
 
 def state(norm):
@@ -45,7 +50,7 @@ def state(norm):
     """
     if torch.compiler.is_compiling() or _usual(): return norm._buffers
     first, again, key = _segments()
-    repeats = again is not None or _graph_task() != -1
+    repeats = again is not None or in_backward()
     then = _recall(again, norm, key) if repeats else norm._buffers
     if then is None and not norm.training: return norm._buffers            # an evaluation like any other
     if then is None:
@@ -72,7 +77,7 @@ def same_way(norm, kernels):
 
 def _usual():
     """Whether this is no forward that can be, or ever be, repeated: most are of this kind, and this is quick."""
-    return _graph_task() == -1 and torch.is_grad_enabled() and _top_hooks(True) is None
+    return not in_backward() and torch.is_grad_enabled() and _top_hooks(True) is None
 
 
 def _copy(buffers):
