@@ -36,9 +36,8 @@ from torch import optim
 from experiments.arms import by_arm, check_batch_size, finite, heading, plural, run_arms, seeds_and_device, statuses
 from experiments.data import TRAIN_IMAGES, load_data
 from experiments.eigen import EigenAdam
-from experiments.models import conv_layer, get_cnn_model, init_alike
+from experiments.models import CHANNELS, conv_layer, get_cnn_model, init_alike
 from experiments.settings import ImageSettings, add_choice, add_image_arguments, choose, from_args, positive
-from experiments.small_batch import CHANNELS
 from experiments.stacked import stack, unstack
 from norms import GroupNorm, RunningBatchNorm, recalibrate
 from runner import (

@@ -15,10 +15,10 @@ from experiments import settings
 from experiments.arms import check_batch_size, heading, plural, seeds_and_device, train
 from experiments.data import load_data
 from experiments.errors import pick
-from experiments.models import get_runner
+from experiments.models import CHANNELS, get_runner
 from experiments.report import Report
 from experiments.results import Result, RunFolder, versions
-from experiments.small_batch import CHANNELS, NORMS, build
+from experiments.small_batch import NORMS, build
 from runner import (
     ActivationStats,
     BatchTransformXCallback,
@@ -36,7 +36,7 @@ from runner import (
     train_eval_gap,
     view_tfm,
 )
-from runner.explain import explanation
+from runner.insight.explain import explanation
 
 VALID_IMAGES = 2000         # at most as many validate: this is a look and not a measurement
 GAP_IMAGES = 500            # of them go through the network in both modes

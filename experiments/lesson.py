@@ -20,10 +20,10 @@ from torch import nn
 from experiments import one_epoch, published
 from experiments.arms import run_arms, windows
 from experiments.data import load_data
-from experiments.models import conv_layer, get_cnn_layers, init_alike
+from experiments.models import CHANNELS, conv_layer, get_cnn_layers, init_alike
 from experiments.published import Run, train_run
 from experiments.settings import add_choice, add_image_arguments, from_args
-from experiments.small_batch import CHANNELS, build
+from experiments.small_batch import build
 from runner import Hooks, append_stats
 
 HOOKED = "BatchNorm-hooked"

@@ -6,6 +6,8 @@ from torch import nn
 
 from runner import SGD, Callback, Learner, Runner, listify
 
+CHANNELS = [8, 16, 32, 64, 64]      # of the five conv layers of the lesson's network
+
 
 class GeneralRelu(nn.Module):
     """`min(leaky_relu(x, leak) - sub, maxv)`; each part is left out where its argument is None."""

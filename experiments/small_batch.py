@@ -31,7 +31,7 @@ from experiments.arms import (
 )
 from experiments.data import TRAIN_IMAGES, load_data
 from experiments.errors import InputError, pick
-from experiments.models import conv_layer, get_cnn_model, init_alike
+from experiments.models import CHANNELS, conv_layer, get_cnn_model, init_alike
 from experiments.settings import (
     ImageSettings,
     add_choice,
@@ -44,7 +44,6 @@ from experiments.settings import (
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
 from runner import CPUBackendCallback
 
-CHANNELS = [8, 16, 32, 64, 64]
 NORMS = {
     "none": None,
     "BatchNorm2d": nn.BatchNorm2d,

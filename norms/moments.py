@@ -103,7 +103,7 @@ def channel_groups(x):
 class Norm(nn.Module):
     """Base of the norms: `eps`, the affine parameters `weight` (ones) and `bias` (zeros), and the input checks.
 
-    Every norm says what it normalises by, to whoever looks at it from outside (`runner.norm_layers` does):
+    Every norm says what it normalises by, to whoever looks at it from outside (`runner.insight.layers` does):
 
         statistic_groups(x)     `x` as `(statistics, values)`: a row for each mean and variance that a batch has of its
                                 own, with the values behind it; where images have their own, image after image

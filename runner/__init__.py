@@ -1,31 +1,34 @@
 """A training loop on one screen (`runner.core`) and the callbacks that make it useful.
 
-Importing this package imports torch and neither matplotlib nor fastprogress: `runner.plots` and a live
-`ProgressCallback` load them when they draw.
+`runner.insight` looks inside of what it trains. Importing this package imports torch and neither matplotlib nor
+fastprogress: `runner.plots` and a live `ProgressCallback` load them when they draw.
 """
+
+from typing import TYPE_CHECKING
 
 from runner.backend import CPUBackendCallback
 from runner.callbacks import BatchTransformXCallback, CudaCallback, view_tfm
-from runner.core import (
+from runner.core import Learner, Runner, TrainEvalCallback
+from runner.data import DataBunch, Dataset, get_dls
+from runner.events import (
     EVENTS,
     Callback,
     CancelBatchException,
     CancelEpochException,
     CancelException,
     CancelTrainException,
-    Learner,
-    Runner,
-    TrainEvalCallback,
     camel2snake,
     listify,
 )
-from runner.data import DataBunch, Dataset, get_dls
-from runner.hooks import Hook, Hooks, append_stats
+from runner.insight.gap import train_eval_gap
+from runner.insight.hooks import Hook, Hooks, append_stats
+from runner.insight.nonfinite import TerminateOnNonFinite
+from runner.insight.norm_stats import NormStats
+from runner.insight.preflight import preflight
+from runner.insight.probe import Probe
+from runner.insight.replay import replay
+from runner.insight.stats import ActivationStats, GradientStats, ParameterStats
 from runner.metrics import AvgStats, AvgStatsCallback, Recorder, accuracy
-from runner.nonfinite import TerminateOnNonFinite, replay
-from runner.norm_gap import train_eval_gap
-from runner.norm_preflight import preflight
-from runner.norm_stats import NormStats
 from runner.optim import SGD
 from runner.progress import ProgressCallback
 from runner.rows import Rows
@@ -39,7 +42,9 @@ from runner.schedules import (
     sched_lin,
     sched_no,
 )
-from runner.stats import ActivationStats, GradientStats, ParameterStats, Probe
+
+if TYPE_CHECKING:
+    from runner.insight import plots as plots
 
 __all__ = [
     "EVENTS", "SGD", "ActivationStats", "AvgStats", "AvgStatsCallback", "BatchTransformXCallback", "CPUBackendCallback",
@@ -50,3 +55,10 @@ __all__ = [
     "combine_scheds", "get_dls", "listify", "preflight", "replay", "sched_cos", "sched_exp", "sched_lin", "sched_no",
     "train_eval_gap", "view_tfm",
 ]
+
+
+def __getattr__(name):
+    """`runner.plots`, which imports matplotlib, when somebody asks for it."""
+    if name != "plots": raise AttributeError(f"module 'runner' has no attribute {name!r}")
+    import runner.insight.plots
+    return runner.insight.plots

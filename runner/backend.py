@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from runner.core import Callback
+from runner.events import Callback
 from runner.states import random_states
 
 SHARE = 0.01    # of the fit's training batches may go into the measurement

@@ -2,7 +2,7 @@
 
 import torch
 
-from runner.core import Callback
+from runner.events import Callback
 
 
 class CudaCallback(Callback):

@@ -10,7 +10,7 @@ from itertools import count
 
 import torch
 
-from runner.core import Callback, listify
+from runner.events import Callback, listify
 from runner.rows import Rows
 
 
@@ -175,17 +175,17 @@ class Recorder(Callback):
 
     def plot_lr(self, pgid=-1, ax=None):
         """Learning rate of parameter group `pgid` against the step; returns the axes."""
-        from runner import plots
+        from runner.insight import plots
         return plots.plot_line(self.lrs[pgid], ax=ax, xlabel="step", ylabel="learning rate")
 
     def plot_loss(self, skip_last=0, ax=None):
         """Training loss against the step, without the last `skip_last`; returns the axes."""
-        from runner import plots
+        from runner.insight import plots
         return plots.plot_line(self.losses[:len(self.losses) - skip_last], ax=ax, xlabel="step", ylabel="training loss")
 
     def plot(self, skip_last=0, pgid=-1, ax=None):
         """Training loss against the learning rate (log axis), as after a rate finder; returns the axes."""
-        from runner import plots
+        from runner.insight import plots
         n = len(self.losses) - skip_last
         return plots.plot_line(self.losses[:n], self.lrs[pgid][:n], ax=ax, xscale="log", xlabel="learning rate",
                                ylabel="training loss")

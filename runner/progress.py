@@ -3,7 +3,7 @@
 import sys
 import time
 
-from runner.core import Callback
+from runner.events import Callback
 
 
 def format_time(seconds):

@@ -1,9 +1,7 @@
-"""`Rows`, a history that is sliced by row and by column, `smoothed` for its columns, and plain tables."""
+"""`Rows`, a history that is sliced by row and by column, and plain tables."""
 
 import csv
 import difflib
-import math
-from itertools import accumulate
 from pathlib import Path
 
 
@@ -71,7 +69,7 @@ class Rows(list):
 
     def plot(self, x, y, ax=None, *, by=None, yscale="linear"):
         """Column `y` against column `x`, one line per value of the column `by` if given; returns the axes."""
-        from runner import plots
+        from runner.insight import plots
         if by is None:
             xs, ys = ([point[i] for point in self[x, y]] for i in (0, 1))
             return plots.plot_line(ys, xs, ax, xlabel=x, ylabel=y, yscale=yscale)
@@ -79,30 +77,6 @@ class Rows(list):
         for name, *point in self[by, x, y]:
             for column, value in zip(series.setdefault(name, ([], [])), point, strict=True): column.append(value)
         return plots.plot_lines(series, ax, xlabel=x, ylabel=y, yscale=yscale, ordered=True)
-
-
-def smoothed(values, width):
-    """Means of the finite ones among `width` neighbours (of the next odd number), fewer at the ends: a list.
-
-    NaN where a value itself is not finite. No sum is the difference of two others, which beside a loss of 1e30 would
-    leave nothing of the others.
-    """
-    half, n = width // 2, len(values)
-    width = 2 * half + 1
-    finite = [math.isfinite(v) for v in values]
-    kept = [v if ok else 0.0 for v, ok in zip(values, finite, strict=True)]
-    counts = [0, *accumulate(finite)]
-    blocks = [kept[i:i + width] for i in range(0, n, width)]
-    heads = [s for block in blocks for s in accumulate(block)]                  # from the block's start to here
-    tails = [s for block in blocks for s in [*accumulate(block[::-1])][::-1]]   # from here to the block's end
-    means = []
-    for i, ok in enumerate(finite):
-        a, b = max(0, i - half), min(n, i + half + 1)
-        # Never longer than a block: a tail and a head, or within one block a head or a tail.
-        if a // width < (b - 1) // width: total = tails[a] + heads[b - 1]
-        else: total = tails[a] if a % width else heads[b - 1]
-        means.append(total / (counts[b] - counts[a]) if ok else math.nan)
-    return means
 
 
 def text_table(header, rows):

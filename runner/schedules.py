@@ -8,8 +8,8 @@ from bisect import bisect_right
 from functools import partial, wraps
 from itertools import accumulate
 
-from runner.core import Callback, CancelTrainException, listify
-from runner.rows import smoothed
+from runner.events import Callback, CancelTrainException, listify
+from runner.smoothing import smoothed
 from runner.states import snapshot
 
 
@@ -217,7 +217,7 @@ class LR_Find(Callback):
 
     def plot(self, skip_last=0, ax=None):
         """Loss against rate (log axis) with the suggestion, if there is one, marked; returns the axes."""
-        from runner import plots
+        from runner.insight import plots
         n = len(self.losses) - skip_last
         try: suggestion = self.suggestion
         except RuntimeError: suggestion = None

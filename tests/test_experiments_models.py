@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from experiments.models import (
+    CHANNELS,
     AvgPool,
     GeneralRelu,
     Lambda,
@@ -19,7 +20,7 @@ from experiments.models import (
     init_alike,
     init_cnn,
 )
-from experiments.small_batch import CHANNELS, NORMS, build
+from experiments.small_batch import NORMS, build
 from norms import BatchNorm, GroupNorm
 from runner import AvgStatsCallback, DataBunch, Dataset, Recorder, accuracy, get_dls
 

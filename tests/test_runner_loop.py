@@ -539,7 +539,7 @@ def test_explain_has_the_events_in_their_real_order():
     log = Log()
     Runner(log).fit(1, make_learn())                                # two training batches, one of validation
     happened = [e for i, e in enumerate(log.events) if not 2 + len(TRAIN) <= i < 2 + 2 * len(TRAIN)]    # one of the two
-    from runner.explain import LOOP
+    from runner.insight.explain import LOOP
     told = [event for _, event, _ in LOOP if event]
     assert told[:len(happened)] == happened
     assert set(told) == set(EVENTS)

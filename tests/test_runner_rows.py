@@ -13,7 +13,7 @@ from test_runner_loop import make_learn
 from torch import nn
 
 from runner import Callback, CancelBatchException, CancelEpochException, Recorder, Rows, Runner
-from runner.rows import smoothed
+from runner.smoothing import smoothed
 
 NAN, INF = math.nan, math.inf
 

@@ -22,7 +22,7 @@ from runner import (
     get_dls,
 )
 from runner.compiled import CompileError
-from runner.stats import describe
+from runner.insight.describe import describe
 
 NAMES = ("mean", "std", "min", "max", "near_zero", "non_finite", "low", "high", "hist")
 
@@ -415,7 +415,7 @@ def test_memory_is_bounded_by_measuring_fewer_batches(capsys):
 
 
 def test_numbers_on_a_device_come_to_the_host_by_blocks(monkeypatch):
-    monkeypatch.setattr("runner.stats.BLOCK", 4)
+    monkeypatch.setattr("runner.insight.probe.BLOCK", 4)
     here, there = (ActivationStats("2", verbose=False) for _ in range(2))
     there.describe = lambda x: describe(x, there.near, there.bins, there.limits, host=False)       # as on a GPU
     fitted(here, epochs=2)

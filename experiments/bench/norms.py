@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from experiments.bench.timing import interleave, row, settings
-from experiments.models import conv_layer, get_cnn_model, init_alike
+from experiments.models import CHANNELS, conv_layer, get_cnn_model, init_alike
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
 
-CHANNELS, SIZES = [8, 16, 32, 64, 64], [14, 7, 4, 2, 1]
+SIZES = [14, 7, 4, 2, 1]         # of the maps after each of the CHANNELS
 
 
 class _Instance(nn.InstanceNorm2d):

@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from runner.norm_layers import PROTOCOL, eps_of, norm_layers, running_statistics, statistic_groups
-from runner.stats import Probe
+from runner.insight.layers import PROTOCOL, eps_of, norm_layers, running_statistics, statistic_groups
+from runner.insight.probe import Probe
 
 
 class NormStats(Probe):
@@ -85,7 +85,7 @@ class NormStats(Probe):
         Raises:
             ValueError: another name; no layer that was looked at keeps running statistics.
         """
-        from runner import plots
+        from runner.insight import plots
         if name not in ("mean", "var"): raise ValueError(f"NormStats.plot: name is {name!r}; choose 'mean' or 'var'")
         kept = [path for path, layout in self.layouts.items() if "running_var" in layout]
         if not kept:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from runner.norm_layers import eps_of, hooked, norm_layers, ready, running_statistics, statistic_groups, undone, wide
+from runner.insight.layers import eps_of, hooked, norm_layers, ready, running_statistics, statistic_groups, undone, wide
+from runner.insight.probe import choose, first_tensor
 from runner.rows import Rows, text_table
-from runner.stats import choose, first_tensor
 
 
 @dataclass(frozen=True)

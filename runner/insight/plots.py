@@ -9,18 +9,15 @@ left beyond it, and triangles at its edge mark them.
 """
 
 import math
-from itertools import pairwise
 from numbers import Real
 
 import matplotlib.pyplot as plt
 import torch
 
-from runner.core import listify
-from runner.rows import smoothed
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+from runner.events import listify
+from runner.insight import drawing as draw
+from runner.insight.drawing import COLOURS, MARKERS, STYLES, rebin
+from runner.smoothing import smoothed
 
 
 def _axes(ax):
@@ -41,51 +38,6 @@ def _panels(axes, n, what):
     return [_axes(ax) for ax in axes]
 
 
-def _gaps(values):
-    """`values` as floats, NaN for what is not finite: matplotlib leaves a gap there."""
-    return [float(v) if v is not None and math.isfinite(v) else math.nan for v in values]
-
-
-def _words(ax, title="", **settings):
-    """Scales, labels and title of `ax`."""
-    ax.set(**settings)
-    ax.set_title(title, loc="left", fontsize="medium")
-
-
-def _columns(rows, n):
-    """`rows` of `n` values as `n` lists."""
-    return [[row[i] for row in rows] for i in range(n)]
-
-
-def _smooth_line(ax, xs, ys, width, **style):
-    """A pale line and its running mean over it; the line alone at a width of 1. Returns what was drawn last."""
-    if width > 1: _line(ax, xs, ys, color=style["color"], linewidth=0.7, alpha=0.35)
-    ys = smoothed(_gaps(ys), width)
-    _line(ax, xs, ys, **style)
-    return ys
-
-
-def _line(ax, xs, ys, **style):
-    """One line with its gaps; a cross where it ends before `ys` do, and a marker if it is a single point."""
-    ys = _gaps(ys)
-    finite = [i for i, y in enumerate(ys) if not math.isnan(y)]
-    line, = ax.plot(xs, ys, **({"marker": MARKERS[0]} if len(finite) == 1 else {}) | style)
-    if finite and finite[-1] < len(ys) - 1:
-        ax.plot(xs[finite[-1]], ys[finite[-1]], "x", color=line.get_color(), markersize=7)
-
-
-def _quantiles(values, *qs):
-    """Quantiles of the finite `values`, linear between neighbours; NaN if there is none."""
-    values = sorted(v for v in values if math.isfinite(v))
-    if not values: return [math.nan] * len(qs)
-    found = []
-    for q in qs:
-        i = min(int(q * (len(values) - 1)), max(0, len(values) - 2))
-        a, b = values[i], values[min(i + 1, len(values) - 1)]
-        found.append(a + (q * (len(values) - 1) - i) * (b - a))
-    return found
-
-
 def series_style(i, n=0):
     """Colour and line style of the `i`-th series: neighbours differ in both, and 28 pass before a pair comes again.
 
@@ -98,7 +50,7 @@ def series_style(i, n=0):
 def plot_line(ys, xs=None, ax=None, *, xscale="linear", yscale="linear", xlabel="", ylabel=""):
     """One line: `ys` against `xs`, or against their index."""
     ax = _axes(ax)
-    _line(ax, range(len(ys)) if xs is None else xs, ys, color=COLOURS[0])
+    draw.line(ax, range(len(ys)) if xs is None else xs, ys, color=COLOURS[0])
     ax.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
     return ax
 
@@ -123,61 +75,12 @@ def plot_lines(series, ax=None, *, yscale="linear", ylim=None, xlabel="", ylabel
     for i, (name, (xs, ys)) in enumerate(series.items()):
         style = series_style(i, n * ordered)
         if len(ys) <= 12 and n <= len(COLOURS): style |= {"marker": MARKERS[i], "markersize": 3.5}
-        _smooth_line(ax, xs, ys, smooth, label=name, linewidth=1.4 if n <= 12 and len(ys) <= 200 else 1, **style)
-    _words(ax, title, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
-    if ylim is None: _spare_outliers(ax)
+        draw.smooth_line(ax, xs, ys, smooth, label=name, linewidth=1.4 if n <= 12 and len(ys) <= 200 else 1, **style)
+    draw.words(ax, title, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
+    if ylim is None: draw.spare_outliers(ax)
     else: ax.set_ylim(ylim)
-    if series and named: _legend(ax, named)
+    if series and named: draw.legend(ax, named)
     return ax
-
-
-def _legend(ax, named=12):
-    """The legend right of `ax`; of more than `named` lines it has as many, the first and the last among them."""
-    handles, names = ax.get_legend_handles_labels()
-    n = len(names)
-    shown = range(n) if n <= named else [round(k * (n - 1) / (named - 1)) for k in range(named)]
-    ax.legend([handles[i] for i in shown], [names[i] for i in shown], title=f"{named} of {n}" if n > named else None,
-              frameon=False, fontsize="small", title_fontsize="small", alignment="left", loc="upper left",
-              bbox_to_anchor=(1, 1))
-
-
-def _spare_outliers(ax):
-    """Cut a linear axis if without it the lines, each less its outliers, would get less than a twentieth of it."""
-    if ax.get_yscale() != "linear": return
-    lines = [[y for y in line.get_ydata(orig=False).tolist() if math.isfinite(y)] for line in _data_lines(ax)]
-    ranges = [_inner_range(ys, ys, 3) for ys in lines if len(ys) >= 8]      # of fewer one can't tell
-    if not ranges: return
-    low, high = min(a for a, _ in ranges), max(b for _, b in ranges)
-    least, most = min(min(ys) for ys in lines if ys), max(max(ys) for ys in lines if ys)
-    if 0 < 20 * (high - low) < most - least: _cut(ax, low, high)
-
-
-def _cut(ax, low, high):
-    """Limit the y axis to `low` to `high` and mark what lies beyond."""
-    pad = 0.05 * (high - low)
-    ax.set_ylim(low - pad, high + pad)
-    for line in _data_lines(ax):
-        ys = line.get_ydata(orig=False)
-        _mark_beyond(ax, line.get_xdata(), ys, ys, line.get_color())
-
-
-def _data_lines(ax):
-    """The lines of `ax` without those that span it, such as a `mark`."""
-    return [line for line in ax.lines if line.get_transform() is ax.transData]
-
-
-def _mark_beyond(ax, xs, lows, highs, colour):
-    """Triangles at the edges of `ax`, at the `xs` whose `lows` or `highs` lie beyond them."""
-    low, high = ax.get_ylim()
-    for edge, marker, beyond in ((low, "v", [v < low for v in lows]), (high, "^", [v > high for v in highs])):
-        at = [x for x, out in zip(xs, beyond, strict=True) if out]
-        if at: ax.plot(at, [edge] * len(at), marker, color=colour, markersize=4, clip_on=False)
-
-
-def _inner_range(lows, highs, widen):
-    """Range of `lows` to `highs` without outliers: from a quartile to a quartile and `widen` times as far again."""
-    (least, low), (high, most) = _quantiles(lows, 0, 0.25), _quantiles(highs, 0.75, 1)
-    return max(low - widen * (high - low), least), min(high + widen * (high - low), most)
 
 
 def plot_groups(groups, ax=None, *, reference=None, reference_label="published", xlabel="", title=""):
@@ -232,7 +135,7 @@ def plot_ratios(rows, ax=None, *, title=""):
                          bbox_to_anchor=(1, 1), borderaxespad=0.2)
     ax.set_yticks(range(len(rows)), [name for name, *_ in rows])
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    _words(ax, title, xlabel="time, as a ratio: median and middle half")
+    draw.words(ax, title, xlabel="time, as a ratio: median and middle half")
     return ax
 
 
@@ -244,15 +147,15 @@ def plot_losses(losses, steps=None, ax=None, *, valid=None, ends=None, smooth=No
     `valid` are validation losses, one per epoch, drawn at the steps `ends` (None: epochs of one length).
     """
     ax = _axes(ax)
-    steps, losses = range(len(losses)) if steps is None else steps, _gaps(losses)
+    steps, losses = range(len(losses)) if steps is None else steps, draw.gaps(losses)
     if smooth is None: smooth = max(1, sum(map(math.isfinite, losses)) // 25)
-    _smooth_line(ax, steps, losses, smooth, color=COLOURS[0], linewidth=1.6, label="training")
+    draw.smooth_line(ax, steps, losses, smooth, color=COLOURS[0], linewidth=1.6, label="training")
     if valid and losses:
         if ends is None: ends = [(steps[-1] + 1) * (i + 1) / len(valid) for i in range(len(valid))]
-        _line(ax, ends, valid, color=COLOURS[1], linestyle="--", marker=MARKERS[0], label="validation")
-        _legend(ax)
+        draw.line(ax, ends, valid, color=COLOURS[1], linestyle="--", marker=MARKERS[0], label="validation")
+        draw.legend(ax)
     ax.set(yscale=yscale, xlabel="step", ylabel="loss")
-    _spare_outliers(ax)
+    draw.spare_outliers(ax)
     return ax
 
 
@@ -268,14 +171,14 @@ def plot_lr_find(lrs, losses, suggestion=None, ax=None, *, width=None):
 
     A search ends where the loss explodes: the axis ends at the highest loss before the lowest mean.
     """
-    ax, losses = _axes(ax), _gaps(losses)
+    ax, losses = _axes(ax), draw.gaps(losses)
     width = max(3, len(losses) // 8) if width is None else width
-    means = _smooth_line(ax, lrs, losses, width, color=COLOURS[0], linewidth=1.6)
+    means = draw.smooth_line(ax, lrs, losses, width, color=COLOURS[0], linewidth=1.6)
     ax.set(xscale="log", xlabel="learning rate", ylabel="training loss")
     lowest = min((i for i, m in enumerate(means) if math.isfinite(m)), key=means.__getitem__, default=0)
-    low, most = _quantiles(losses, 0, 1)
-    high, = _quantiles(losses[:max(lowest + 1, len(losses) // 4)], 1)
-    if low < high < most: _cut(ax, low, high)
+    low, most = draw.quantiles(losses, 0, 1)
+    high, = draw.quantiles(losses[:max(lowest + 1, len(losses) // 4)], 1)
+    if low < high < most: draw.cut(ax, low, high)
     return ax if suggestion is None else mark(ax, suggestion, f"suggestion {suggestion:.2g}")
 
 
@@ -288,21 +191,21 @@ def plot_runs(runs, ax=None, *, smooth=1, band=False, yscale="linear", xlabel="s
     ax = _axes(ax)
     for i, (name, run) in enumerate(runs.items()):
         seeds = [run] if not run or not run[0] or isinstance(run[0][0], Real) else run
-        seeds = [(xs, smoothed(_gaps(ys), smooth)) for xs, ys in seeds]
+        seeds = [(xs, smoothed(draw.gaps(ys), smooth)) for xs, ys in seeds]
         style = series_style(i)
         if band:
             at = {}
             for xs, ys in seeds:
                 for x, y in zip(xs, ys, strict=True): at.setdefault(x, []).append(y)
             xs = sorted(at)
-            lows, mids, highs = _columns([_quantiles(at[x], 0, 0.5, 1) for x in xs], 3)
+            lows, mids, highs = draw.columns([draw.quantiles(at[x], 0, 0.5, 1) for x in xs], 3)
             ax.fill_between(xs, lows, highs, color=style["color"], alpha=0.2, linewidth=0)
             seeds = [(xs, mids)]
         for k, (xs, ys) in enumerate(seeds):
-            _line(ax, xs, ys, linewidth=1.6 if len(seeds) == 1 else 0.9, label=None if k else name, **style)
-    _words(ax, title, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
-    _spare_outliers(ax)
-    if runs: _legend(ax)
+            draw.line(ax, xs, ys, linewidth=1.6 if len(seeds) == 1 else 0.9, label=None if k else name, **style)
+    draw.words(ax, title, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
+    draw.spare_outliers(ax)
+    if runs: draw.legend(ax)
     return ax
 
 
@@ -352,17 +255,17 @@ def plot_channels(series, axes=None, *, ylabel="value per channel"):
     axes = _panels(axes, len(series), "plot_channels")
     for ax, (path, (steps, *both)) in zip(axes, series.items(), strict=True):
         for i, (name, values) in enumerate(zip(("batch", "running"), both, strict=True)):
-            lows, mids, highs = _columns([_quantiles(v, 0.1, 0.5, 0.9) for v in values], 3)
-            _line(ax, steps, mids, label=f"{name}: median", linewidth=1.4, **series_style(i))
+            lows, mids, highs = draw.columns([draw.quantiles(v, 0.1, 0.5, 0.9) for v in values], 3)
+            draw.line(ax, steps, mids, label=f"{name}: median", linewidth=1.4, **series_style(i))
             band = f"{name}: 10 to 90 %"
             if i == 0: ax.fill_between(steps, lows, highs, color=COLOURS[i], alpha=0.2, linewidth=0, label=band)
             else:       # a second filling would hide what it shares with the first
                 ax.plot(steps, lows, ":", color=COLOURS[i], linewidth=1, label=band)
                 ax.plot(steps, highs, ":", color=COLOURS[i], linewidth=1)
-        _words(ax, path, xlabel="step", ylabel=ylabel)
-        _spare_outliers(ax)
+        draw.words(ax, path, xlabel="step", ylabel=ylabel)
+        draw.spare_outliers(ax)
     right = [ax for ax in axes if (spec := ax.get_subplotspec()) is not None and spec.is_last_col()]
-    if axes: _legend((right or axes)[0])
+    if axes: draw.legend((right or axes)[0])
     return axes
 
 
@@ -376,47 +279,23 @@ def plot_histograms(histograms, axes=None, *, bins=60):
     """
     axes = _panels(axes, len(histograms), "plot_histograms")
     for ax, (path, (steps, lows, highs, counts)) in zip(axes, histograms.items(), strict=True):
-        low, high = _inner_range(lows, highs, 1)
+        low, high = draw.inner_range(lows, highs, 1)
         if math.isnan(low): low = high = 0.0
         if low == high: low, high = (low + sign * max(0.5, abs(low) / 100) for sign in (-1, 1))
         edges = [low + (high - low) * i / bins for i in range(bins)] + [high]
         columns = [rebin(*histogram, edges) for histogram in zip(lows, highs, counts, strict=True)]
-        _words(ax, path, xlabel="step", ylabel="value")
+        draw.words(ax, path, xlabel="step", ylabel="value")
         if not steps: continue
         shades = torch.tensor(columns, dtype=torch.float64).log1p().T       # (bins, steps)
-        image = ax.pcolorfast(_between(steps), edges, shades.tolist(), cmap=plt.get_cmap("cividis_r").with_extremes(
+        image = ax.pcolorfast(draw.between(steps), edges, shades.tolist(), cmap=plt.get_cmap("cividis_r").with_extremes(
             under="white", bad="#BBBBBB"))
         top = max([1.0, *shades[shades.isfinite()].tolist()])
         image.set_clim(1e-9, top)       # white is nothing at all
         ticks = [10 ** k for k in range(int(math.log10(math.expm1(top))) + 1)]
         bar = ax.figure.colorbar(image, ax=ax, ticks=[math.log1p(t) for t in ticks], label="count")
         bar.ax.set_yticklabels([f"{t:,}" for t in ticks])
-        _mark_beyond(ax, steps, lows, highs, COLOURS[1])
+        draw.mark_beyond(ax, steps, lows, highs, COLOURS[1])
     return axes
-
-
-def rebin(low, high, counts, edges):
-    """The counts of equal bins from `low` to `high`, put into the bins between `edges`: a list, one per new bin.
-
-    An old bin's count is taken as spread evenly over it (linear interpolation of the cumulative counts): the sum stays,
-    less what lies outside `edges`. A range of no width is one value. NaN if range or counts are not finite, or none.
-    """
-    counts, edges = (torch.as_tensor(v, dtype=torch.float64) for v in (counts, edges))
-    n = len(counts)
-    if not (n and math.isfinite(low) and math.isfinite(high) and counts.isfinite().all()):
-        return [math.nan] * (len(edges) - 1)
-    if high > low: at = ((edges - low) / (high - low)).clamp(0, 1) * n      # place of each edge, in old bins
-    else: at = torch.cat([edges[:-1] > low, edges[-1:] >= low]) * float(n)
-    below = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    i = at.long().clamp(max=n - 1)
-    return (below[i] + (at - i) * counts[i]).diff().tolist()
-
-
-def _between(xs):
-    """The borders of cells around `xs`: half way between neighbours."""
-    if len(xs) == 1: return [xs[0] - 0.5, xs[0] + 0.5]
-    middles = [(a + b) / 2 for a, b in pairwise(xs)]
-    return [2 * xs[0] - middles[0], *middles, 2 * xs[-1] - middles[-1]]
 
 
 # --- figures ------------------------------------------------------------------------------------------------------

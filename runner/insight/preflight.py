@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.data import BatchSampler
 
-from runner.norm_layers import (
+from runner.insight.layers import (
     PROTOCOL,
     eps_of,
     hooked,

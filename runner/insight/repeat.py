@@ -1,4 +1,4 @@
-"""Recorded training steps done once more, with an eye on every value that is not finite; see `runner.nonfinite`."""
+"""Recorded training steps done once more, with an eye on every value that is not finite; see `nonfinite`."""
 
 import copy
 import math

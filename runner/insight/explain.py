@@ -1,6 +1,6 @@
 """`Runner.explain`: the loop as text, each event with the callbacks that answer it."""
 
-from runner.core import Callback
+from runner.events import Callback
 
 # The loop of `Runner.fit`, `all_batches` and `one_batch`: (depth, event or None, what the loop does there).
 LOOP = (

@@ -1,0 +1,124 @@
+"""What the loop calls, and what answers: events, the exceptions that leave a level of it, and `Callback`."""
+
+import difflib
+import re
+import warnings
+
+EVENTS = (
+    "begin_fit",
+    "begin_epoch", "begin_batch", "after_pred", "after_loss", "after_backward", "after_step",
+    "after_cancel_batch", "after_batch", "after_cancel_epoch",
+    "begin_validate", "after_epoch",
+    "after_cancel_train", "after_fit",
+)
+
+# Events of fastai v2 that go by another name here: a method so called would never run.
+FASTAI_V2 = {
+    "before_fit": "begin_fit", "before_epoch": "begin_epoch", "before_train": "begin_epoch",
+    "before_batch": "begin_batch", "before_backward": "after_loss", "before_step": "after_backward",
+    "before_validate": "begin_validate", "after_validate": "after_epoch", "after_train": "begin_validate",
+    "after_cancel_fit": "after_cancel_train",
+}
+
+
+class CancelException(Exception):
+    """Base of the three exceptions by which a callback leaves a level of the loop; `level` grows with what is left."""
+
+    level = 0
+
+
+class CancelBatchException(CancelException):
+    """Leave the batch, from `begin_batch` to `after_step`: `after_cancel_batch`, `after_batch`, then the next batch."""
+
+    level = 1
+
+
+class CancelEpochException(CancelException):
+    """Leave this pass over a loader: `after_cancel_epoch`; after a training pass validation follows.
+
+    It may come from `begin_epoch` or `begin_validate`, or from any event of a batch.
+    """
+
+    level = 2
+
+
+class CancelTrainException(CancelException):
+    """Leave the fit, from any event but `after_fit`: `after_cancel_train`, then `after_fit`."""
+
+    level = 3
+
+
+def listify(o):
+    """`o` as a list: None gives [], a single thing (a string too) [o], a list, tuple or generator its items."""
+    if o is None: return []
+    if isinstance(o, (str, dict)) or not hasattr(o, "__iter__"): return [o]
+    return list(o)
+
+
+def camel2snake(name):
+    """'AvgStats' -> 'avg_stats', 'LRFinder' -> 'lr_finder'."""
+    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower()
+
+
+class Callback:
+    """Answers events: define a method named after an event (see `EVENTS`) and it is called when that happens.
+
+    Inside it `self.xb`, `self.loss`, `self.opt`, ... read the runner's attributes. To change one, set it on the
+    runner: `self.run.xb = ...`. Set `_order` to come before (smaller) or after (larger) other callbacks. Returning
+    True from `begin_epoch` or `begin_validate` skips that pass. `name` (the class name in snake case without
+    "Callback") is the attribute under which the runner exposes it.
+
+    Raises:
+        TypeError: at the definition of a subclass with a method whose name is almost an event's.
+    """
+
+    _order = 0
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for method in [k for k in dir(cls) if not k.startswith("_") and k not in EVENTS and callable(getattr(cls, k))]:
+            meant = FASTAI_V2.get(method) or next(iter(difflib.get_close_matches(method, EVENTS, 1, 0.85)), None)
+            if meant:
+                raise TypeError(f"{cls.__name__}.{method} is no event and would never be called; rename it to "
+                                f"{meant!r} if that is meant, or to something less like an event. "
+                                f"Events: {', '.join(EVENTS)}")
+
+    @property
+    def name(self):
+        return camel2snake(re.sub(r"Callback$", "", type(self).__name__) or "callback")
+
+    def set_runner(self, run):
+        """Called by the runner at the start of each fit."""
+        self.run = run
+
+    def __getattr__(self, name):
+        # Only reached when ordinary look-up fails. `run` itself and special names must end here, or a copy
+        # or an unpickled callback, which has no `run` yet, would look for it for ever.
+        run = self.__dict__.get("run")
+        if hasattr(type(self), name): return object.__getattribute__(self, name)  # a property failed: let it say why
+        if run is not None and not name.startswith("__"):
+            try: return getattr(run, name)
+            except AttributeError: pass
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}" + (
+            "; it has no runner yet: attributes of the runner can be read once a fit has begun" if run is None
+            else ", and neither has its runner"))
+
+    def __setattr__(self, name, value):
+        if name in RUNNER_ATTRS:
+            warnings.warn(f"{type(self).__name__} sets {name!r} on itself and hides the runner's: write "
+                          f"`self.run.{name} = ...` to change it there, or choose another name", stacklevel=2)
+        super().__setattr__(name, value)
+
+    def handler(self, event):
+        """The method that answers `event`, or None."""
+        return getattr(self, event) if event in self.__dict__ or hasattr(type(self), event) else None
+
+    def __call__(self, event):
+        """Answer `event`; True if the answer was True. Override it to see every event."""
+        answer = self.handler(event)
+        return answer is not None and answer() is True
+
+
+RUNNER_ATTRS = frozenset({"xb", "yb", "pred", "loss", "opt", "model", "loss_func", "data", "in_train",
+                          "n_epochs", "n_iter", "iters", "epoch", "epochs"})

@@ -1,0 +1,156 @@
+"""Statistics from inside: of activations, of gradients, and of the parameters' updates.
+
+`runner.insight.probe` is what they share, `runner.insight.describe` what is measured of a tensor.
+"""
+
+from functools import partial
+
+import torch
+
+from runner.insight.describe import describe
+from runner.insight.probe import Probe, first_tensor
+
+
+class Described(Probe):
+    """A `Probe` whose rows hold what `describe` says of some tensor; base of the three below.
+
+    Args:
+        near: what counts as near zero: |x| of at most this.
+        bins: bins of the histogram.
+        limits: where it begins and ends: "symmetric" (about 0) or "range", both within 6 std of each batch's mean, or
+            a pair of numbers, or one number r for -r to r. Its first and last bin count what lies beyond as well.
+        sample: where a tensor has more values than this the histogram is of evenly spaced ones, at most so many:
+            counting takes longer than all else. None counts all.
+        which, **kwargs: as for `Probe`.
+
+    A row has `mean`, `std` (unbiased), `min`, `max`, `near_zero` and `non_finite` (shares, 0 to 1), `low` and `high`
+    (the histogram's ends) and `hist` (its counts; all 0 if the mean is not finite).
+    """
+
+    near = 1e-3
+
+    def __init__(self, which=None, *, near=None, bins=40, limits="symmetric", sample=2**14, **kwargs):
+        super().__init__(which, **kwargs)
+        name = type(self).__name__
+        self.near = self.near if near is None else near
+        if not self.near >= 0: raise ValueError(f"{name}: near is {near!r}; it must be a number of at least 0")
+        if not isinstance(bins, int) or isinstance(bins, bool) or bins < 2:
+            raise ValueError(f"{name}: bins is {bins!r}; it must be an integer of at least 2, such as 40")
+        if sample is not None and not (isinstance(sample, int) and sample >= 1):
+            raise ValueError(f"{name}: sample is {sample!r}; it must be a positive integer, or None for all values")
+        self.bins, self.sample = bins, sample
+        self.limits = (-limits, limits) if isinstance(limits, (int, float)) else limits
+        if isinstance(self.limits, str): fits = limits in ("symmetric", "range")
+        else: fits = len(self.limits) == 2 and self.limits[0] < self.limits[1]
+        if not fits:
+            raise ValueError(f"{name}: limits is {limits!r}; it must be 'symmetric', 'range', a positive number, or "
+                             "two that ascend, such as (0, 10)")
+
+    def layout(self, path, thing):
+        names = ("mean", "std", "min", "max", "near_zero", "non_finite", "low", "high")
+        return dict.fromkeys(names) | {"hist": self.bins}
+
+    def derived(self, name, value, n):
+        if name == "near_zero": return 1 - value / n                # stored are counts, here of those beyond
+        return value / n if name == "non_finite" else value
+
+    def describe(self, x): return describe(x, self.near, self.bins, self.limits, self.sample)
+
+    def plot(self, axes=None, first=10, phase="train"):
+        """Means and standard deviations over the first `first` steps and over all; returns the four axes."""
+        from runner.insight import plots
+        return plots.plot_means_stds({path: self.series(path, "mean", "std", phase=phase) for path in self.paths}, axes,
+                                     first=first)
+
+    def plot_histograms(self, axes=None, phase="train"):
+        """The histogram over time, a heat map for each path; returns the axes."""
+        from runner.insight import plots
+        return plots.plot_histograms({path: self.series(path, "low", "high", "hist", phase=phase)
+                                      for path in self.paths}, axes)
+
+    def plot_near_zero(self, ax=None, phase="train"):
+        """The share near zero over time, a line for each path; returns the axes."""
+        from runner.insight import plots
+        return plots.plot_shares({path: self.series(path, "near_zero", phase=phase) for path in self.paths}, ax,
+                                 ylabel=f"share with |x| of at most {self.near:.2g}")
+
+
+class ActivationStats(Described):
+    """What modules put out: mean, spread, histogram, share near zero, share not finite; see `Described`.
+
+        stats = ActivationStats(nn.Conv2d, every=10)        # or ["0", "1.*"], or a function f(path, module)
+        run.fit(1, learn, cbs=stats)
+        stats.series("0.0", "std")                          # steps, values
+        stats.plot(), stats.plot_histograms(), stats.plot_near_zero()
+
+    Left to itself it looks at the model's children that have parameters: of the lesson's network the conv layers and
+    the linear one. Of an output that is no tensor it takes the first tensor inside.
+    """
+
+    def usual(self, model):
+        children = {path: m for path, m in model.named_children() if next(m.parameters(), None) is not None}
+        return children or {"": model}
+
+    def attach(self):
+        self._handles = [m.register_forward_hook(partial(self.tap, path)) for path, m in self.chosen.items()]
+
+    def detach(self):
+        for handle in self._handles: handle.remove()
+
+    def tap(self, path, module, inputs, output):
+        """The forward hook."""
+        x = first_tensor(output)
+        if x is not None and x.numel(): self.take(path, self.describe(x), x.numel())
+
+
+class GradientStats(ActivationStats):
+    """The same of the loss's gradients with respect to what the modules put out.
+
+    It looks at training alone. Near zero is by default what float16 can't tell from 0, 2^-24.
+    """
+
+    near, possible = 2 ** -24, ("train",)
+
+    def tap(self, path, module, inputs, output):
+        x = first_tensor(output)
+        if x is not None and x.requires_grad:
+            x.register_hook(lambda g: self.take(path, self.describe(g), g.numel()) if g.numel() else None)
+
+
+class ParameterStats(Described):
+    """The same of the parameters' gradients, as the optimizer gets them, and how far it moves the parameters.
+
+        ratio = |w_after - w_before| / |w_before|           Euclidean norms
+
+    A rule of thumb wants about 1e-3 (A. Karpathy, notes of the course CS231n, 2015). A row has `weight` and
+    `update`, the two norms, and `ratio` besides; at a weight of 0 that is infinite. `which` chooses parameters by
+    their names. Training alone; a parameter without a gradient has no row.
+    """
+
+    near, possible, kind = GradientStats.near, ("train",), "parameter"
+
+    def candidates(self, model): return {path: p for path, p in model.named_parameters() if p.requires_grad}
+
+    def layout(self, path, thing):
+        return super().layout(path, thing) | dict.fromkeys(("weight", "update", "ratio"))
+
+    def attach(self): self._before = {}
+
+    def detach(self): self._before = {}
+
+    def after_backward(self):
+        if not self.measuring: return
+        self._before = {path: (p.detach().clone(), self.describe(p.grad))
+                        for path, p in self.chosen.items() if p.grad is not None and p.numel()}
+
+    def after_step(self):
+        for path, (before, described) in self._before.items():
+            weight, update = (torch.linalg.vector_norm(t) for t in (before, self.chosen[path].detach() - before))
+            moved = torch.stack((weight, update, update / weight))
+            if isinstance(described, list): self.take(path, described + moved.tolist(), before.numel())
+            else: self.take(path, torch.cat((described, moved)), before.numel())
+
+    def plot_ratios(self, ax=None):
+        """The ratio of update to weight over time, a line for each parameter; returns the axes."""
+        from runner.insight import plots
+        return plots.plot_update_ratios({path: self.series(path, "ratio") for path in self.paths}, ax)
