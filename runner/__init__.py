@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from runner.backend import CPUBackendCallback
 from runner.callbacks import BatchTransformXCallback, CudaCallback, view_tfm
+from runner.compiled import CompileError
 from runner.core import Learner, Runner, TrainEvalCallback
 from runner.data import DataBunch, Dataset, get_dls
 from runner.events import (
     EVENTS,
+    STEPS,
     Callback,
     CancelBatchException,
     CancelEpochException,
@@ -47,13 +49,13 @@ if TYPE_CHECKING:
     from runner.insight import plots as plots
 
 __all__ = [
-    "EVENTS", "SGD", "ActivationStats", "AvgStats", "AvgStatsCallback", "BatchTransformXCallback", "CPUBackendCallback",
-    "Callback", "CancelBatchException", "CancelEpochException", "CancelException", "CancelTrainException",
-    "CudaCallback", "DataBunch", "Dataset", "GradientStats", "Hook", "Hooks", "LR_Find", "Learner", "NormStats",
-    "ParamScheduler", "ParameterStats", "Probe", "ProgressCallback", "Recorder", "Rows", "Runner",
-    "TerminateOnNonFinite", "TrainEvalCallback", "accuracy", "annealer", "append_stats", "camel2snake",
-    "combine_scheds", "get_dls", "listify", "preflight", "replay", "sched_cos", "sched_exp", "sched_lin", "sched_no",
-    "train_eval_gap", "view_tfm",
+    "ActivationStats", "AvgStats", "AvgStatsCallback", "BatchTransformXCallback", "CPUBackendCallback", "Callback",
+    "CancelBatchException", "CancelEpochException", "CancelException", "CancelTrainException", "CompileError",
+    "CudaCallback", "DataBunch", "Dataset", "EVENTS", "GradientStats", "Hook", "Hooks", "LR_Find", "Learner",
+    "NormStats", "ParamScheduler", "ParameterStats", "Probe", "ProgressCallback", "Recorder", "Rows", "Runner",
+    "SGD", "STEPS", "TerminateOnNonFinite", "TrainEvalCallback", "accuracy", "annealer", "append_stats",
+    "camel2snake", "combine_scheds", "get_dls", "listify", "preflight", "replay", "sched_cos", "sched_exp",
+    "sched_lin", "sched_no", "train_eval_gap", "view_tfm",
 ]
 
 

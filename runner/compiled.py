@@ -1,24 +1,25 @@
 """`Runner(compile=True)`: prediction, loss and gradients of a training batch in one compiled graph, for the loop."""
 
 import copy
-from contextlib import contextmanager
 from types import FunctionType
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from runner.events import Callback
+
 
 class CompileError(RuntimeError):
     """A step can't be compiled, or a compiled step can't do what was asked of it; the text says why and the mend."""
 
 
-class CompiledStep:
-    """What a training batch computes, gradients included, compiled.
+class CompiledStep(Callback):
+    """What a training batch computes, gradients included, compiled: in the place of the runner's first three steps.
 
     At batch size 2 most of a step's time goes into calls, and most calls are the backward's. So all gradients are
-    computed together with prediction and loss, in one call. The loop then takes out of it what each of its events
-    needs: `pred`, `loss`, and in `backward` the gradients, which are added to the parameters' as autograd does. The
+    computed together with prediction and loss, in one call. The steps then take out of it what each of the loop's
+    events needs: the prediction, the loss, and the gradients, which are added to the parameters' as autograd does. The
     optimizer runs as it is: compiled it gains nothing, for its guards cost as much as its calls. So does validation:
     its batches are large and few, and the compiler would take longer over them than they take.
 
@@ -35,28 +36,38 @@ class CompiledStep:
     more, then for any size but 1, which is a case of its own. Further fits of the same model use what there is.
     """
 
+    _order = -20
     backend, options = "inductor", {"fallback_random": True}    # or dropout would draw other numbers than without
 
-    def __init__(self): self.built, self.at = [], None
+    def __init__(self): self.built, self.at, self.patch = [], None, None
 
     def __reduce__(self): return CompiledStep, ()               # a copy has another model and compiles anew
 
-    @contextmanager
-    def settings(self):
-        """For the length of a fit: let the compiler follow `torch.autograd.grad`. Refuses to begin without one.
+    def set_runner(self, run):
+        """Before a fit begins.
 
         Raises:
-            CompileError: this torch can't, or there is no C++ compiler.
+            CompileError: this torch can't compile a step, or there is no C++ compiler.
         """
         require_compiler()
-        try:
-            with torch._dynamo.config.patch(trace_autograd_ops=True): yield
-        finally: self.at = None
+        super().set_runner(run)
+
+    def begin_fit(self):
+        """Let the compiler follow `torch.autograd.grad` for the length of the fit."""
+        self.patch = torch._dynamo.config.patch(trace_autograd_ops=True)
+        self.patch.__enter__()
+
+    def after_fit(self):
+        self.at = None
+        if self.patch is not None: self.patch.__exit__(None, None, None)
+        self.patch = None
 
     # --- the three steps of the loop --------------------------------------------------------------------------
 
-    def pred(self, run):
-        """Do the batch `run.xb, run.yb`; returns the prediction."""
+    def predict(self):
+        """The prediction; loss and gradients come with it."""
+        run = self.run
+        if not run.in_train: return type(run).predict(run)
         if run.epoch != self.at: self.begin_pass(run)
         if any(self.hooks): refuse_hooks(self.modules)
         xb, yb = run.xb, run.yb
@@ -64,18 +75,20 @@ class CompiledStep:
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as e:
             raise self.reason(e, run) from e
         self.given = pred, version(pred), yb, version(yb), loss, loss._version
-        return pred
+        run.pred = pred
 
-    def loss(self, run):
+    def get_loss(self):
         """The loss that belongs to the prediction."""
+        run = self.run
+        if not run.in_train: return type(run).get_loss(run)
         pred, pred_version, yb, yb_version, loss, _ = self.given
         if run.pred is not pred or version(pred) != pred_version: raise changed("pred")
         if run.yb is not yb or version(yb) != yb_version: raise changed("yb")
-        return loss
+        run.loss = loss
 
-    def backward(self, run):
+    def backward(self):
         """Add the gradients of the loss to the parameters'."""
-        *_, loss, loss_version = self.given
+        run, (*_, loss, loss_version) = self.run, self.given
         if run.loss is not loss or loss._version != loss_version: raise changed("loss")
         grads, self.grads = self.grads, None
         for p, g in zip(self.params, grads, strict=True):

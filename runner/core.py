@@ -1,8 +1,9 @@
 """The training loop: `Learner`, `Runner` and the callback that every runner has; `runner.events` says what it calls."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from runner.events import (
     EVENTS,
     RUNNER_ATTRS,
+    STEPS,
     Callback,
     CancelBatchException,
     CancelEpochException,
@@ -22,14 +24,15 @@ from runner.events import (
 class TrainEvalCallback(Callback):
     """Switches the model between training and evaluation and counts; every runner has one, before the others.
 
-    `n_iter` is the number of training batches done in this fit, `n_epochs` the same in epochs, a float:
-    `epoch + batch / iters`.
+    `n_iter` is the number of steps done in this fit, one for each training batch but those that only add to the
+    gradients (`GradientAccumulation`) or whose step is skipped (`MixedPrecision`); `n_epochs` is a float, what has been
+    seen of the data: `epoch + batch / iters`.
     """
 
     _order = -10
 
     def begin_fit(self):
-        self.run.n_epochs, self.run.n_iter = 0.0, 0
+        self.run.n_epochs, self.run.n_iter, self.run.stepped = 0.0, 0, True
 
     def begin_epoch(self):
         self.run.n_epochs, self.done = float(self.epoch), 0
@@ -40,7 +43,7 @@ class TrainEvalCallback(Callback):
         run = self.run
         if not run.in_train: return
         self.done += 1
-        run.n_iter += 1
+        if run.stepped: run.n_iter += 1
         run.n_epochs = run.epoch + self.done / run.iters  # not summed up: 1/iters would drift
 
     def begin_validate(self):
@@ -64,12 +67,12 @@ class Runner:
     Args:
         cbs: callbacks, one or a list.
         cb_funcs: functions without arguments that make callbacks, such as their classes or `partial`s of them.
-        compile: compute prediction, loss and gradients of a training batch in one compiled graph: `runner.compiled`
-            says with what limits. It needs torch 2.11 and a C++ compiler.
+        compile: compute prediction, loss and gradients of a training batch in one compiled graph, by the callback
+            `runner.compiled.CompiledStep`, which says with what limits. It needs torch 2.11 and a C++ compiler.
 
     Each callback is exposed under its name: `run.recorder`. During a fit the runner has `xb, yb, pred, loss` (of
-    the batch), `opt, model, loss_func, data` (of the learner), `in_train`, `n_epochs` (float), `n_iter`, `iters`
-    (batches in this pass), `epoch` and `epochs`.
+    the batch), `opt, model, loss_func, data` (of the learner), `in_train`, `stepped` (whether the training batch made
+    a step), `n_epochs` (float), `n_iter`, `iters` (batches in this pass), `epoch` and `epochs`.
 
     `status` says how the last fit went: "ok" until something else is known, "diverged" if a callback that looks for it
     found a loss or a gradient that is not finite (`TerminateOnNonFinite`), "cancelled" if another callback left the
@@ -85,12 +88,11 @@ class Runner:
         self.in_train, self.learn, self._fitting, self.status = False, None, False, "ok"
         self.logger = None  # where a row of statistics goes after each epoch; ProgressCallback sets it
         self._answers = {event: [] for event in EVENTS}
-        self._compiled = None
+        self.cbs, always = [], [TrainEvalCallback()]
         if compile:
             from runner.compiled import CompiledStep
-            self._compiled = CompiledStep()
-        self.cbs = []
-        for cb in [TrainEvalCallback(), *listify(cbs), *(make() for make in listify(cb_funcs))]:
+            always.append(CompiledStep())
+        for cb in [*always, *listify(cbs), *(make() for make in listify(cb_funcs))]:
             self._expose(cb)
             self.cbs.append(cb)
 
@@ -129,22 +131,42 @@ class Runner:
         A batch cancelled in `after_backward` keeps its gradients, so the next one adds to them; after a step they are
         cleared whatever happens.
         """
-        self.xb, self.yb = xb, yb
-        fused = self._compiled if self.in_train else None   # all three at once, if compile=True
+        self.xb, self.yb, self.stepped = xb, yb, True
         with _Always(self, "after_batch"):
             try:
                 self("begin_batch")
-                self.pred = self.model(self.xb) if fused is None else fused.pred(self)
+                self.predict()
                 self("after_pred")
-                self.loss = self.loss_func(self.pred, self.yb) if fused is None else fused.loss(self)
+                self.get_loss()
                 self("after_loss")
                 if not self.in_train: return
-                self.loss.backward() if fused is None else fused.backward(self)
+                self.backward()
                 self("after_backward")
-                self.opt.step()
-                try: self("after_step")
-                finally: self.opt.zero_grad()
+                self.step()
+                try:
+                    if self.stepped: self("after_step")
+                finally: self.zero_grad()
             except CancelBatchException: self("after_cancel_batch")
+
+    def predict(self):
+        """`pred = model(xb)`."""
+        self.pred = self.model(self.xb)
+
+    def get_loss(self):
+        """`loss = loss_func(pred, yb)`."""
+        self.loss = self.loss_func(self.pred, self.yb)
+
+    def backward(self):
+        """`loss.backward()`."""
+        self.loss.backward()
+
+    def step(self):
+        """`opt.step()`."""
+        self.opt.step()
+
+    def zero_grad(self):
+        """`opt.zero_grad()`."""
+        self.opt.zero_grad()
 
     def __call__(self, event):
         """Call every callback that answers `event`, in order; True if one of them returned True."""
@@ -209,8 +231,9 @@ class Runner:
             # Looked up once here and not at each of 25,000 batches. A callback with a `__call__` of its own gets
             # every event's name, as one of the lesson does.
             self._answers = {e: [a for cb in ordered if (a := _answer(cb, e)) is not None] for e in EVENTS}
+            for step in STEPS: self._take_over(step, ordered)
             self.opt.zero_grad()
-            with self._compiled.settings() if self._compiled else nullcontext(): yield
+            yield
         except BaseException:
             self.status = "failed"
             raise
@@ -218,6 +241,25 @@ class Runner:
             for cb in self.cbs[len(lasting):]: delattr(self, cb.name)
             self.cbs, self._fitting, self.in_train = lasting, False, False
             self._answers = {event: [] for event in EVENTS}
+            for step in STEPS: self.__dict__.pop(step, None)
+
+    def _take_over(self, step, ordered):
+        """Let the callbacks that have a method called `step` do it for the length of a fit, the first one outermost.
+
+        Raises:
+            ValueError: two callbacks that would both take its place.
+        """
+        methods = [(cb, getattr(cb, step)) for cb in ordered if hasattr(type(cb), step) or step in vars(cb)]
+        around = [method for _, method in methods if signature(method).parameters]
+        alone = [(type(cb).__name__, method) for cb, method in methods if not signature(method).parameters]
+        if len(alone) > 1:
+            names = " and ".join(name for name, _ in alone)
+            raise ValueError(f"{names} take the place of the runner's {step}(), which one callback at most can do; "
+                             f"leave one out, or let it wrap the step: define {step}(self, inner) and call inner() to "
+                             "do what is done without it")
+        do = alone[0][1] if alone else getattr(self, step)
+        for method in reversed(around): do = partial(method, do)
+        if methods: setattr(self, step, do)
 
 
 def _answer(cb, event):

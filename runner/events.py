@@ -12,6 +12,10 @@ EVENTS = (
     "after_cancel_train", "after_fit",
 )
 
+# The parts of a training batch between its events, methods of the runner that a callback can take over. A validation
+# batch has the first two.
+STEPS = ("predict", "get_loss", "backward", "step", "zero_grad")
+
 # Events of fastai v2 that go by another name here: a method so called would never run.
 FASTAI_V2 = {
     "before_fit": "begin_fit", "before_epoch": "begin_epoch", "before_train": "begin_epoch",
@@ -64,25 +68,42 @@ def camel2snake(name):
 class Callback:
     """Answers events: define a method named after an event (see `EVENTS`) and it is called when that happens.
 
+    A method named after a step (see `STEPS`) takes that step over, and what it returns is ignored:
+
+        class Splat(Callback):
+            def predict(self): self.run.pred = self.model(*self.xb)             # in the place of Runner.predict
+
+        class Twice(Callback):
+            def backward(self, inner):                                          # around whatever does it otherwise
+                inner(), inner()
+
+    One callback at most can take a step's place. Any number can wrap it, by a method with one argument, which does the
+    step when called; the one with the smallest `_order` is the outermost. A `step` that changes no parameter (gradients
+    wait for more, an update is skipped) sets `self.run.stepped = False`: then there is no `after_step`, and nothing is
+    counted.
+
     Inside it `self.xb`, `self.loss`, `self.opt`, ... read the runner's attributes. To change one, set it on the
     runner: `self.run.xb = ...`. Set `_order` to come before (smaller) or after (larger) other callbacks. Returning
     True from `begin_epoch` or `begin_validate` skips that pass. `name` (the class name in snake case without
     "Callback") is the attribute under which the runner exposes it.
 
     Raises:
-        TypeError: at the definition of a subclass with a method whose name is almost an event's.
+        TypeError: at the definition of a subclass with a method whose name is almost an event's or a step's.
     """
 
     _order = 0
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        for method in [k for k in dir(cls) if not k.startswith("_") and k not in EVENTS and callable(getattr(cls, k))]:
-            meant = FASTAI_V2.get(method) or next(iter(difflib.get_close_matches(method, EVENTS, 1, 0.85)), None)
-            if meant:
-                raise TypeError(f"{cls.__name__}.{method} is no event and would never be called; rename it to "
+        for method in [k for k in dir(cls) if not k.startswith("_") and callable(getattr(cls, k))]:
+            if method in EVENTS or method in STEPS: continue
+            event, *_ = [*difflib.get_close_matches(method, EVENTS, 1, 0.85), None]
+            step, *_ = [*difflib.get_close_matches(method, STEPS, 1, 0.9), None]
+            if meant := FASTAI_V2.get(method) or event or step:
+                kind, known = ("step", STEPS) if meant in STEPS else ("event", EVENTS)
+                raise TypeError(f"{cls.__name__}.{method} is no {kind} and would never be called; rename it to "
                                 f"{meant!r} if that is meant, or to something less like an event. "
-                                f"Events: {', '.join(EVENTS)}")
+                                f"{kind.capitalize()}s: {', '.join(known)}")
 
     @property
     def name(self):
@@ -120,5 +141,5 @@ class Callback:
         return answer is not None and answer() is True
 
 
-RUNNER_ATTRS = frozenset({"xb", "yb", "pred", "loss", "opt", "model", "loss_func", "data", "in_train",
+RUNNER_ATTRS = frozenset({"xb", "yb", "pred", "loss", "opt", "model", "loss_func", "data", "in_train", "stepped",
                           "n_epochs", "n_iter", "iters", "epoch", "epochs"})

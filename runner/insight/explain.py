@@ -25,9 +25,15 @@ LOOP = (
     (1, "after_cancel_batch", ""), (1, "after_cancel_epoch", ""), (1, "after_cancel_train", ""),
 )
 
+STEP_OF = {"pred = model(xb)": "predict", "loss = loss_func(pred, yb)": "get_loss", "loss.backward()": "backward",
+           "opt.step()": "step", "opt.zero_grad()": "zero_grad"}
+
 
 def explanation(cbs):
-    """The loop as text, with the callbacks out of `cbs` that answer each event, in the order of their calls."""
+    """The loop as text, with the callbacks out of `cbs` that answer each event, in the order of their calls.
+
+    Where callbacks take over a step of the loop or wrap it, its name and theirs stand beside it.
+    """
     ordered = sorted(cbs, key=lambda cb: cb._order)
     # One with a `__call__` of its own is called at every event, and only it knows which it answers.
     always = [cb for cb in ordered if not isinstance(cb, Callback) or type(cb).__call__ is not Callback.__call__]
@@ -36,9 +42,14 @@ def explanation(cbs):
     def names(cbs): return ", ".join(type(cb).__name__ for cb in cbs)
 
     def line(depth, event, step):
-        if event is None: return "  " * depth + step
-        answers = names(cb for cb in ordered if cb not in always and cb.handler(event) is not None)
-        return f"{'  ' * depth + event:{width}}{answers}".rstrip()
+        if event is None:
+            name = STEP_OF.get(step)
+            taken = names(cb for cb in ordered if name and hasattr(type(cb), name))
+            text, answers = "  " * depth + step, f"{name}: {taken}" if taken else ""
+        else:
+            text = "  " * depth + event
+            answers = names(cb for cb in ordered if cb not in always and cb.handler(event) is not None)
+        return f"{text:{width}}{'  ' * (len(text) >= width)}{answers}".rstrip()
     lines = [line(*entry) for entry in LOOP]
     if always: lines.append(f"at every event: {names(always)}")
     return "\n".join(lines)

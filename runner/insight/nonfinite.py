@@ -252,7 +252,7 @@ class TerminateOnNonFinite(Callback):
         return plain({
             "report": "", "finding": None, "repeats": False, "rows": rows, "indices": found[id(self.rows[-1][1])][1],
             "snapshots": [self._opened(snap) for snap in self.ring], "random": self.this["random"],
-            "optimizer": type(self.run.opt).__name__, "compiled": getattr(self.run, "_compiled", None) is not None,
+            "optimizer": type(self.run.opt).__name__, "compiled": getattr(self.run, "compiled_step", None) is not None,
             "settings": {"onednn": torch.backends.mkldnn.enabled, "threads": torch.get_num_threads()},
             "versions": {"torch": torch.__version__, "python": platform.python_version()}}, {})
 

@@ -124,7 +124,7 @@ class Probe(Callback):
                 f"{rows * row_bytes / 1e6:.2g} MB")
 
     def _refuse(self, model):
-        if getattr(self.run, "_compiled", None) is not None:      # a runner of the user's own has none
+        if getattr(self.run, "compiled_step", None) is not None:      # that of compile=True
             from runner.compiled import CompileError
             raise CompileError(f"{type(self).__name__} taps the modules in each measured batch, and a compiled step "
                                "passes taps by; fit without compile=True")
