@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from norms.convert import BATCH
+from norms.kinds import BATCH
 from norms.moments import all_but_channels, merge_moments, moments, wide
 from norms.running import CARRIED_COUNT, CLAMP_IMAGES, RunningBatchNorm
 
