@@ -22,6 +22,9 @@ they must follow; with a GradScaler in a loop of your own:
         if isinstance(m, RunningBatchNorm): m.rescale_(scaler.get_scale() / old)
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,7 +32,8 @@ from norms import fast
 from norms.moments import averaged_gradients, scale_shift, wide
 
 
-def averaged_scale_shift(x, mean, var, a, floor, eps, weight, bias, averages):
+def averaged_scale_shift(x: Tensor, mean: Tensor, var: Tensor, a: Tensor, floor: Tensor, eps: float,
+                         weight: Tensor | None, bias: Tensor | None, averages: Sequence[Tensor]) -> Tensor:
     """`(x - mean) / sqrt(max(var, floor) + eps) * weight + bias` with the gradient at the top of this file.
 
     Args:
@@ -41,14 +45,16 @@ def averaged_scale_shift(x, mean, var, a, floor, eps, weight, bias, averages):
     """
     args = x, weight, bias, mean.detach(), var.detach(), a, floor, eps, *averages
     # What is compiled or exported needs an operator, whose gradient goes with it; to call one takes longer.
-    return _operator(*args) if torch.compiler.is_compiling() else _Averaged.apply(*args)
+    y: Tensor = _operator(*args) if torch.compiler.is_compiling() else _Averaged.apply(*args)
+    return y
 
 
-def _value(x, weight, bias, mean, var, a, floor, eps, grad_mean, grad_dot):
+def _value(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, a: Tensor, floor: Tensor,
+           eps: float, grad_mean: Tensor, grad_dot: Tensor) -> Tensor:
     return scale_shift(wide(x) - mean, var.clamp_min(floor), eps, weight, bias).to(x.dtype)
 
 
-def _keep(ctx, inputs, output):
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
     """What the backward pass needs: x, and copies of all that may be written until then, but for G and D themselves."""
     x, weight, bias, mean, var, a, floor, eps, *averages = inputs
     rstd, free = torch.rsqrt(var.clamp_min(floor) + eps), (var >= floor).to(var.dtype)
@@ -58,7 +64,7 @@ def _keep(ctx, inputs, output):
 
 
 @torch.autograd.function.once_differentiable
-def _gradients(ctx, g):
+def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     if not torch.compiler.is_compiling(): fast.refuse_many(g)
     gx, *affine = averaged_gradients(g, *ctx.saved_tensors, *ctx.kept)
     gw, gb = (None if like is None else t.view(like[0]).to(like[1]) for t, like in zip(affine, ctx.like, strict=True))
@@ -67,11 +73,12 @@ def _gradients(ctx, g):
 
 class _Averaged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
         _keep(ctx, inputs, None)
         return _value(*inputs)
 
-    backward = staticmethod(_gradients)
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]: return _gradients(ctx, g)
 
 
 @torch.library.custom_op("runnernorms::averaged_scale_shift", mutates_args=())

@@ -1,6 +1,10 @@
 """Batch normalization (S. Ioffe, C. Szegedy, 2015, https://arxiv.org/abs/1502.03167)."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch.types import Device
 
 from norms import fast
 from norms.moments import RunningNorm, all_but_channels, moments, per_channel, scale_shift, wide
@@ -45,13 +49,17 @@ class BatchNorm(RunningNorm):
 
     _version = 2    # of the state dict, as torch's: from 2 on it has num_batches_tracked
 
-    def __init__(self, nf, mom=0.1, eps=1e-5, affine=True, *, device=None, dtype=None):
+    mom: float
+    num_batches_tracked: Tensor
+
+    def __init__(self, nf: int, mom: float = 0.1, eps: float = 1e-5, affine: bool = True, *, device: Device = None,
+                 dtype: torch.dtype | None = None) -> None:
         super().__init__(nf, eps, {"num_batches_tracked": ((), 0)}, affine, device, dtype)
         if not 0 <= mom <= 1:
             raise ValueError(f"BatchNorm: mom is {mom!r}; it weighs the new batch and must lie in 0 to 1, such as 0.1")
         self.mom = mom
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if (y := fast.step(self, x)) is not None: return y
         self.check_input(x, self.nf)
         xs = wide(x)
@@ -67,18 +75,19 @@ class BatchNorm(RunningNorm):
         return scale_shift(centred, var, self.eps, weight, bias).to(x.dtype)
 
     @torch.no_grad()
-    def track(self, mean, var, n):
+    def track(self, mean: Tensor, var: Tensor, n: int) -> None:
         """Take the batch's `mean` and biased `var`, each `(C,)` over `n` values, into the running averages."""
         fast.write(self.num_batches_tracked, self.num_batches_tracked + 1)
         for old, new in ((self.running_mean, mean), (self.running_var, var * (n / max(n - 1, 1)))):
             if new is mean or n > 1: fast.write(old, torch.lerp(old, new.to(old.dtype), self.mom))
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
+                              *args: Any) -> None:
         if (local_metadata.get("version") or 1) < 2:
             state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked.clone())
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{self.nf}, mom={self.mom}, eps={self.eps}" + ("" if self.weight is not None else ", affine=False")
 
 

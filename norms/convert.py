@@ -1,11 +1,12 @@
 """Swap the norms of a finished model for others, weights and statistics carried over."""
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
-from norms.factory import LAYER_MEND, factory_text, made_class
+from norms.factory import LAYER_MEND, Factory, factory_text, made_class
 from norms.kinds import LAYER, is_norm, swappable
 from norms.running import CARRIED_COUNT
 from norms.successor import successor
@@ -13,23 +14,27 @@ from norms.successor import successor
 __all__ = ["CARRIED_COUNT", "Swapped", "convert_norms"]
 
 
-class Swapped(Counter):
+class Swapped(Counter[str]):
     """How many layers of each class were swapped; `left_alone` counts the norms that were not."""
 
-    def __init__(self, swapped=(), left_alone=()):
+    left_alone: Counter[str]
+
+    def __init__(self, swapped: Mapping[str, int] | Iterable[str] = (),
+                 left_alone: Mapping[str, int] | Iterable[str] = ()) -> None:
         super().__init__(swapped)
         self.left_alone = Counter(left_alone)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return repr(Counter(self)) + (f", left alone: {dict(self.left_alone)}" if self.left_alone else "")
 
-    def __reduce__(self): return Swapped, (dict(self), self.left_alone)
+    def __reduce__(self) -> tuple[type["Swapped"], tuple[dict[str, int], Counter[str]]]:
+        return Swapped, (dict(self), self.left_alone)
 
-    def copy(self): return Swapped(self, self.left_alone)
+    def copy(self) -> "Swapped": return Swapped(self, self.left_alone)
 
 
 @torch.no_grad()
-def convert_norms(model, factory):
+def convert_norms(model: nn.Module, factory: Factory) -> Swapped:
     """Swap every norm of `model` that works per channel, in place, for the one that `factory` makes.
 
     Swapped are torch's BatchNorm1d/2d/3d, SyncBatchNorm, InstanceNorm1d/2d/3d and GroupNorm, torchvision's
@@ -106,7 +111,7 @@ def convert_norms(model, factory):
     return Swapped(Counter(type(old).__name__ for old in new), left)
 
 
-def nothing_to_swap(model, factory, layers, left):
+def nothing_to_swap(model: nn.Module, factory: Factory, layers: bool, left: Counter[str]) -> TypeError | ValueError:
     """The error for a `model` in which `factory` has nothing to replace, with the norms that it leaves."""
     kinds = ", ".join(sorted(left))
     if layers and any(swappable(m, False) for m in model.modules()):

@@ -1,5 +1,9 @@
 """Group normalization (Y. Wu, K. He, 2018, https://arxiv.org/abs/1803.08494)."""
 
+import torch
+from torch import Tensor
+from torch.types import Device
+
 from norms import fast
 from norms.moments import Norm, check_channels, moments, scale_shift, wide
 
@@ -27,7 +31,11 @@ class GroupNorm(Norm):
         TypeError: an integer input.
     """
 
-    def __init__(self, num_groups, num_channels, eps=1e-5, affine=True, *, device=None, dtype=None):
+    num_groups: int
+    num_channels: int
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True, *,
+                 device: Device = None, dtype: torch.dtype | None = None) -> None:
         check_channels("GroupNorm", num_channels)
         if not isinstance(num_groups, int) or num_groups < 1 or num_channels % num_groups:
             raise ValueError(f"GroupNorm got {num_groups!r} groups for {num_channels} channels; the groups must divide "
@@ -36,7 +44,7 @@ class GroupNorm(Norm):
         super().__init__((num_channels,), eps, affine, device, dtype)
         self.num_groups, self.num_channels = num_groups, num_channels
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if (y := fast.step(self, x)) is not None: return y
         self.check_input(x, self.num_channels)
         groups = (1, self.num_groups, -1, *[1] * (x.ndim - 2))                      # of the channels
@@ -45,9 +53,10 @@ class GroupNorm(Norm):
         weight, bias = (t if t is None else t.view(groups) for t in (self.weight, self.bias))   # (1, G, C / G, 1, 1)
         return scale_shift(centred, var, self.eps, weight, bias).flatten(1, 2).to(x.dtype)
 
-    def statistic_groups(self, x): return x.reshape(len(x) * self.num_groups, -1)      # (N G, C / G * positions)
+    def statistic_groups(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x) * self.num_groups, -1)                              # (N G, C / G * positions)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.weight is not None}"
 
 

@@ -1,5 +1,9 @@
 """Instance normalization (D. Ulyanov, A. Vedaldi, V. Lempitsky, 2016, https://arxiv.org/abs/1607.08022)."""
 
+import torch
+from torch import Tensor
+from torch.types import Device
+
 from norms import fast
 from norms.moments import Norm, check_channels, moments, per_channel, scale_shift, wide
 
@@ -30,21 +34,24 @@ class InstanceNorm(Norm):
         TypeError: an integer input.
     """
 
-    def __init__(self, nf, eps=1e-0, affine=True, *, device=None, dtype=None):
+    nf: int
+
+    def __init__(self, nf: int, eps: float = 1e-0, affine: bool = True, *, device: Device = None,
+                 dtype: torch.dtype | None = None) -> None:
         check_channels("InstanceNorm", nf)
         super().__init__((nf,), eps, affine, device, dtype)
         self.nf = nf
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if (y := fast.step(self, x)) is not None: return y
         self.check_input(x, self.nf, min_dims=3)
         _, var, centred = moments(wide(x), tuple(range(2, x.ndim)))                 # (N, C, 1, 1), (N, C, H, W)
         weight, bias = (per_channel(t, x.ndim) for t in (self.weight, self.bias))   # (1, C, 1, 1)
         return scale_shift(centred, var, self.eps, weight, bias).to(x.dtype)
 
-    def statistic_groups(self, x): return x.flatten(0, 1).flatten(1)        # (N C, positions)
+    def statistic_groups(self, x: Tensor) -> Tensor: return x.flatten(0, 1).flatten(1)      # (N C, positions)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{self.nf}, eps={self.eps}" + ("" if self.weight is not None else ", affine=False")
 
 

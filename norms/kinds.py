@@ -12,25 +12,26 @@ from norms.running import RunningBatchNorm
 
 # The norms with an affine map per channel of axis 1. Within a family the formula is the same, at equal eps.
 BATCH = (_BatchNorm, BatchNorm, RunningBatchNorm)
+BatchKind = _BatchNorm | BatchNorm | RunningBatchNorm       # as a type
 FAMILIES = (BATCH, (_InstanceNorm, InstanceNorm), (nn.GroupNorm, GroupNorm))
 CHANNEL_NORMS = tuple(cls for family in FAMILIES for cls in family)
 LAYER = (nn.LayerNorm, LayerNorm)       # over trailing axes, with an affine map per value of these
 ON_IMAGES = (nn.BatchNorm2d, nn.InstanceNorm2d, nn.SyncBatchNorm, BatchNorm, RunningBatchNorm)  # or may be
 
 
-def frozen_class(module):
+def frozen_class(module: nn.Module | None) -> type[nn.Module] | None:
     """torchvision's FrozenBatchNorm2d if `module` is one, else None; known by its name, to need no torchvision."""
     return next((cls for cls in type(module).__mro__
                  if (cls.__module__, cls.__name__) == ("torchvision.ops.misc", "FrozenBatchNorm2d")), None)
 
 
-def swappable(module, layers):
+def swappable(module: nn.Module | None, layers: bool) -> bool:
     """Whether `module` is a layer norm of known shape, with `layers`, and else whether it is a norm per channel."""
     if layers: return isinstance(module, LAYER) and module.normalized_shape is not None
     return isinstance(module, CHANNEL_NORMS) or frozen_class(module) is not None
 
 
-def is_norm(module):
+def is_norm(module: nn.Module) -> bool:
     """Whether `module` is a norm by its class's name or base; not a block around norms, nor torch's weight norm."""
     if isinstance(module, (*CHANNEL_NORMS, *LAYER)): return True
     if isinstance(module, nn.Sequential) or type(module).__module__.startswith("torch.nn.utils."): return False

@@ -2,10 +2,14 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+from torch.types import Device
 
 from norms import fast
+from norms.fast.kernels import Kernels
 from norms.moments import Norm, moments, scale_shift, wide
 
 
@@ -37,7 +41,12 @@ class LayerNorm(Norm):
         TypeError: an integer input; a `normalized_shape` that is no shape; `shape`, as the argument was called before.
     """
 
-    def __init__(self, normalized_shape=None, eps=1e-5, affine=True, *, device=None, dtype=None, shape=()):
+    normalized_shape: tuple[int, ...] | None
+    values: int | None      # of `normalized_shape`
+
+    def __init__(self, normalized_shape: int | tuple[int, ...] | list[int] | None = None, eps: float = 1e-5,
+                 affine: bool = True, *, device: Device = None, dtype: torch.dtype | None = None,
+                 shape: Sequence[int] = ()) -> None:
         if shape != (): warnings.warn(RenamedArgument(shape), stacklevel=2)
         if normalized_shape is not None:
             sizes = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
@@ -50,7 +59,7 @@ class LayerNorm(Norm):
         self.normalized_shape = normalized_shape
         self.values = None if normalized_shape is None else math.prod(normalized_shape)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if (y := fast.step(self, x)) is not None: return y
         self.check_input(x, min_dims=2 if self.normalized_shape is None else 1)
         self.check_trailing(x)
@@ -58,11 +67,11 @@ class LayerNorm(Norm):
         _, var, centred = moments(wide(x), tuple(range(x.ndim - axes, x.ndim)))     # (N, 1, 1, 1), (N, C, H, W)
         return scale_shift(centred, var, self.eps, self.weight, self.bias).to(x.dtype)
 
-    def statistic_groups(self, x):
-        if self.normalized_shape is None: return x.flatten(1)                       # (N, C * positions)
-        return x.reshape(-1, self.values)                # (vectors, values)
+    def statistic_groups(self, x: Tensor) -> Tensor:
+        if self.values is None: return x.flatten(1)         # (N, C * positions)
+        return x.reshape(-1, self.values)                   # (vectors, values)
 
-    def check_trailing(self, x):
+    def check_trailing(self, x: Tensor) -> None:
         """Raise unless the trailing axes of `x` are those that the norm was made for."""
         sizes, found = self.normalized_shape, tuple(x.shape)
         if sizes is not None and found[-len(sizes):] != sizes:
@@ -74,7 +83,7 @@ class LayerNorm(Norm):
                 raise ValueError(f"LayerNorm has weight and bias of shape {tuple(self.weight.shape)} and got images of "
                                  f"shape {found[1:]}; make it with normalized_shape={found[1:]}")
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         shape = "" if self.normalized_shape is None else f"{self.normalized_shape}, "
         return f"{shape}eps={self.eps}" + ("" if self.weight is not None else ", affine=False")
 
@@ -86,7 +95,7 @@ class RenamedArgument(FutureWarning, TypeError):
     where warnings are ignored (`python -W ignore`).
     """
 
-    def __init__(self, shape):
+    def __init__(self, shape: Sequence[int]) -> None:
         super().__init__(f"LayerNorm got shape={shape!r}, which is now normalized_shape, as torch's: the sizes of the "
                          "trailing axes to normalise, and of weight and bias. Write LayerNorm(x.shape[1:]) for one of "
                          "each per value of an image, LayerNorm() for scalars, GroupNorm(1, C) for one per channel")
@@ -95,14 +104,14 @@ class RenamedArgument(FutureWarning, TypeError):
 warnings.filterwarnings("error", category=RenamedArgument, append=True)
 
 
-def _launch(norm, x, kernels):
+def _launch(norm: LayerNorm, x: Tensor, kernels: Kernels) -> Tensor | None:
     """Each vector of the trailing axes is an image of one group to the kernels."""
-    sizes = norm.normalized_shape
-    if sizes is None:
+    sizes, values = norm.normalized_shape, norm.values
+    if sizes is None or values is None:
         if norm.weight is not None and norm.weight.ndim: return None                # made with `shape`
         return fast.group_norm(norm, x, kernels, len(x), 1, None)
     if tuple(x.shape[-len(sizes):]) != sizes: return None
-    return fast.group_norm(norm, x, kernels, x.numel() // norm.values, 1, 1)
+    return fast.group_norm(norm, x, kernels, x.numel() // values, 1, 1)
 
 
 fast.register(LayerNorm, _launch)

@@ -3,13 +3,17 @@
 The numerical decisions of the package stand here, once, each with its reason.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.types import Device
 
 HALF = (torch.float16, torch.bfloat16)
 
 
-def wide(x):
+def wide(x: Tensor) -> Tensor:
     """`x` in float32 if it is float16 or bfloat16, else `x` itself.
 
     A sum over 512 images of 28x28 in bfloat16 (8 bits of mantissa) stops growing after a few hundred terms,
@@ -18,7 +22,7 @@ def wide(x):
     return x.float() if x.dtype in HALF else x
 
 
-def moments(x, dims):
+def moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance of `x` over the axes `dims`, which are kept with size 1, and `x - mean`.
 
         mean = r + mean(x - r)        var = mean((x - mean)^2)        r = the first value of each statistic
@@ -36,7 +40,8 @@ def moments(x, dims):
     return mean, (centred * centred).mean(dims, keepdim=True), centred
 
 
-def merge_moments(mean, var, batch_mean, batch_var, a):
+def merge_moments(mean: Tensor, var: Tensor, batch_mean: Tensor, batch_var: Tensor,
+                  a: float | Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of a mixture: weight `1 - a` on the first pair, `a` on the second.
 
         d     = batch_mean - mean
@@ -52,7 +57,8 @@ def merge_moments(mean, var, batch_mean, batch_var, a):
     return torch.lerp(mean, batch_mean, a), torch.lerp(var, batch_var, a) + a * (1 - a) * d * d
 
 
-def scale_shift(centred, var, eps, weight=None, bias=None):
+def scale_shift(centred: Tensor, var: Tensor, eps: float, weight: Tensor | None = None,
+                bias: Tensor | None = None) -> Tensor:
     """`centred / sqrt(var + eps) * weight + bias` with `centred = x - mean`, everything broadcast against it.
 
     The mean is subtracted first. Folding it into the shift (`x * scale + (bias - mean * scale)`) saves a pass
@@ -63,10 +69,12 @@ def scale_shift(centred, var, eps, weight=None, bias=None):
     """
     scale = torch.rsqrt(var + eps)
     if weight is None: return centred * scale
+    assert bias is not None, "a weight comes with a bias"
     return torch.addcmul(wide(bias), centred, scale * wide(weight).clone())
 
 
-def averaged_gradients(g, x, mean, rstd, weight, a, free, averages):
+def averaged_gradients(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, a: Tensor, free: Tensor,
+                       averages: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias with the means over steps that `norms.averaged` defines, which it updates.
 
     `mean`, `rstd` = 1 / s, `weight` and `free`, 0 where the variance is clamped and else 1, are `(1, C, 1, ...)`;
@@ -85,17 +93,21 @@ def averaged_gradients(g, x, mean, rstd, weight, a, free, averages):
     return (scale * (g - grad_mean - xhat * grad_dot * free)).to(x.dtype), dot, total
 
 
-def per_channel(t, ndim):
+@overload
+def per_channel(t: Tensor, ndim: int) -> Tensor: ...
+@overload
+def per_channel(t: None, ndim: int) -> None: ...
+def per_channel(t: Tensor | None, ndim: int) -> Tensor | None:
     """View a `(C,)` tensor as `(1, C, 1, ...)` with `ndim` axes; None stays None."""
     return None if t is None else t.view(1, -1, *[1] * (ndim - 2))
 
 
-def all_but_channels(x):
+def all_but_channels(x: Tensor) -> tuple[int, ...]:
     """The axes of images and positions of `x` `(N, C, *spatial)`."""
     return (0, *range(2, x.ndim))
 
 
-def channel_groups(x):
+def channel_groups(x: Tensor) -> Tensor:
     """`x` `(N, C, *spatial)` as `(C, N * positions)`: for each channel the values behind its mean and variance."""
     return x.transpose(0, 1).flatten(1)
 
@@ -117,7 +129,12 @@ class Norm(nn.Module):
         device, dtype: of the parameters, as in torch's layers.
     """
 
-    def __init__(self, shape, eps, affine=True, device=None, dtype=None):
+    eps: float
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, shape: tuple[int, ...], eps: float, affine: bool = True, device: Device = None,
+                 dtype: torch.dtype | None = None) -> None:
         super().__init__()
         if not isinstance(eps, (int, float)) or isinstance(eps, bool) or not eps >= 0:
             raise ValueError(f"{type(self).__name__}: eps is {eps!r}; it must be a number of at least 0, such as 1e-5")
@@ -127,13 +144,12 @@ class Norm(nn.Module):
                                     else None)
         Norm.reset_parameters(self)
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Set `weight` to ones and `bias` to zeros, as after construction."""
-        if self.weight is None: return
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
+        if self.weight is not None: nn.init.ones_(self.weight)
+        if self.bias is not None: nn.init.zeros_(self.bias)
 
-    def check_input(self, x, channels=None, min_dims=2):
+    def check_input(self, x: Tensor, channels: int | None = None, min_dims: int = 2) -> None:
         """Raise an error that says what came, what is needed and what to do, unless `x` is fit for this norm."""
         fits = x.is_floating_point() and x.ndim >= min_dims and x.numel()
         if fits and (channels is None or x.shape[1] == channels): return
@@ -166,7 +182,14 @@ class RunningNorm(Norm):
         further: the norm's other buffers, `{name: (size, value before training)}`; those with an int are int64.
     """
 
-    def __init__(self, nf, eps, further, affine=True, device=None, dtype=None):
+    nf: int
+    running_mean: Tensor
+    running_var: Tensor
+    fresh: dict[str, float]
+    _buffers: dict[str, Tensor]     # type: ignore[assignment]  # torch's may hold None; here all are tensors
+
+    def __init__(self, nf: int, eps: float, further: Mapping[str, tuple[tuple[int, ...], float]], affine: bool = True,
+                 device: Device = None, dtype: torch.dtype | None = None) -> None:
         check_channels(type(self).__name__, nf)
         super().__init__((nf,), eps, affine, device, dtype)
         self.nf, self.fresh = nf, {}
@@ -178,39 +201,40 @@ class RunningNorm(Norm):
         self.reset_running_stats()
 
     @torch.no_grad()
-    def reset_running_stats(self):
+    def reset_running_stats(self) -> None:
         """Set the running statistics and their counts to what they are before training, in place."""
         for name, value in self.fresh.items(): self._buffers[name].fill_(value)
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Set parameters and running statistics to what they are after construction, as torch's batch norms do."""
         self.reset_running_stats()
         super().reset_parameters()
 
-    def statistic_groups(self, x): return channel_groups(x)             # (C, N * positions)
+    def statistic_groups(self, x: Tensor) -> Tensor: return channel_groups(x)     # (C, N * positions)
 
     @property
-    def num_features(self):
+    def num_features(self) -> int:
         """`nf`, by the name that torch's functions on batch norms read, such as `fuse_linear_bn_eval`."""
         return self.nf
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningNorm":
         """Move or cast the module; `half()` and `bfloat16()` leave the running statistics at their width."""
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)     # type: ignore[no-untyped-call]  # torch's has no annotations
         for name, old in before.items():
             if self._buffers[name].dtype in HALF: self._buffers[name] = old.to(self._buffers[name].device)
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
+                              *args: Any) -> None:
         # With `assign=True` the checkpoint's tensors become the buffers: those of half precision are widened first.
         for name in self.fresh:
             found = state_dict.get(prefix + name)
             if isinstance(found, torch.Tensor) and found.dtype in HALF: state_dict[prefix + name] = found.float()
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
-def check_channels(name, nf):
+def check_channels(name: str, nf: int) -> None:
     """Raise unless `nf`, the channel count that the norm called `name` was given, is a positive integer."""
     if not isinstance(nf, int) or isinstance(nf, bool) or nf < 1:
         raise ValueError(f"{name} got {nf!r} as its channel count; it needs a positive integer such as 64")

@@ -14,7 +14,10 @@ without it. Three likelier forms look right and are not; the tests keep them (to
 `from norms.per_example import batch_norm, pmean`.
 """
 
+from typing import Any, NoReturn
+
 import torch
+from torch import Tensor
 
 from norms.moments import wide
 
@@ -28,21 +31,23 @@ class _Mean(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x, like): return x.clone()
+    def forward(x: Tensor, like: Tensor) -> Tensor: return x.clone()
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
         ctx.save_for_forward(inputs[1])
 
     @staticmethod
-    def backward(ctx, g): return _Mean.apply(g, *ctx.saved_tensors), None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]: return _Mean.apply(g, *ctx.saved_tensors), None
 
     @staticmethod
-    def jvp(ctx, t, _): return _Mean.apply(t, *ctx.saved_tensors)
+    def jvp(ctx: Any, t: Tensor, _: Tensor | None) -> Tensor:
+        mean: Tensor = _Mean.apply(t, *ctx.saved_tensors)
+        return mean
 
     @staticmethod
-    def vmap(info, in_dims, x, like):
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, like: Tensor) -> tuple[Tensor, int | None]:
         dim, like_dim = in_dims
         if like_dim is None: return _Mean.apply(x, like), dim       # a map of the basis vectors
         if info.batch_size == 0:
@@ -56,13 +61,13 @@ class _MappedMean(_Mean):
     """`_Mean` that refuses what no map maps: only then does torch call `forward`."""
 
     @staticmethod
-    def forward(x, like):
+    def forward(x: Tensor, like: Tensor) -> NoReturn:
         raise ValueError(f"batch_norm got an x of {len(x)} channels that no torch.func.vmap maps; its statistics are "
                          "means over the mapped axis: call it inside torch.func.vmap(f)(xs), or use norms.BatchNorm "
                          "on a whole batch")
 
 
-def pmean(x):
+def pmean(x: Tensor) -> Tensor:
     """The mean of `x` over the mapped axis: the same for all examples, and itself not mapped.
 
         pmean(x) = 1/n sum_i x_i        x_i = x of example i, in a function that torch.func.vmap maps over n examples
@@ -91,10 +96,11 @@ def pmean(x):
         ValueError: a map over no examples.
     """
     check_float("pmean", x)
-    return _Mean.apply(x, x.new_empty(0))  # new_empty: no values, but mapped as x is
+    mean: Tensor = _Mean.apply(x, x.new_empty(0))   # new_empty: no values, but mapped as x is
+    return mean
 
 
-def batch_norm(x, gamma, beta, eps=1e-6):
+def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
     """Batch norm (S. Ioffe, C. Szegedy, 2015) of one example, in a function that `torch.func.vmap` maps.
 
         y = (x - mean) / sqrt(var + eps) * gamma + beta
@@ -134,7 +140,7 @@ def batch_norm(x, gamma, beta, eps=1e-6):
     return y.reshape(x.shape).to(x.dtype), mean, var
 
 
-def check_float(name, x):
+def check_float(name: str, x: Tensor) -> None:
     """Raise unless `x`, which the function called `name` was given, is floating-point."""
     if not x.is_floating_point():
         raise TypeError(f"{name} got an input of {x.dtype}; it needs a floating-point one: convert it by x.float()")

@@ -1,15 +1,19 @@
 """Take the evaluation statistics of a trained model's batch norms anew, layer by layer."""
 
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from norms.kinds import BATCH
+from norms.kinds import BATCH, BatchKind
 from norms.moments import all_but_channels, merge_moments, moments, wide
 from norms.running import CARRIED_COUNT, CLAMP_IMAGES, RunningBatchNorm
 
+Batch = tuple[Tensor, Tensor | None]                            # xb and yb
+Metric = Callable[[Any, Tensor], Tensor | float]                # of what the model gives, which may be anything, and yb
 WRAPPERS = {cls.forward for cls in (AveragedModel, nn.DataParallel, nn.parallel.DistributedDataParallel)}
 
 
@@ -17,14 +21,15 @@ WRAPPERS = {cls.forward for cls in (AveragedModel, nn.DataParallel, nn.parallel.
 class Recalibration:
     """What `recalibrate` did: the layers' names in order of execution, the number of images, the metric's values."""
 
-    layers: tuple
+    layers: tuple[str, ...]
     images: int
     before: float | None = None
     after: float | None = None
 
 
 @torch.no_grad()
-def recalibrate(model, loader, n_images, *, metric=None):
+def recalibrate(model: nn.Module, loader: Iterable[Tensor | tuple[Tensor, ...] | list[Tensor]], n_images: int, *,
+                metric: Metric | None = None) -> Recalibration:
     """Take the evaluation statistics of all batch norms and running batch norms of `model` anew from images.
 
     The running averages of training cover few images (mom=0.1 at batch size 2: about 38), seen by a network that
@@ -95,13 +100,14 @@ def recalibrate(model, loader, n_images, *, metric=None):
     return Recalibration(tuple(names[m] for m in dict.fromkeys(runs)), images, before, after)
 
 
-def unwrapped(model):
+def unwrapped(model: nn.Module) -> nn.Module:
     """The module whose function `model` is: on several devices at once a layer's inputs would not be in one place."""
-    while type(model).forward in WRAPPERS: model = model.module
+    while type(model).forward in WRAPPERS: model = model.get_submodule("module")
     return model
 
 
-def take_images(loader, n_images, metric):
+def take_images(loader: Iterable[Tensor | tuple[Tensor, ...] | list[Tensor]], n_images: int,
+                metric: Metric | None) -> list[Batch]:
     """The first `n_images` of `loader` as a list of `(xb, yb)`, the last one cut to fit; `yb` may be None."""
     batches, left = [], n_images
     for batch in loader:
@@ -120,15 +126,18 @@ def take_images(loader, n_images, metric):
     return batches
 
 
-def mean_metric(model, batches, metric, device):
+def mean_metric(model: nn.Module, batches: list[Batch], metric: Metric, device: torch.device) -> float:
     """The sample-weighted mean of `metric` over `batches`, a plain float."""
-    total = sum(float(metric(model(xb.to(device)), yb.to(device))) * len(xb) for xb, yb in batches)
+    total = 0.0
+    for xb, yb in batches:
+        assert yb is not None                   # `take_images` has seen to it
+        total += float(metric(model(xb.to(device)), yb.to(device))) * len(xb)
     return total / sum(len(xb) for xb, _ in batches)
 
 
-def order_of_runs(model, norms, xb):
+def order_of_runs(model: nn.Module, norms: Collection[BatchKind], xb: Tensor) -> list[BatchKind]:
     """The `norms` in the order in which an evaluation of `xb` runs them, each as often as it runs."""
-    runs = []
+    runs: list[BatchKind] = []
     handles = [m.register_forward_pre_hook(lambda m, args: runs.append(m)) for m in norms]
     try: model(xb)
     finally:
@@ -143,7 +152,8 @@ class _Reached(Exception):
     """The values are in; the rest of the evaluation isn't needed."""
 
 
-def pooled_moments(model, norm, runs, batches, device):
+def pooled_moments(model: nn.Module, norm: nn.Module, runs: int, batches: list[Batch],
+                   device: torch.device) -> tuple[Tensor, Tensor, int, int]:
     """Mean and biased variance of all that enters `norm` in its first `runs` runs of every evaluation of `batches`.
 
     Returns:
@@ -152,13 +162,14 @@ def pooled_moments(model, norm, runs, batches, device):
     mean = var = torch.zeros((), dtype=torch.float64)
     n = taken = left = 0
 
-    def take(module, args, kwargs):
+    def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal mean, var, n, taken, left
         x = next(iter((*args, *kwargs.values())))                               # (N, C, *spatial)
         n, taken, left = n + x.numel() // x.shape[1], taken + 1, left - 1
         share = torch.tensor(x.numel() // x.shape[1] / n, dtype=torch.float64)
-        batch = moments(wide(x.detach()), all_but_channels(x))[:2]              # (1, C, 1, 1) each
-        mean, var = merge_moments(mean, var, *(m.flatten().to("cpu", torch.float64) for m in batch), share)
+        batch_mean, batch_var = (m.flatten().to("cpu", torch.float64)           # (C,) each
+                                 for m in moments(wide(x.detach()), all_but_channels(x))[:2])
+        mean, var = merge_moments(mean, var, batch_mean, batch_var, share)
         if not left: raise _Reached
     handle = norm.register_forward_pre_hook(take, with_kwargs=True)
     try:
@@ -170,12 +181,14 @@ def pooled_moments(model, norm, runs, batches, device):
     return mean, var, n, taken
 
 
-def set_statistics(norm, name, images, mean, var, n, runs):
+def set_statistics(norm: BatchKind, name: str, images: int, mean: Tensor, var: Tensor, n: int, runs: int) -> None:
     """Make `mean` and the biased `var`, each over `n` values from `runs` batches, the statistics of `norm`."""
     if n == 1 or not (mean.isfinite().all() and var.isfinite().all()):
         raise ValueError(f"recalibrate: layer {name!r} ({type(norm).__name__}) gets "
                          + ("one value per channel, which has no spread: take more images" if n == 1 else
                             "values that are not finite: check the images, and the weights of the layers before it"))
+    assert norm.running_mean is not None        # `recalibrate` takes only norms with running statistics
+    assert norm.running_var is not None
     norm.running_mean.copy_(mean)
     if isinstance(norm, RunningBatchNorm):
         norm.running_var.copy_(var)
@@ -184,4 +197,4 @@ def set_statistics(norm, name, images, mean, var, n, runs):
         norm.seen.fill_(max(images, CLAMP_IMAGES))
     else:
         norm.running_var.copy_(var * (n / (n - 1)))
-        norm.num_batches_tracked.fill_(runs)
+        if norm.num_batches_tracked is not None: norm.num_batches_tracked.fill_(runs)

@@ -1,8 +1,11 @@
 """Running batch normalization (fastai, "Deep Learning from the Foundations", 2019, part 2 v3, notebook 07)."""
 
 import math
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
+from torch.types import Device
 
 from norms import fast
 from norms.averaged import averaged_scale_shift
@@ -79,8 +82,19 @@ class RunningBatchNorm(RunningNorm):
         RuntimeError: a training forward inside a backward pass that is no repetition of one before.
     """
 
-    def __init__(self, nf, mom=0.1, eps=1e-5, affine=True, *, rule="lesson", average_backward=False, device=None,
-                 dtype=None):
+    mom: float
+    rule: Literal["lesson", "per_image"]
+    average_backward: bool
+    unclamped_var: Tensor
+    count: Tensor
+    seen: Tensor
+    grad_mean: Tensor       # this and the next only with `average_backward`
+    grad_dot: Tensor
+
+    def __init__(self, nf: int, mom: float = 0.1, eps: float = 1e-5, affine: bool = True, *,
+                 rule: Literal["lesson", "per_image"] = "lesson", average_backward: bool = False, device: Device = None,
+                 dtype: torch.dtype | None = None) -> None:
+        further: dict[str, tuple[tuple[int, ...], float]]
         further = {"unclamped_var": ((nf,), 1.0), "count": ((), 0.0), "seen": ((), 0)}
         if average_backward: further |= {"grad_mean": ((nf,), 0.0), "grad_dot": ((nf,), 0.0)}
         super().__init__(nf, eps, further, affine, device, dtype)
@@ -93,16 +107,18 @@ class RunningBatchNorm(RunningNorm):
 
     clamp_images, clamp_var = CLAMP_IMAGES, CLAMP_VAR
 
-    def batch_weight(self, b):
+    def batch_weight(self, b: int) -> float:
         """alpha: the weight of a new batch of `b` images in the exponential averages."""
-        if self.rule == "per_image" or b == 1: return 1 - (1 - self.mom) ** (b / 2)
-        return 1 - (1 - self.mom) / (math.sqrt(b - 1) if isinstance(b, int) else (b - 1) ** 0.5)    # or symbolic
+        kept: float
+        if self.rule == "per_image" or b == 1: kept = (1 - self.mom) ** (b / 2)
+        else: kept = (1 - self.mom) / (math.sqrt(b - 1) if isinstance(b, int) else (b - 1) ** 0.5)   # or symbolic
+        return 1 - kept
 
-    def floor(self, seen):
+    def floor(self, seen: Tensor) -> Tensor:
         """The least variance after `seen` images, a scalar tensor: 0.01 until there were 20, then 0."""
         return self.clamp_var * (seen < self.clamp_images).to(self.running_var.dtype)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if (y := fast.step(self, x)) is not None: return y
         self.check_input(x, self.nf)
         xs = wide(x)
@@ -119,7 +135,8 @@ class RunningBatchNorm(RunningNorm):
             mean, var = (per_channel(state[name], x.ndim) for name in ("running_mean", "running_var"))  # (1, C, 1, 1)
         return scale_shift(xs - mean, var, self.eps, weight, bias).to(x.dtype)
 
-    def track(self, batch_mean, batch_var, images, n):
+    def track(self, batch_mean: Tensor, batch_var: Tensor, images: int,
+              n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Take a batch into the running statistics: of `images` images, its moments over `n` values per channel.
 
         Returns:
@@ -147,7 +164,7 @@ class RunningBatchNorm(RunningNorm):
         return mean, var, a, floor
 
     @torch.no_grad()
-    def rescale_(self, factor):
+    def rescale_(self, factor: float) -> None:
         """Multiply the averages of the backward pass by `factor`: the loss will be `factor` times as large from now on.
 
         Only with `average_backward=True`; else there is nothing to do. See `norms.averaged`.
@@ -156,7 +173,7 @@ class RunningBatchNorm(RunningNorm):
             self.grad_mean.mul_(factor)
             self.grad_dot.mul_(factor)
 
-    def running_moments(self, b):
+    def running_moments(self, b: int) -> tuple[Tensor, Tensor, float]:
         """The mean and the variance that it normalises by now, `(C,)` each, and how many images they remember.
 
         At batches of `b` images the newest has the weight alpha and its k-th predecessor alpha (1 - alpha)^k: as good
@@ -165,7 +182,8 @@ class RunningBatchNorm(RunningNorm):
         alpha = self.batch_weight(b)
         return self.running_mean, self.running_var, b * (2 - alpha) / alpha
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
+                              *args: Any) -> None:
         mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
         if mean is not None and var is not None:
             state_dict.setdefault(prefix + "unclamped_var", var.clone())
@@ -178,9 +196,9 @@ class RunningBatchNorm(RunningNorm):
             state_dict[prefix + "running_var"] = var.clamp_min(floor.to(var.dtype))
             if self.average_backward:
                 for name in ("grad_mean", "grad_dot"): state_dict.setdefault(prefix + name, torch.zeros_like(mean))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         more = ", average_backward=True" if self.average_backward else ""
         more += "" if self.weight is not None else ", affine=False"
         return f"{self.nf}, mom={self.mom}, eps={self.eps}, rule={self.rule!r}{more}"

@@ -6,7 +6,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from norms.batch import BatchNorm
-from norms.factory import make
+from norms.factory import Factory, make
 from norms.kinds import CHANNEL_NORMS, FAMILIES, LAYER, ON_IMAGES, frozen_class
 from norms.moments import RunningNorm
 from norms.running import CARRIED_COUNT, CLAMP_IMAGES, RunningBatchNorm
@@ -15,14 +15,15 @@ FORWARDS = {cls.forward for cls in (*CHANNEL_NORMS, nn.SyncBatchNorm, *LAYER)}
 IDENTITY = {"weight": 1.0, "bias": 0.0}
 
 
-def successor(model, path, old, factory):
+def successor(model: nn.Module, path: str, old: nn.Module, factory: Factory) -> nn.Module:
     """The layer to put in the place of `old`, which stands at `path` in `model`; `old` stays as it is."""
     layer = f"convert_norms: layer {path!r} ({type(old).__name__})"
     check_plain(layer, old)
-    if isinstance(old, LAYER): size, shape = (tuple(old.normalized_shape),) * 2
+    size: int | tuple[int, ...]
+    if isinstance(old, LAYER): size = shape = tuple(old.normalized_shape or ())
     else:
-        size = next((getattr(old, name) for name in ("nf", "num_features", "num_channels") if hasattr(old, name)), None)
-        if size is None: size = len(old.weight)         # FrozenBatchNorm2d
+        size = next((getattr(old, name) for name in ("nf", "num_features", "num_channels") if hasattr(old, name)), 0)
+        if not size: size = len(old.get_buffer("weight"))               # FrozenBatchNorm2d
         shape = (size,)
     new = make(layer, old, factory, size)
     both_keep = all(getattr(norm, "running_mean", None) is not None for norm in (old, new))
@@ -32,9 +33,9 @@ def successor(model, path, old, factory):
     whole = (*model.parameters(), *model.buffers())
     own = (*old.parameters(), *old.buffers())
     # The dtype not by our statistics, which are wide in a half precision model too.
-    typed = (*old.parameters(), *whole) if isinstance(old, RunningNorm) else (*own, *whole)
-    like, typed = (next((t for t in tensors if t.is_floating_point()), None) for tensors in ((*own, *whole), typed))
-    if like is not None: new.to(like.device, typed.dtype)
+    telling = (*old.parameters(), *whole) if isinstance(old, RunningNorm) else (*own, *whole)
+    like, typed = (next((t for t in tensors if t.is_floating_point()), None) for tensors in ((*own, *whole), telling))
+    if like is not None and typed is not None: new.to(like.device, typed.dtype)
 
     carry_affine(layer, old, new, shape)
     for name, buffer in new.named_buffers():
@@ -53,7 +54,7 @@ def successor(model, path, old, factory):
     return new
 
 
-def check_plain(layer, old):
+def check_plain(layer: str, old: nn.Module) -> None:
     """Raise unless `old`, called `layer`, is its class's formula and nothing more."""
     if isinstance(old, LazyModuleMixin):
         raise ValueError(f"{layer} doesn't know its channels yet; run one batch through the model first")
@@ -69,7 +70,7 @@ def check_plain(layer, old):
                          "register them on the new layer")
 
 
-def check_freezable(layer, old, both_keep):
+def check_freezable(layer: str, old: nn.Module, both_keep: bool) -> None:
     """Raise unless a FrozenBatchNorm2d can stand in the place of `old`: statistics, and (N, C, H, W)."""
     if not both_keep:
         raise ValueError(f"{layer} keeps no running statistics, and a FrozenBatchNorm2d has nothing else to normalise "
@@ -79,10 +80,10 @@ def check_freezable(layer, old, both_keep):
                          "BatchNorm, in evaluation mode and with requires_grad_(False)")
 
 
-def carry_affine(layer, old, new, shape):
+def carry_affine(layer: str, old: nn.Module, new: nn.Module, shape: tuple[int, ...]) -> None:
     """Give `new` the `weight` and `bias` of `old`, both of `shape`, or what does the same where `old` has none."""
     if isinstance(old, LAYER) and old.weight is None and type(new) in LAYER:   # as it was: both can do without
-        new.weight = new.bias = None
+        for name in IDENTITY: setattr(new, name, None)
         if isinstance(new, nn.LayerNorm): new.elementwise_affine = False
         return
     for name, value in IDENTITY.items():
@@ -99,15 +100,15 @@ def carry_affine(layer, old, new, shape):
         else: (q.fill_(value) if p is None else q.copy_(p)).requires_grad_(False)
 
 
-def translate_counts(old, new):
+def translate_counts(old: nn.Module, new: nn.Module) -> None:
     """Between a RunningBatchNorm and another norm: make `new` evaluate as `old` does, and average on from there."""
-    if isinstance(old, RunningBatchNorm) == isinstance(new, RunningBatchNorm): return
     if isinstance(old, RunningBatchNorm):
-        if hasattr(new, "num_batches_tracked"): new.num_batches_tracked.copy_(old.seen)
-        return
-    # Not by num_batches_tracked: older checkpoints lack it and load as 0. Statistics as made count as none.
-    new.unclamped_var.copy_(new.running_var)
-    trained = (old.running_mean != 0).any() | (old.running_var != 1).any()
-    images = getattr(old, "num_batches_tracked", torch.tensor(0)).clamp_min(CLAMP_IMAGES)  # at least 1 in a batch
-    new.seen.copy_(images * trained)
-    new.count.copy_(CARRIED_COUNT * trained)
+        if not isinstance(new, RunningBatchNorm) and hasattr(new, "num_batches_tracked"):
+            new.get_buffer("num_batches_tracked").copy_(old.seen)
+    elif isinstance(new, RunningBatchNorm):
+        # Not by num_batches_tracked: older checkpoints lack it and load as 0. Statistics as made count as none.
+        new.unclamped_var.copy_(new.running_var)
+        trained = (old.get_buffer("running_mean") != 0).any() | (old.get_buffer("running_var") != 1).any()
+        images = getattr(old, "num_batches_tracked", torch.tensor(0)).clamp_min(CLAMP_IMAGES)   # at least 1 in a batch
+        new.seen.copy_(images * trained)
+        new.count.copy_(CARRIED_COUNT * trained)

@@ -12,18 +12,34 @@ The graph keeps x, and in `kept` all else that the backward pass needs, copied b
 the weight, and the running statistics of before, from which a second derivative is computed by the definition.
 """
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from norms.fast.dispatch import bare, refuse_many
-from norms.fast.kernels import channels_last, laid_out_as, ordinary, pointers
+from norms.fast.kernels import Kernels, channels_last, laid_out_as, ordinary, pointers
 from norms.fast.repeats import repeating, state
-from norms.moments import all_but_channels, averaged_gradients, merge_moments, moments, per_channel, scale_shift
+from norms.moments import (
+    RunningNorm,
+    all_but_channels,
+    averaged_gradients,
+    merge_moments,
+    moments,
+    per_channel,
+    scale_shift,
+)
+
+if TYPE_CHECKING:       # these import this file
+    from norms.batch import BatchNorm
+    from norms.running import RunningBatchNorm
 
 STATE = ("running_mean", "running_var", "unclamped_var", "count", "seen")
 
 
-def batch_norm(norm, x, kernels):
+def batch_norm(norm: "BatchNorm", x: Tensor, kernels: Kernels) -> Tensor | None:
     """A step of `BatchNorm`, or None."""
     if not norm.training: return _evaluate(norm, x, kernels)
     buffers = norm._buffers                                             # an attribute is 10 times as slow
@@ -33,14 +49,14 @@ def batch_norm(norm, x, kernels):
     return _step(norm, x, kernels, "batch_norm", written, (norm.mom, norm.eps))
 
 
-def running_batch_norm(norm, x, kernels):
+def running_batch_norm(norm: "RunningBatchNorm", x: Tensor, kernels: Kernels) -> Tensor | None:
     """A step of `RunningBatchNorm`, or None."""
     if not norm.training: return _evaluate(norm, x, kernels)
     buffers = norm._buffers
     mean, var, hidden, count, seen = (buffers[name] for name in STATE)
     if not (_fit(norm, x, (mean, var, hidden)) and ordinary((count,), x.dtype, 1)
             and ordinary((seen,), torch.int64, 1)): return None
-    averages = ()
+    averages: tuple[Tensor, ...] = ()
     if norm.average_backward:
         averages = buffers["grad_mean"], buffers["grad_dot"]
         if not ordinary(averages, x.dtype, norm.nf): return None
@@ -50,14 +66,14 @@ def running_batch_norm(norm, x, kernels):
     return _step(norm, x, kernels, "running_batch_norm", [now[name] for name in STATE], rule, averages)
 
 
-def _fit(norm, x, statistics):
+def _fit(norm: RunningNorm, x: Tensor, statistics: Sequence[Tensor]) -> bool:
     """Whether `x` is for this norm, and the parameters and `statistics` are memory as the kernels take it."""
     nf, dtype, parameters = norm.nf, x.dtype, norm._parameters
     affine = () if parameters["weight"] is None else (parameters["weight"], parameters["bias"])
     return x.shape[1] == nf and ordinary(affine, dtype, nf) and ordinary(statistics, dtype, nf)
 
 
-def _evaluate(norm, x, kernels):
+def _evaluate(norm: RunningNorm, x: Tensor, kernels: Kernels) -> Tensor | None:
     """Evaluation where nobody asks for a gradient, else None."""
     weight, bias = norm._parameters["weight"], norm._parameters["bias"]
     statistics = norm._buffers["running_mean"], norm._buffers["running_var"]
@@ -70,13 +86,15 @@ def _evaluate(norm, x, kernels):
     return y
 
 
-def _step(norm, x, kernels, name, written, numbers, averages=()):
+def _step(norm: RunningNorm, x: Tensor, kernels: Kernels, name: str, written: list[Tensor], numbers: tuple[float, ...],
+          averages: tuple[Tensor, ...] = ()) -> Tensor:
     function = _AveragedStep if averages else _Step
     parameters = norm._parameters
-    return function.apply(x, parameters["weight"], parameters["bias"], kernels, name, written, numbers, averages)
+    y: Tensor = function.apply(x, parameters["weight"], parameters["bias"], kernels, name, written, numbers, averages)
+    return y
 
 
-def _sizes(x):
+def _sizes(x: Tensor) -> tuple[int, int, int]:
     """`x` as the kernels see it, (N, C, positions); one that is channels last as (N positions, C, 1)."""
     n, c = x.shape[0], x.shape[1]
     return (n, c, x.numel() // (n * c)) if x.is_contiguous() else (x.numel() // c, c, 1)
@@ -86,7 +104,8 @@ class _Step(torch.autograd.Function):
     """`name` is the kernel's, `written` the tensors that it updates, `numbers` its settings, eps the last."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, kernels, name, written, numbers, averages):
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, kernels: Kernels, name: str,
+                written: list[Tensor], numbers: tuple[float, ...], averages: tuple[Tensor, ...]) -> Tensor:
         y, kept = torch.empty_like(x), x.new_empty(5 * x.shape[1] + 2)
         getattr(kernels, name)(*pointers(x, weight, bias, y, kept, *written), *_sizes(x), *numbers)
         increment_version(written)
@@ -95,7 +114,7 @@ class _Step(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         # A gradient that will be differentiated in turn, many in one, or an x that came back as something else.
         if torch.is_grad_enabled() or not bare(g, x): return *_by_definition(ctx, x, g), *[None] * 5
@@ -107,7 +126,7 @@ class _AveragedStep(_Step):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         refuse_many(g)
         increment_version(ctx.kept[-1])
@@ -120,7 +139,7 @@ class _AveragedStep(_Step):
         return gx, *(None if t is None else s for t, s in zip(ctx.of, affine, strict=True)), *[None] * 5
 
 
-def _by_kernel(ctx, x, g):
+def _by_kernel(ctx: Any, x: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
     kernels, kept, _, eps, averages = ctx.kept
     if not (x.is_contiguous() or channels_last(x)): x = x.contiguous()      # a hook may have given it back otherwise
     g, gx = laid_out_as(g, x), torch.empty_like(x)
@@ -129,20 +148,22 @@ def _by_kernel(ctx, x, g):
     return gx, gw, gb
 
 
-def _by_definition(ctx, x, g):
+def _by_definition(ctx: Any, x: Tensor, g: Tensor) -> list[Tensor | None]:
     _, kept, running, eps, _ = ctx.kept
+    weight, bias = ctx.of
     (_, _, weight_then, old_mean, old_var), a, floor = kept[:-2].view(5, -1), kept[-2], kept[-1]
 
-    def define(x, weight, bias):
+    def define(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         mean, var, centred = moments(x, all_but_channels(x))
         if running:
-            mean, var = merge_moments(*(per_channel(t, x.ndim) for t in (old_mean, old_var)), mean, var, a)
+            mean, var = merge_moments(per_channel(old_mean, x.ndim), per_channel(old_var, x.ndim), mean, var, a)
             centred, var = x - mean, var.clamp_min(floor)
         return scale_shift(centred, var, eps, per_channel(weight, x.ndim), per_channel(bias, x.ndim))
-    return differentiable(define, x, *ctx.of, weight_then, g)
+    return differentiable(define, x, weight, bias, weight_then, g)
 
 
-def differentiable(define, x, weight, bias, weight_then, g):
+def differentiable(define: Callable[[Tensor, Tensor | None, Tensor | None], Tensor], x: Tensor, weight: Tensor | None,
+                   bias: Tensor | None, weight_then: Tensor | None, g: Tensor) -> list[Tensor | None]:
     """The gradients of x, weight and bias by autograd, as functions of x, weight and g to be differentiated in turn.
 
     `weight` lends its place in the graph, `weight_then` its values: it may have been written since.
@@ -150,7 +171,7 @@ def differentiable(define, x, weight, bias, weight_then, g):
     wanted = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        w = None if weight is None else weight_then.view_as(weight) + (weight - weight.detach())
+        w = None if weight is None or weight_then is None else weight_then.view_as(weight) + (weight - weight.detach())
         y = define(x, w, bias)
     found = iter(torch.autograd.grad(y, wanted, g, create_graph=again))
     return [next(found) if t is not None and t.requires_grad else None for t in (x, weight, bias)]

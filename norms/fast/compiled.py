@@ -12,6 +12,7 @@ have to start from statistics that are gone. The compiler makes one call of all 
 """
 
 import torch
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -22,7 +23,7 @@ _library.define("owned(Tensor buffer) -> Tensor")
 for _name in ("repeated", "once"): _library.define(f"{_name}(Device device) -> Tensor")
 
 
-def _owned(buffer):
+def _owned(buffer: Tensor) -> Tensor:
     """Runs while the compiler makes its graph, and leaves nothing there but a marked copy.
 
     The copy is a maximum, for the compiler may take a `clone` for nothing and hand the buffer on.
@@ -39,10 +40,10 @@ def _owned(buffer):
 _library.impl("owned", _owned, "CompositeImplicitAutograd")
 
 
-def _repeated(device): return torch.full((), in_backward(), device=device)
+def _repeated(device: torch.device) -> Tensor: return torch.full((), in_backward(), device=device)
 
 
-def _once(device):
+def _once(device: torch.device) -> Tensor:
     if in_backward():
         raise RuntimeError("checkpointing repeats a compiled function in which a running norm trains: the norm would "
                            "have to start from running statistics that are gone. Put the checkpoint inside of what is "
@@ -51,7 +52,7 @@ def _once(device):
     return torch.full((), False, device=device)
 
 
-def _answer(device): return torch.empty((), dtype=torch.bool, device=device)
+def _answer(device: torch.device) -> Tensor: return torch.empty((), dtype=torch.bool, device=device)
 
 
 for _name, _f in (("repeated", _repeated), ("once", _once)):
@@ -59,12 +60,12 @@ for _name, _f in (("repeated", _repeated), ("once", _once)):
     torch.library.register_fake(f"runnernorms::{_name}", _answer, lib=_library)
 
 
-def owned(buffer):
+def owned(buffer: Tensor) -> Tensor:
     """A copy of `buffer` for the graph of this step: what writes to the buffer later changes no gradient."""
     return torch.ops.runnernorms.owned(buffer) if _compiled() else buffer.clone()
 
 
-def write(buffer, value, refuse=False):
+def write(buffer: Tensor, value: Tensor, refuse: bool = False) -> None:
     """Set `buffer` to `value`, in place; in a compiled step that is repeated leave it, or with `refuse` raise."""
     if _compiled():
         asked = torch.ops.runnernorms.once if refuse else torch.ops.runnernorms.repeated
@@ -72,4 +73,4 @@ def write(buffer, value, refuse=False):
     buffer.copy_(value)
 
 
-def _compiled(): return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+def _compiled() -> bool: return torch.compiler.is_compiling() and not torch.compiler.is_exporting()

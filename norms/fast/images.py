@@ -9,15 +9,20 @@ One group is layer norm, as many as channels is instance norm. The graph keeps x
 copy of the weight.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from norms.fast.channels import differentiable
 from norms.fast.dispatch import bare
-from norms.fast.kernels import channels_last, ordinary, pointers
-from norms.moments import moments, scale_shift
+from norms.fast.kernels import Kernels, channels_last, ordinary, pointers
+from norms.moments import Norm, moments, scale_shift
+
+Sizes = tuple[int, int, int, int, int, int]     # see `_GroupStep`
 
 
-def group_norm(norm, x, kernels, images, groups, affine):
+def group_norm(norm: Norm, x: Tensor, kernels: Kernels, images: int, groups: int, affine: int | None) -> Tensor | None:
     """A step of a norm whose statistics are an image's own, or None.
 
     Args:
@@ -36,7 +41,8 @@ def group_norm(norm, x, kernels, images, groups, affine):
     # Where all of an image's values are treated alike, their layout is no matter. Otherwise two copies are cheaper
     # than the definition.
     if x.is_contiguous() or (groups == 1 and sizes[4] == 0 and images == x.shape[0]):
-        return _GroupStep.apply(x, weight, bias, kernels, sizes, norm.eps)
+        y: Tensor = _GroupStep.apply(x, weight, bias, kernels, sizes, norm.eps)
+        return y
     y = _GroupStep.apply(x.contiguous(), weight, bias, kernels, sizes, norm.eps)
     return y.contiguous(memory_format=torch.channels_last)
 
@@ -47,7 +53,8 @@ class _GroupStep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, kernels, sizes, eps):
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, kernels: Kernels, sizes: Sizes,
+                eps: float) -> Tensor:
         y, kept = torch.empty_like(x), x.new_empty(2 * sizes[0] * sizes[1])
         kernels.group_norm(*pointers(x, weight, bias, y, kept), *sizes, eps)
         ctx.save_for_backward(x)
@@ -56,13 +63,15 @@ class _GroupStep(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         kernels, kept, then, sizes, eps = ctx.kept
         # A gradient that will be differentiated in turn, many in one, or an x that came back as something else.
         if torch.is_grad_enabled() or not bare(g, x):
-            def define(x, weight, bias): return _define(x, weight, bias, sizes, eps)
-            return *differentiable(define, x, *ctx.of, then, g), None, None, None
+            def define(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+                return _define(x, weight, bias, sizes, eps)
+            weight, bias = ctx.of
+            return *differentiable(define, x, weight, bias, then, g), None, None, None
         # `x` has the layout of the forward, or comes from a hook in another one, which is as good: values that have one
         # affine map, and one group, may come in any order. All others were contiguous.
         flat = sizes[1] == 1 and sizes[4] == 0 and channels_last(x)
@@ -74,11 +83,11 @@ class _GroupStep(torch.autograd.Function):
         return gx, gw, gb, None, None, None
 
 
-def _define(x, weight, bias, sizes, eps):
+def _define(x: Tensor, weight: Tensor | None, bias: Tensor | None, sizes: Sizes, eps: float) -> Tensor:
     """The definition, on the groups' values in a row: `(N, G, values)` with an affine map of `(1, G, values)`."""
     images, groups, rows, row, of_row, each = sizes
     _, var, centred = moments(x.reshape(images, groups, rows * row), (2,))      # (N, G, 1) for var
-    if weight is not None and of_row:
+    if weight is not None and bias is not None and of_row:
         shared = 1 if each else row                                             # values that share one of a weight
         weight, bias = (t.reshape(1, groups, -1, 1).expand(-1, -1, -1, shared).flatten(2) for t in (weight, bias))
     return scale_shift(centred, var, eps, weight, bias).view(x.shape)

@@ -11,12 +11,16 @@ environment variable `NORMS_KERNELS` is 0 at the time of the import.
 
 import ctypes
 import os
+from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+Kernels: TypeAlias = SimpleNamespace     # the functions of `kernels.c` for one dtype, by their names
 
 GRAIN = 32768   # values; torch's own kernels give a thread no fewer (at::internal::GRAIN_SIZE)
 THREADS = 2     # of torch's, to which one of ours comes up
@@ -27,9 +31,9 @@ _POINTERS_INTS_FLOATS = {"evaluate": (6, 3, 1), "batch_norm": (8, 3, 2), "runnin
                          "channel_backward": (8, 3, 1), "group_norm": (5, 6, 1), "group_backward": (7, 6, 0)}
 
 
-def load(folder=Path(__file__).parent):
+def load(folder: Path = Path(__file__).parent) -> dict[torch.dtype, Kernels]:
     """The kernels in `folder` by their tensors' dtype, `{dtype: namespace of functions}`; {} if there are none."""
-    files = [f for suffix in EXTENSION_SUFFIXES if (f := folder / f"_kernels{suffix}").exists()]
+    files = [file for suffix in EXTENSION_SUFFIXES if (file := folder / f"_kernels{suffix}").exists()]
     if not files or os.environ.get("NORMS_KERNELS") == "0": return {}
     try:
         library = ctypes.CDLL(str(files[0]))
@@ -50,7 +54,7 @@ KERNELS = load()
 AVAILABLE = bool(KERNELS)
 
 
-def kernels_for(x):
+def kernels_for(x: Tensor) -> Kernels | None:
     """The kernels for a step on `x`, an ordinary tensor on a CPU; None where the definition is to run.
 
     `x` must be contiguous or channels last.
@@ -60,24 +64,25 @@ def kernels_for(x):
     return kernels if x.is_contiguous() or channels_last(x) else None
 
 
-def channels_last(x):
+def channels_last(x: Tensor) -> bool:
     """Whether `x` `(N, C, H, W)` is laid out `(N, H, W, C)`."""
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def ordinary(tensors, dtype, size):
+def ordinary(tensors: Sequence[Any], dtype: torch.dtype, size: int) -> bool:
     """Whether all `tensors` are plain, contiguous, on a CPU, of this dtype and so many values: memory to be used."""
+    # Of anything, for it looks at the type first.
     for t in tensors:                                                   # a loop: `all(...)` takes twice as long
         if not (type(t) in _ORDINARY and t.dtype is dtype and t.numel() == size and t.is_cpu and t.is_contiguous()):
             return False
     return True
 
 
-def pointers(*tensors):
+def pointers(*tensors: Tensor | None) -> list[int | None]:
     """The addresses of the tensors' values; None, C's null pointer, for None."""
     return [None if t is None else t.data_ptr() for t in tensors]
 
 
-def laid_out_as(t, x):
+def laid_out_as(t: Tensor, x: Tensor) -> Tensor:
     """`t`, of the shape of `x`, in the memory layout of `x`, which is contiguous or channels last."""
     return t.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)

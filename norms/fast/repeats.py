@@ -15,10 +15,17 @@ Segments may be nested: a forward can be the repetition of one and the first of 
 """
 
 import sys
+from collections.abc import Hashable
+from types import FrameType
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.utils import checkpoint
+
+from norms.fast.kernels import Kernels
+from norms.moments import RunningNorm
 
 # Private names of torch. Without one of them repetitions can't be told apart, and `state` refuses them.
 _Frame = getattr(checkpoint, "_CheckpointFrame", ())
@@ -26,12 +33,12 @@ _graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)       # -1
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
 
 
-def in_backward():
+def in_backward() -> bool:
     """Whether a backward pass is under way."""
     return _graph_task() != -1
 
 
-def repeating():
+def repeating() -> bool:
     """Whether this training forward repeats one that was there before, and so may change no state.
 
     Within a backward pass every forward is taken for a repetition, also by means that torch has no object for.
@@ -40,7 +47,7 @@ def repeating():
     return in_backward() or _segments()[1] is not None
 
 
-def state(norm):
+def state(norm: RunningNorm) -> dict[str, Tensor]:
     """The buffers that this forward of `norm` reads and in training writes, by name; in a repetition, what they were.
 
     An evaluation may be repeated after they have changed, too.
@@ -62,7 +69,7 @@ def state(norm):
     return _copy(then) if repeats else then
 
 
-def same_way(norm, kernels):
+def same_way(norm: nn.Module, kernels: Kernels | None) -> Kernels | None:
     """The `kernels` to take this forward of `norm`, or None; in a repetition those of the first forward.
 
     The two must save the same tensors, and the choice depends on the number of threads, which may have changed.
@@ -75,22 +82,23 @@ def same_way(norm, kernels):
     return kernels
 
 
-def _usual():
+def _usual() -> bool:
     """Whether this is no forward that can be, or ever be, repeated: most are of this kind, and this is quick."""
     return not in_backward() and torch.is_grad_enabled() and _top_hooks(True) is None
 
 
-def _copy(buffers):
+def _copy(buffers: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().clone() for name, t in buffers.items()}
 
 
-def _firsts(segment):
+def _firsts(segment: Any) -> dict[Hashable, list[Any]]:
     """What the first forwards in this segment left, in their order: `{norm: [its buffers before, by name]}`."""
     if not hasattr(segment, "_norms_first"): segment._norms_first, segment._norms_repeated = {}, {}
-    return segment._norms_first
+    found: dict[Hashable, list[Any]] = segment._norms_first
+    return found
 
 
-def _recall(segment, norm, key):
+def _recall(segment: Any, norm: Hashable, key: Hashable) -> Any:
     """What the forward of `norm` in `segment` left that is now done again, or None.
 
     `key` is that of the repetition: a second backward pass does the segment again from its beginning.
@@ -102,9 +110,10 @@ def _recall(segment, norm, key):
     return found[k] if k < len(found) else None
 
 
-def _segments():
+def _segments() -> tuple[list[Any], Any, Hashable]:
     """The segments that this forward is in for the first time; the innermost that is being done again, and its key."""
-    first, frame = _from_hooks(), sys._getframe(2)
+    first = _from_hooks()
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
         if code.co_name == "unpack_hook":
@@ -119,7 +128,7 @@ def _segments():
     return first, None, None
 
 
-def _from_hooks():
+def _from_hooks() -> list[Any]:
     """The `_CheckpointFrame`s whose first forward this is, within the innermost that is being done again.
 
     The hooks are a stack of which only the top is in sight: they are taken off one by one, and put back.

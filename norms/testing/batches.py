@@ -1,14 +1,28 @@
 """The checks of batches that are small, ragged, empty, or hold a NaN."""
 
 import torch
+from torch import Tensor
 
-from norms.testing.case import GRAD, OUT, Checks, NotForThisNorm, buffers, draw, finite, mode, refused, state, step
+from norms.testing.case import (
+    GRAD,
+    OUT,
+    Case,
+    Checks,
+    NotForThisNorm,
+    buffers,
+    draw,
+    finite,
+    mode,
+    refused,
+    state,
+    step,
+)
 
 check = Checks()
 
 
 @check("one image")
-def one_image(case):
+def one_image(case: Case) -> None:
     if case.rank == 2: raise NotForThisNorm("an image of 2-D input is one element per channel, the next check")
     norm = case.make()
     for seed in range(3): finite(step(norm, case.x(seed, n=1)), f"in training, step {seed + 1}")
@@ -16,7 +30,7 @@ def one_image(case):
 
 
 @check("one element per channel")
-def one_element(case):
+def one_element(case: Case) -> None:
     for rank in case.dims:
         norm = case.make()
         for seed in range(3): finite(step(norm, draw((1, case.nf, *[1] * (rank - 2)), seed)), f"on {rank}-D input")
@@ -24,7 +38,7 @@ def one_element(case):
 
 
 @check("ragged batches")
-def ragged(case):
+def ragged(case: Case) -> None:
     norm = case.make()
     for seed, n in enumerate((4, 2, 5, 8, 3)):
         x = case.x(seed, n)
@@ -35,11 +49,11 @@ def ragged(case):
 
 
 @check("an empty batch is refused in training")
-def empty_batch(case): refused(case, case.x(1, n=0), r"empty|\b0\b|no values", modes=(True,))
+def empty_batch(case: Case) -> None: refused(case, case.x(1, n=0), r"empty|\b0\b|no values", modes=(True,))
 
 
 @check("NaN input comes out as NaN")
-def nan_input(case):
+def nan_input(case: Case) -> str:
     # A norm that makes a number of it hides a diverged run; one that raises stops a run that skips such steps.
     norm, x, first = case.make(2), case.x(1), (0,) * case.rank
     x[first] = torch.nan
@@ -50,16 +64,17 @@ def nan_input(case):
     return f"{y.isnan().sum()} of {y.numel()} outputs" + (f"; it stays in {', '.join(kept)}" if kept else "")
 
 
-def apart(case, training, axis):
+def apart(case: Case, training: bool, axis: int) -> bool:
     """Whether the norm keeps what stands along `axis` apart: found by a change of its first entry."""
     x = case.x(1)
     x.select(axis, 0).mul_(3).add_(1)
-    before, after = (case.make(2).train(training)(t).detach() for t in (case.x(1), x))
-    return torch.allclose(*(y.narrow(axis, 1, y.shape[axis] - 1) for y in (before, after)), rtol=1e-5, atol=1e-5)
+    ys: list[Tensor] = [case.make(2).train(training)(t).detach() for t in (case.x(1), x)]
+    before, after = (y.narrow(axis, 1, y.shape[axis] - 1) for y in ys)
+    return torch.allclose(before, after, rtol=1e-5, atol=1e-5)
 
 
 @check("what is not finite stays in its image or channel")
-def stays_apart(case):
+def stays_apart(case: Case) -> str:
     remark = ""
     for training in (True, False):
         axes = [axis for axis in (0, 1) if apart(case, training, axis)]

@@ -1,22 +1,24 @@
 """The checks of a norm's buffers: each is one tensor for good, which training writes in place."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from norms.testing.case import OUT, Checks, NotForThisNorm, agree, buffers, in_place, places, state, step
+from norms.testing.case import OUT, Case, Checks, NotForThisNorm, agree, buffers, in_place, places, state, step
 
 check = Checks()
 
 
-def guarded(norm, x, guard):
+def guarded(norm: nn.Module, x: Tensor, guard: Callable[[], AbstractContextManager[object]]) -> None:
     with guard(): norm(x)
 
 
 # steps that must leave a buffer where it is
-STEPS = {
+STEPS: dict[str, Callable[[nn.Module, Tensor], object]] = {
     "a training step": step,
     "a step without gradients": partial(guarded, guard=torch.no_grad),
     "a step in inference_mode": partial(guarded, guard=torch.inference_mode),
@@ -29,7 +31,7 @@ STEPS = {
 
 
 @check("buffers are written in place")
-def written_in_place(case):
+def written_in_place(case: Case) -> None:
     norm = case.make(2)
     before = buffers(norm)
     if not before: raise NotForThisNorm("it has no buffers")
@@ -49,7 +51,7 @@ def written_in_place(case):
 
 
 @check("training in inference_mode leaves the norm as it should")
-def after_inference_mode(case):
+def after_inference_mode(case: Case) -> None:
     for what in ("training", "evaluation", "training after load_state_dict"):
         norm, twin = case.make(), case.make()           # new ones: they may set things up in their first forward
         for m, guard in ((norm, torch.inference_mode), (twin, torch.no_grad)):
@@ -61,7 +63,7 @@ def after_inference_mode(case):
 
 
 @check("torch.export in training mode updates the buffers")
-def exports_training(case):
+def exports_training(case: Case) -> None:
     norm, eager = case.make(2), case.make(2)
     before = buffers(norm)
     program = torch.export.export(nn.Sequential(norm), (case.x(1),)).module()

@@ -1,17 +1,19 @@
 """The checks of what a forward pass leaves to its backward pass."""
 
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
+from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
-from norms.testing.case import Checks, NotForThisNorm, agree, buffers, draw, mode, state, step
+from norms.testing.case import Case, Checks, NotForThisNorm, agree, buffers, draw, mode, state, step
 
 check = Checks()
 
 
 @check("two forwards, then one backward")
-def two_forwards(case):
+def two_forwards(case: Case) -> None:
     norm, twin = case.make(2), case.make(2)
     xs = [case.x(seed).requires_grad_() for seed in (1, 2)]
     ys = [norm(x) for x in xs]
@@ -23,33 +25,33 @@ def two_forwards(case):
     agree(dict(zip(names, got, strict=True)), dict(zip(names, want, strict=True)), "from two separate steps", 1e-4)
 
 
-def other(t): return t * 2 + 3
+def other(t: Tensor) -> Tensor: return t * 2 + 3
 
 
-def overwrite(tensors):
+def overwrite(tensors: Iterable[Tensor]) -> None:
     """As a broadcast from another process or an optimizer's step does."""
     with torch.no_grad():
         for t in tensors: t.copy_(other(t))
 
 
-def overwrite_data(tensors):
+def overwrite_data(tensors: Iterable[Tensor]) -> None:
     """The same where autograd can't see it."""
     for t in tensors: t.data.copy_(other(t.data))
 
 
-def swap(norm):
+def swap(norm: nn.Module) -> None:
     """Put new tensors in the buffers' places, and use the old ones' memory for something else."""
     old = list(norm.buffers())
     norm.load_state_dict({k: other(b) for k, b in buffers(norm).items()}, strict=False, assign=True)
     overwrite_data(old)
 
 
-BUFFER_CHANGES = {
+BUFFER_CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "written under no_grad": lambda norm: overwrite(norm.buffers()),
     "written through .data": lambda norm: overwrite_data(norm.buffers()),
     "loaded": lambda norm: norm.load_state_dict({k: other(b) for k, b in buffers(norm).items()}, strict=False),
     "swapped": swap}
-WEIGHT_CHANGES = {
+WEIGHT_CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "written under no_grad": lambda norm: overwrite(norm.parameters()),
     "loaded": lambda norm: norm.load_state_dict({k: other(p.detach()) for k, p in norm.named_parameters()},
                                                 strict=False),
@@ -57,7 +59,7 @@ WEIGHT_CHANGES = {
 
 
 @check("buffers may change before the backward")
-def owns_statistics(case):
+def owns_statistics(case: Case) -> None:
     if not buffers(case.make()): raise NotForThisNorm("it has no buffers")
     for training in (True, False):
         want = step(case.make(2).train(training), case.x(1))
@@ -69,7 +71,7 @@ def owns_statistics(case):
 
 
 @check("weights may change before the backward")
-def owns_weights(case):
+def owns_weights(case: Case) -> str | None:
     if not any(True for _ in case.make().parameters()): raise NotForThisNorm("it has no parameters")
     loud, unseen = set(), set()
     for training in (True, False):
@@ -88,13 +90,13 @@ def owns_weights(case):
     return "refused by torch's error" + (", but unnoticed through .data" if unseen else "")
 
 
-def packed():
+def packed() -> saved_tensors_hooks:
     """Hooks that keep contiguous copies, as `save_on_cpu` does on a GPU with pinned memory."""
     return saved_tensors_hooks(lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t), lambda t: t)
 
 
 @check("saved tensors through hooks, as by save_on_cpu")
-def packs_saved(case):
+def packs_saved(case: Case) -> None:
     formats = [torch.contiguous_format] + [torch.channels_last] * (case.rank == 4)
     for training in (True, False):
         for layout in formats:
@@ -103,20 +105,22 @@ def packs_saved(case):
             for hooks in (save_on_cpu, packed):
                 norm = case.make(2).train(training)
 
-                def call(x, norm=norm, hooks=hooks):
-                    with hooks(): return norm(x)
+                def call(x: Tensor, norm: nn.Module = norm, hooks: Callable[[], saved_tensors_hooks] = hooks) -> Tensor:
+                    with hooks():
+                        y: Tensor = norm(x)
+                        return y
                 agree(step(norm, x(), call), want, f"{mode(training)} under {hooks.__name__}, {layout}", 1e-5)
 
 
 @check("a backward changes nothing and repeats itself")
-def backward_is_pure(case):
+def backward_is_pure(case: Case) -> None:
     for training in (True, False):
         norm, x = case.make(2).train(training), case.x(1).requires_grad_()
         y = norm(x)
         before, wanted, g = {**buffers(norm), **state(norm)}, [x, *norm.parameters()], draw(y.shape, 99).to(y)
-        first, second = (dict(enumerate(torch.autograd.grad(y, wanted, g, retain_graph=True, allow_unused=True,
-                                                            materialize_grads=True))) for _ in range(2))
+        first, second = (torch.autograd.grad(y, wanted, g, retain_graph=True, allow_unused=True, materialize_grads=True)
+                         for _ in range(2))
         agree({**buffers(norm), **state(norm)}, before, f"after two backwards {mode(training)}")
-        names = dict(enumerate(["the input's gradient", *(f"the gradient of {k}" for k, _ in norm.named_parameters())]))
-        first, second = ({names[i]: t for i, t in found.items()} for found in (first, second))
-        agree(second, first, f"in a second backward {mode(training)}")
+        names = ["the input's gradient", *(f"the gradient of {k}" for k, _ in norm.named_parameters())]
+        got, want = (dict(zip(names, found, strict=True)) for found in (second, first))
+        agree(got, want, f"in a second backward {mode(training)}")

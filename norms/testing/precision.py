@@ -1,22 +1,25 @@
 """The checks of half precision."""
 
+from collections.abc import Callable, Iterable
+
 import torch
+from torch import Tensor, nn
 
 from norms.moments import HALF
-from norms.testing.case import GRAD, OUT, Checks, NotForThisNorm, agree, buffers, finite, mode, step
+from norms.testing.case import GRAD, OUT, Case, Checks, NotForThisNorm, agree, buffers, finite, mode, step
 
 check = Checks()
 
 
 @check("half-precision input")
-def half_input(case):
+def half_input(case: Case) -> None:
     for dtype in HALF:
         for mean, spread in ((200, 300), (10, 1)):      # squares overflow float16; 8 bits don't hold mean and spread
             same_as_wide(case, dtype, mean, spread, lambda norm: norm)
 
 
 @check("a norm cast to half precision")
-def half_norm(case):
+def half_norm(case: Case) -> None:
     for dtype in HALF:
         norm = case.make(2).to(dtype)
         for training in (True, True, False):
@@ -26,15 +29,18 @@ def half_norm(case):
 
 
 @check("autocast")
-def autocast(case):
-    def cast(norm):
-        def call(x):
-            with torch.autocast(x.device.type, dtype=torch.bfloat16): return norm(x)
+def autocast(case: Case) -> None:
+    def cast(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+        def call(x: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, dtype=torch.bfloat16):
+                y: Tensor = norm(x)
+                return y
         return call
     for dtype in (torch.bfloat16, torch.float32): same_as_wide(case, dtype, 10, 1, cast)
 
 
-def same_as_wide(case, dtype, mean, spread, wrap):
+def same_as_wide(case: Case, dtype: torch.dtype, mean: float, spread: float,
+                 wrap: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> None:
     """Raise unless the norm, called through `wrap`, keeps an input's `dtype` and gives what it gives in float32."""
     norm, wide = case.make(2), case.make(2)
     for training in (True, False):
@@ -46,7 +52,7 @@ def same_as_wide(case, dtype, mean, spread, wrap):
 
 
 @check("half precision leaves the statistics wide")
-def statistics_stay_wide(case):
+def statistics_stay_wide(case: Case) -> None:
     before = {k: b for k, b in buffers(case.make(2)).items() if b.is_floating_point()}
     if not before: raise NotForThisNorm("it has no floating-point buffers")
     for dtype in HALF:
@@ -63,7 +69,7 @@ def statistics_stay_wide(case):
             stay_wide(norm, before, f"{when} and a step")
 
 
-def stay_wide(norm, names, when):
+def stay_wide(norm: nn.Module, names: Iterable[str], when: str) -> None:
     found = dict(norm.named_buffers())
     for k in names:
         if found[k].dtype in HALF: raise AssertionError(f"the buffer {k} is {found[k].dtype} {when}")

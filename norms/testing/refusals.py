@@ -1,12 +1,12 @@
 """The checks of inputs that a norm must refuse."""
 
-from norms.testing.case import Checks, NotForThisNorm, draw, refused, state
+from norms.testing.case import Case, Checks, NotForThisNorm, draw, refused, state
 
 check = Checks()
 
 
 @check("a wrong channel count is refused")
-def wrong_channels(case):
+def wrong_channels(case: Case) -> None:
     few, many = ((repr(norm), {k: v.shape for k, v in state(norm).items()})
                  for norm in map(case.factory, (case.nf, 2 * case.nf)))
     if few == many: raise NotForThisNorm("it is the same for every channel count")
@@ -15,4 +15,4 @@ def wrong_channels(case):
 
 
 @check("integer input is refused")
-def integer_input(case): refused(case, case.x(1).long(), "int64|long|integer")
+def integer_input(case: Case) -> None: refused(case, case.x(1).long(), "int64|long|integer")

@@ -1,16 +1,18 @@
 """The checks of a norm whose forward pass a backward pass does again: activation checkpointing."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from norms.testing.case import GRAD, OUT, Checks, agree, buffers, draw, state, step
+from norms.testing.case import GRAD, OUT, Case, Checks, Tensors, agree, buffers, draw, state, step
 
 check = Checks()
 
 
-def checkpointed(case):
+def checkpointed(case: Case) -> tuple[nn.Module, nn.Module, Tensors, Tensors]:
     """Two norms after the same step, the first with its forward recomputed in the backward, and what the steps gave."""
     recomputed, plain = case.make(2), case.make(2)
     got = step(recomputed, case.x(1), partial(checkpoint, recomputed, use_reentrant=False))
@@ -18,7 +20,7 @@ def checkpointed(case):
 
 
 @check("activation checkpointing counts a batch once")
-def checkpointing_counts_once(case):
+def checkpointing_counts_once(case: Case) -> None:
     recomputed, plain, *_ = checkpointed(case)
     # Not bit for bit: a norm may take other kernels where a forward pass will be done again.
     agree(state(recomputed), state(plain), "after a recomputed forward", 1e-5)
@@ -27,7 +29,7 @@ def checkpointing_counts_once(case):
 
 
 @check("activation checkpointing keeps the gradient")
-def checkpointing_keeps_gradient(case):
+def checkpointing_keeps_gradient(case: Case) -> None:
     *_, got, want = checkpointed(case)
     agree(got, want, "under checkpointing", 1e-5)
 
@@ -36,12 +38,13 @@ def checkpointing_keeps_gradient(case):
 KINDS, NESTED = ([False], [True]), ([False, False], [True, True], [False, True], [True, False])
 
 
-def wrapped(norm, kind):
-    for reentrant in kind: norm = partial(checkpoint, norm, use_reentrant=reentrant)
-    return norm
+def wrapped(norm: nn.Module, kind: Sequence[bool]) -> Callable[[Tensor], Tensor]:
+    call: Callable[[Tensor], Tensor] = norm
+    for reentrant in kind: call = partial(checkpoint, call, use_reentrant=reentrant)
+    return call
 
 
-def run(norm, call, xs, order):
+def run(norm: nn.Module, call: Callable[[Tensor], Tensor], xs: Sequence[Tensor], order: Sequence[int]) -> Tensors:
     """Forwards of `xs` by `call`, then their backwards in `order`: all outputs, gradients and the state, by name."""
     xs = [x.detach().requires_grad_() for x in xs]
     ys = [call(x) for x in xs]
@@ -53,7 +56,8 @@ def run(norm, call, xs, order):
     return {k: t.nan_to_num(-7, 8, -8) if t.is_floating_point() else t for k, t in found.items() if t is not None}
 
 
-def repeats(case, xs, orders, when, kinds=KINDS):
+def repeats(case: Case, xs: Sequence[Tensor], orders: Sequence[Sequence[int]], when: str,
+            kinds: Sequence[Sequence[bool]] = KINDS) -> None:
     """Raise unless checkpointed forwards of `xs`, with their backwards in any of the `orders`, are as plain ones."""
     for order in orders:
         plain = case.make(2)
@@ -66,23 +70,23 @@ def repeats(case, xs, orders, when, kinds=KINDS):
 
 
 @check("activation checkpointing of a batch that is not finite")
-def checkpointing_nan(case):
+def checkpointing_nan(case: Case) -> None:
     x = case.x(1)
     x[(0,) * case.rank] = torch.nan
     repeats(case, [case.x(2), x, case.x(3)], [(0, 1, 2), (2, 1, 0)], "with a NaN in the second of three batches")
 
 
 @check("activation checkpointing of the same batch twice")
-def checkpointing_twins(case):
+def checkpointing_twins(case: Case) -> None:
     # bit for bit the same, met in different states
     repeats(case, [case.x(1), case.x(2, mean=3), case.x(1)], [(0, 1, 2), (2, 1, 0)], "where a batch comes twice")
 
 
 @check("activation checkpointing of 20 batches before their backwards")
-def checkpointing_many(case):
+def checkpointing_many(case: Case) -> None:
     order = torch.randperm(20, generator=torch.Generator("cpu").manual_seed(1), device="cpu").tolist()
     repeats(case, [case.x(seed) for seed in range(20)], [order], "with 20 batches and their backwards shuffled")
 
 
 @check("activation checkpointing within activation checkpointing")
-def checkpointing_nested(case): repeats(case, [case.x(1), case.x(2)], [(0, 1), (1, 0)], "nested", NESTED)
+def checkpointing_nested(case: Case) -> None: repeats(case, [case.x(1), case.x(2)], [(0, 1), (1, 0)], "nested", NESTED)

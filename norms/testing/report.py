@@ -2,10 +2,10 @@
 
 import textwrap
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from norms.testing import batches, buffers, graphs, precision, refusals, repeats, states, transforms, values
-from norms.testing.case import RANKS, Case, NotForThisNorm
+from norms.testing.case import RANKS, Case, Factory, NotForThisNorm
 
 MODULES = values, precision, batches, states, buffers, graphs, transforms, repeats, refusals
 CHECKS = {name: f for module in MODULES for name, f in module.check.items()}
@@ -15,10 +15,10 @@ class Result(NamedTuple):
     """What one check found: its `name`, the `status` "ok", "FAIL" or "-", and a `message`, empty if all is said."""
 
     name: str
-    status: str
+    status: Literal["ok", "FAIL", "-"]
     message: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         text = f"{self.name}: {self.message}" if self.message else self.name
         return f"{self.status:<6}{textwrap.shorten(text, 240)}"
 
@@ -28,27 +28,28 @@ class Report:
     """What `check_norm` found on `norm`; true, as is `ok`, if nothing failed. `str(report)` is what was printed."""
 
     norm: str
-    results: list
+    results: list[Result]
 
     @property
-    def failed(self):
+    def failed(self) -> dict[str, str]:
         """The message of every check that failed, by its name."""
         return {r.name: r.message for r in self.results if r.status == "FAIL"}
 
     @property
-    def ok(self): return not self.failed
+    def ok(self) -> bool: return not self.failed
 
-    def __bool__(self): return self.ok
+    def __bool__(self) -> bool: return self.ok
 
-    def __str__(self): return "\n".join(map(str, (self.norm, *self.results, self.summary())))
+    def __str__(self) -> str: return "\n".join(map(str, (self.norm, *self.results, self.summary())))
 
-    def summary(self):
+    def summary(self) -> str:
         """One line: how many checks hold, fail and don't apply."""
         count = [sum(r.status == s for r in self.results) for s in ("ok", "FAIL", "-")]
         return "{} of {} hold, {} failed, {} not for this norm".format(count[0], sum(count), *count[1:])
 
 
-def check_norm(factory, *, nf=4, dims=RANKS, reference=None, strict=False):
+def check_norm(factory: Factory, *, nf: int = 4, dims: tuple[int, ...] | list[int] = RANKS,
+               reference: Factory | None = None, strict: bool = False) -> Report:
     """Try a norm on everything that training asks of one, and print a line per check.
 
     Everything runs on torch's default device: `with torch.device("cuda"): check_norm(...)` tries the norm there.
@@ -74,7 +75,7 @@ def check_norm(factory, *, nf=4, dims=RANKS, reference=None, strict=False):
     report = Report(" ".join(repr(case.make()).split()), [])
     print(report.norm)
     for name, f in CHECKS.items():
-        status = "ok"
+        status: Literal["ok", "FAIL", "-"] = "ok"
         try: message = f(case) or ""
         except NotForThisNorm as e: status, message = "-", f"not for this norm: {e}"
         except AssertionError as e: status, message = "FAIL", str(e)

@@ -5,13 +5,13 @@ import io
 
 import torch
 
-from norms.testing.case import Checks, NotForThisNorm, agree, finite, mode, state, step
+from norms.testing.case import Case, Checks, NotForThisNorm, agree, finite, mode, state, step
 
 check = Checks()
 
 
 @check("deepcopy after a training step")
-def deepcopies(case):
+def deepcopies(case: Case) -> None:
     norm = case.make(2)
     alive = norm(case.x(1).requires_grad_())    # with its graph: a copy may be taken before the backward
     twin = copy.deepcopy(norm)
@@ -24,7 +24,7 @@ def deepcopies(case):
 
 
 @check("state dict round trip in mid-training continues bit for bit")
-def state_dict_round_trip(case):
+def state_dict_round_trip(case: Case) -> None:
     norm, other = case.make(5), case.make(shift=1.0)
     file = io.BytesIO()
     torch.save(norm.state_dict(), file)
@@ -37,11 +37,12 @@ def state_dict_round_trip(case):
 
 
 @check("evaluation before training is finite")
-def untrained_evaluation(case): finite(step(case.make().eval(), case.x(1)), "in evaluation before any training")
+def untrained_evaluation(case: Case) -> None:
+    finite(step(case.make().eval(), case.x(1)), "in evaluation before any training")
 
 
 @check("evaluation leaves the state alone and repeats itself")
-def evaluation_is_pure(case):
+def evaluation_is_pure(case: Case) -> None:
     norm = case.make(2).eval()
     before = state(norm)
     first = step(norm, case.x(1))
@@ -50,7 +51,7 @@ def evaluation_is_pure(case):
 
 
 @check("evaluation uses the current affine weights")
-def current_weights(case):
+def current_weights(case: Case) -> None:
     # The statistics don't depend on the affine weights: a norm that had the new ones all along gives what is due.
     norm, want = case.make(2).eval(), case.make(2, shift=1.0).eval()
     if not any(True for _ in norm.parameters()): raise NotForThisNorm("it has no parameters")

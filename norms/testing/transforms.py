@@ -3,15 +3,30 @@
 import re
 
 import torch
+from torch import Tensor, nn
 from torch.func import functional_call
 
-from norms.testing.case import GRAD, Checks, NotForThisNorm, agree, buffers, draw, in_place, mode, places, state, step
+from norms.testing.case import (
+    GRAD,
+    Case,
+    Checks,
+    NotForThisNorm,
+    Tensors,
+    agree,
+    buffers,
+    draw,
+    in_place,
+    mode,
+    places,
+    state,
+    step,
+)
 
 check = Checks()
 
 
 @check("torch.compile(fullgraph=True) compiles once")
-def compiles_once(case):
+def compiles_once(case: Case) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend  # here and not above: it takes two seconds
     norm, eager = case.make(), case.make()
     there = places(norm)
@@ -33,17 +48,17 @@ def compiles_once(case):
     finally: torch.compiler.reset()
 
 
-def func_grad(norm, x, *inputs):
+def func_grad(norm: nn.Module, x: Tensor, *inputs: Tensors) -> Tensors:
     """The gradients of `step` by `torch.func.grad`, the buffers captured or handed in as inputs."""
-    def loss(params, x, *inputs):
-        y = functional_call(norm, (params, *inputs), (x,))
+    def loss(params: Tensors, x: Tensor, *inputs: Tensors) -> Tensor:
+        y: Tensor = functional_call(norm, (params, *inputs), (x,))
         return (y * draw(y.shape, 99).to(y)).sum()
     grads, gx = torch.func.grad(loss, (0, 1))({k: p.detach() for k, p in norm.named_parameters()}, x, *inputs)
     return {GRAD: gx, **{f"the gradient of {k}": g for k, g in grads.items()}}
 
 
 @check("torch.func.grad equals autograd")
-def func_grad_of_parameters(case):
+def func_grad_of_parameters(case: Case) -> str | None:
     for training in (False, True):
         norm = case.make(2).train(training)
         before = state(norm)
@@ -55,10 +70,11 @@ def func_grad_of_parameters(case):
             return "in training refused: a running buffer would change in place"
         want = step(case.make(2).train(training), case.x(1))
         agree(got, {k: want[k] for k in got}, mode(training), 1e-4)
+    return None
 
 
 @check("torch.func.grad with the buffers as inputs equals autograd")
-def func_grad_of_buffers(case):
+def func_grad_of_buffers(case: Case) -> None:
     norm = case.make(2)
     if not buffers(norm): raise NotForThisNorm("it has no buffers")
     for training in (False, True):
