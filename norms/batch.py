@@ -49,7 +49,6 @@ class BatchNorm(RunningNorm):
 
     _version = 2    # of the state dict, as torch's: from 2 on it has num_batches_tracked
 
-    mom: float
     num_batches_tracked: Tensor
 
     def __init__(self, nf: int, mom: float = 0.1, eps: float = 1e-5, affine: bool = True, *, device: Device = None,

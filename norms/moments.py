@@ -183,6 +183,7 @@ class RunningNorm(Norm):
     """
 
     nf: int
+    mom: float
     running_mean: Tensor
     running_var: Tensor
     fresh: dict[str, float]

@@ -9,6 +9,7 @@ from torch.types import Device
 
 from norms import fast
 from norms.averaged import averaged_scale_shift
+from norms.fast.kernels import Kernels
 from norms.moments import RunningNorm, all_but_channels, merge_moments, moments, per_channel, scale_shift, wide
 
 CLAMP_IMAGES, CLAMP_VAR = 20, 0.01  # the lesson's: variance at least 0.01 until 20 images have been seen
@@ -82,7 +83,6 @@ class RunningBatchNorm(RunningNorm):
         RuntimeError: a training forward inside a backward pass that is no repetition of one before.
     """
 
-    mom: float
     rule: Literal["lesson", "per_image"]
     average_backward: bool
     unclamped_var: Tensor
@@ -204,4 +204,10 @@ class RunningBatchNorm(RunningNorm):
         return f"{self.nf}, mom={self.mom}, eps={self.eps}, rule={self.rule!r}{more}"
 
 
-fast.register(RunningBatchNorm, fast.running_batch_norm)
+def _launch(norm: RunningBatchNorm, x: Tensor, kernels: Kernels) -> Tensor | None:
+    b = x.shape[0]
+    rule = b, norm.batch_weight(b), norm.clamp_images, norm.clamp_var, norm.eps
+    return fast.running_batch_norm(norm, x, kernels, rule, norm.average_backward)
+
+
+fast.register(RunningBatchNorm, _launch)

@@ -13,7 +13,7 @@ the weight, and the running statistics of before, from which a second derivative
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,14 +32,10 @@ from norms.moments import (
     scale_shift,
 )
 
-if TYPE_CHECKING:       # these import this file
-    from norms.batch import BatchNorm
-    from norms.running import RunningBatchNorm
-
 STATE = ("running_mean", "running_var", "unclamped_var", "count", "seen")
 
 
-def batch_norm(norm: "BatchNorm", x: Tensor, kernels: Kernels) -> Tensor | None:
+def batch_norm(norm: RunningNorm, x: Tensor, kernels: Kernels) -> Tensor | None:
     """A step of `BatchNorm`, or None."""
     if not norm.training: return _evaluate(norm, x, kernels)
     buffers = norm._buffers                                             # an attribute is 10 times as slow
@@ -49,20 +45,19 @@ def batch_norm(norm: "BatchNorm", x: Tensor, kernels: Kernels) -> Tensor | None:
     return _step(norm, x, kernels, "batch_norm", written, (norm.mom, norm.eps))
 
 
-def running_batch_norm(norm: "RunningBatchNorm", x: Tensor, kernels: Kernels) -> Tensor | None:
-    """A step of `RunningBatchNorm`, or None."""
+def running_batch_norm(norm: RunningNorm, x: Tensor, kernels: Kernels, rule: tuple[float, ...],
+                       average_backward: bool) -> Tensor | None:
+    """A step of `RunningBatchNorm`, or None; `rule` are the kernel's numbers: images, their weight, the clamp, eps."""
     if not norm.training: return _evaluate(norm, x, kernels)
     buffers = norm._buffers
     mean, var, hidden, count, seen = (buffers[name] for name in STATE)
     if not (_fit(norm, x, (mean, var, hidden)) and ordinary((count,), x.dtype, 1)
             and ordinary((seen,), torch.int64, 1)): return None
     averages: tuple[Tensor, ...] = ()
-    if norm.average_backward:
+    if average_backward:
         averages = buffers["grad_mean"], buffers["grad_dot"]
         if not ordinary(averages, x.dtype, norm.nf): return None
-    images = x.shape[0]
     now = state(norm)
-    rule = images, norm.batch_weight(images), norm.clamp_images, norm.clamp_var, norm.eps
     return _step(norm, x, kernels, "running_batch_norm", [now[name] for name in STATE], rule, averages)
 
 
