@@ -4,22 +4,24 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Mapping, Sequence
 
 from experiments import EXPERIMENTS, TOOLS
 from experiments.errors import InputError, pick
 
 
-def listing():
+def listing() -> str:
     """The text that `python -m experiments` prints."""
     width = max(map(len, EXPERIMENTS | TOOLS))
 
-    def lines(entries): return [f"  {name:{width}}  {what} ({time})" for name, (_, what, time) in entries.items()]
+    def lines(entries: Mapping[str, tuple[str, str, str]]) -> list[str]:
+        return [f"  {name:{width}}  {what} ({time})" for name, (_, what, time) in entries.items()]
     return "\n".join(["usage: python -m experiments NAME [options]", "", "experiments (usual time on two cores):",
                       *lines(EXPERIMENTS), "", "tools:", *lines(TOOLS), "",
                       "python -m experiments NAME --help lists the options of one."])
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`; the exit status: 0, 1 (outside its tolerance), 2 (bad input), 130 (Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -32,7 +34,8 @@ def main(argv=None):
         parser = argparse.ArgumentParser(f"python -m experiments {name}", description=module.__doc__,
                                          formatter_class=argparse.RawDescriptionHelpFormatter)
         module.add_arguments(parser)
-        return module.main(parser.parse_args(argv[1:]))
+        status: int = module.main(parser.parse_args(argv[1:]))
+        return status
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -3,17 +3,23 @@
 import math
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence, Sized
 from itertools import pairwise
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from experiments.data import ImageData
 from experiments.errors import InputError
 from experiments.models import channels_last_, get_runner
-from experiments.results import Result, RunFolder, text_table
+from experiments.results import Result, Row, RunFolder, Summary, Table, Verdict, text_table
+from experiments.settings import Settings
 from runner import (
     AvgStatsCallback,
     BatchTransformXCallback,
+    Callback,
     CPUBackendCallback,
     CudaCallback,
     DataBunch,
@@ -34,10 +40,32 @@ SMALL_BATCH = 8     # images at most in a batch for which convolutions with chan
 VALID_BATCH = 250   # images at least in a batch of validation, which has nothing to learn from small ones
 WARM_UP = 0.3       # the part of training in which a rate of three stops goes from the first to the second
 
+Rate = float | Sequence[float]      # a learning rate, or its stops: see `schedule`
+Curve = TypeVar("Curve")
+
+
+class Data(Protocol):
+    """What an experiment is run on: an `ImageData`, or what has these of it, and a `str`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def notice(self) -> str: ...
+
+    @property
+    def train(self) -> Sized: ...
+
+    @property
+    def valid(self) -> Sized: ...
+
 
 # --- one arm ------------------------------------------------------------------------------------------------------
 
-def train(model, images, row, device, label, cbs=(), *, tfm=None, backend=None, drop_last=False, compile=False):
+def train(model: nn.Module, images: ImageData, row: Row, device: str | torch.device, label: str,
+          cbs: Iterable[Callback] = (), *, tfm: Callable[[Tensor], Tensor] | None = None,
+          backend: CPUBackendCallback | None = None, drop_last: bool = False,
+          compile: bool = False) -> tuple[list[Row], Row, list[float]]:
     """Train `model` as `row` says: `(rows per epoch, final row, training losses)`.
 
     Args:
@@ -57,19 +85,20 @@ def train(model, images, row, device, label, cbs=(), *, tfm=None, backend=None, 
     or "failed", with the error of a norm that refused its input.
     """
     order, device = torch.Generator().manual_seed(row["seed"]), torch.device(device)
-    dls = get_dls(images.train, images.valid, row["batch_size"], valid_bs=max(2 * row["batch_size"], VALID_BATCH),
-                  drop_last=drop_last, generator=order)
+    train_dl, valid_dl = get_dls(images.train, images.valid, row["batch_size"], drop_last=drop_last,
+                                 valid_bs=max(2 * row["batch_size"], VALID_BATCH), generator=order)
     rate, sched = schedule(row["lr"])
     convolutions = device.type == "cpu" and any(isinstance(m, nn.Conv2d) for m in model.modules())
     if convolutions and row["batch_size"] <= SMALL_BATCH: channels_last_(model)
     backend = backend or CPUBackendCallback()
-    learn, run = get_runner(model, DataBunch(*dls, images.c), rate, [
+    learn, run = get_runner(model, DataBunch(train_dl, valid_dl, images.c), rate, [
         Recorder(), AvgStatsCallback(accuracy), CudaCallback(device),
         BatchTransformXCallback(tfm or view_tfm(1, 28, 28)), ProgressCallback(label),
         *([backend] if convolutions else []), *([ParamScheduler("lr", sched)] if sched else []), *cbs],
         compile=compile)
     row = {**row, "parameters": sum(p.numel() for p in model.parameters())}
-    start, error = time.perf_counter(), None
+    start = time.perf_counter()
+    error: str | None = None
     # A norm that refuses its input (torch's batch norm does, one value per channel) is a row, not a crash.
     try: run.fit(row["epochs"], learn)
     except ValueError as e: error = str(e)
@@ -85,14 +114,14 @@ def train(model, images, row, device, label, cbs=(), *, tfm=None, backend=None, 
     return epochs, row, run.recorder.losses
 
 
-def check_batch_size(batch_size, images):
+def check_batch_size(batch_size: int, images: ImageData) -> None:
     """Raise unless the training images fill one batch."""
     if batch_size > len(images.train):
         raise InputError(f"batch size is {batch_size} and there are {len(images.train)} training images; take a "
                          "smaller batch size or a larger limit")
 
 
-def schedule(lr):
+def schedule(lr: Rate) -> tuple[float, Callable[[float], float] | None]:
     """The first rate and the schedule of the learning rate `lr`: `(rate, schedule or None)`.
 
     `lr` is a number, or the stops of a rate that is linear in between: `(start, end)`, or `(start, top, end)` with the
@@ -103,7 +132,7 @@ def schedule(lr):
     return lr[0], legs[0] if len(legs) == 1 else combine_scheds([WARM_UP, 1 - WARM_UP], legs)
 
 
-def windows(losses, n=100):
+def windows(losses: Sequence[float], n: int = 100) -> tuple[list[float], list[float]]:
     """Means of `losses` over `n` windows, with the step at the middle of each: `(steps, means)`."""
     size = max(1, len(losses) // n)
     starts = range(0, len(losses) - size + 1, size)
@@ -112,7 +141,10 @@ def windows(losses, n=100):
 
 # --- all arms -----------------------------------------------------------------------------------------------------
 
-def run_arms(experiment, config, data, arms, train_arm, *, header, judge, table, draw, published):
+def run_arms(experiment: str, config: Settings, data: Data, arms: list[tuple[str, int]],
+             train_arm: Callable[[str, int, str], tuple[list[Row], Row, Curve]], *, header: str,
+             judge: Callable[[list[Row], str, int], Verdict], table: Callable[[Summary], Table],
+             draw: Callable[[list[Row], dict[str, Curve], Path], None], published: object) -> Result:
     """Run `arms`, print as it goes, write the run folder: a `Result`.
 
     Args:
@@ -133,9 +165,11 @@ def run_arms(experiment, config, data, arms, train_arm, *, header, judge, table,
     folder = RunFolder(config.out, experiment, config, {"data": str(data), "published": published})
     picture = folder.path / f"{experiment.replace('-', '_')}.png"
     print(header, flush=True)
-    rows, curves, start, said, interrupted = [], {}, time.perf_counter(), -1, False
+    rows: list[Row] = []
+    curves: dict[str, Curve] = {}
+    start, said, interrupted = time.perf_counter(), -1.0, False
 
-    def summary():
+    def summary() -> Summary:
         complete = len(rows) == len(arms)
         reproduced, verdict = judge(rows, data.name, len(data.train)) if complete else (
             None, f"Not complete: {len(rows)} of {len(arms)} arms have finished.")
@@ -172,40 +206,40 @@ def run_arms(experiment, config, data, arms, train_arm, *, header, judge, table,
 
 # --- figures in words ---------------------------------------------------------------------------------------------
 
-def heading(data, what, *lines):
+def heading(data: Data, what: str, *lines: str) -> str:
     """The lines above the first arm: a notice if there is one, the data, the network `what`, and further lines."""
     notice = [f"{'*' * 79}\n{data.notice}\n{'*' * 79}"] if data.notice else []
     return "\n".join([*notice, f"data:    {data}", f"network: {what}", *lines])
 
 
-def seeds_and_device(config):
+def seeds_and_device(config: Settings) -> str:
     """These two settings, as the header has them."""
     return f"seeds {', '.join(map(str, config.seeds))}, device {config.device}"
 
 
-def by_arm(rows, key="arm"):
+def by_arm(rows: Sequence[Row], key: str = "arm") -> dict[str, list[Row]]:
     """`rows` grouped by their arm's name, in the order of its first: `{name: rows}`."""
     names = dict.fromkeys(r[key] for r in rows)
     return {name: [r for r in rows if r[key] == name] for name in names}
 
 
-def finite(accuracy):
+def finite(accuracy: float | None) -> float:
     """An accuracy, 0 where a run diverged to NaN."""
     return accuracy if accuracy is not None and math.isfinite(accuracy) else 0.0
 
 
-def mean(accuracies):
+def mean(accuracies: Sequence[float | None]) -> float:
     """Mean of accuracies; a run that diverged to NaN counts as 0 correct."""
     return sum(map(finite, accuracies)) / len(accuracies)
 
 
-def course(rows):
+def course(rows: Sequence[Row]) -> list[float]:
     """The validation accuracy after each epoch, the mean over one arm's `rows`, one per seed."""
     # not strict: a run that a norm refused has no epochs, and then there is no mean
     return [mean(accs) for accs in zip(*(r["valid_accuracies"] for r in rows), strict=False)]
 
 
-def measured(rows):
+def measured(rows: Sequence[Row]) -> list[str]:
     """The cells of one arm's `rows`, one per seed, under the headings `MEASURED`."""
     accs = [a for r in rows if (a := r["valid_accuracy"]) is not None and math.isfinite(a)]
     losses = [math.nan if r["valid_loss"] is None else r["valid_loss"] for r in rows]
@@ -215,12 +249,12 @@ def measured(rows):
             statuses(rows)]
 
 
-def statuses(rows):
+def statuses(rows: Sequence[Row]) -> str:
     """'ok', or '2 ok, 1 diverged' where they differ."""
     status = Counter(r["status"] for r in rows)
     return ", ".join(f"{n} {s}" if len(status) > 1 else s for s, n in status.items())
 
 
-def plural(n, noun):
+def plural(n: int, noun: str) -> str:
     """'1 epoch', '3 epochs'."""
     return f"{n} {noun}{'s' * (n != 1)}"

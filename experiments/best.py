@@ -27,16 +27,21 @@ import math
 import statistics
 import textwrap
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import optim
+from torch import Tensor, nn, optim
+from torch.utils.data import DataLoader
 
 from experiments.arms import by_arm, check_batch_size, finite, heading, plural, run_arms, seeds_and_device, statuses
-from experiments.data import TRAIN_IMAGES, load_data
+from experiments.data import TRAIN_IMAGES, ImageData, load_data
 from experiments.eigen import EigenAdam
 from experiments.models import CHANNELS, conv_layer, get_cnn_model, init_alike
+from experiments.results import Result, Row, Summary, Table, Verdict
 from experiments.settings import ImageSettings, add_choice, add_image_arguments, choose, from_args, positive
 from experiments.stacked import stack, unstack
 from norms import GroupNorm, RunningBatchNorm, recalibrate
@@ -45,6 +50,7 @@ from runner import (
     Callback,
     CudaCallback,
     DataBunch,
+    Dataset,
     Learner,
     ParamScheduler,
     ProgressCallback,
@@ -54,7 +60,7 @@ from runner import (
 )
 
 RUNNING, GROUP = "RunningBatchNorm", "GroupNorm"
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Callable[[nn.Module, float | Tensor], optim.Optimizer]] = {
     "SGD": lambda net, lr: optim.SGD(net.parameters(), lr),
     "Adam": lambda net, lr: optim.Adam(net.parameters(), lr),
     "EigenAdam": EigenAdam,
@@ -80,7 +86,7 @@ class Recipe:
     groups: int = 4
     smoothing: float = 0.0
 
-    def __str__(self):
+    def __str__(self) -> str:
         norm = (f"memory {self.memory}{', averaged backward' * self.average_backward}" if self.running
                 else f"{self.groups} groups")
         return (f"{self.norm}, {self.optimizer} {self.lr:g}, {norm}"
@@ -88,21 +94,21 @@ class Recipe:
                 + f", batch {self.batch_size}" * (self.batch_size != 2))
 
     @property
-    def running(self): return self.norm == RUNNING
+    def running(self) -> bool: return self.norm == RUNNING
 
     @property
-    def free(self):
+    def free(self) -> tuple[str, ...]:
         """The fields in which recipes that are trained at once may differ."""
         return ("lr", "smoothing") if self.optimizer == "EigenAdam" else ("smoothing",)
 
     @property
-    def alike(self): return {k: v for k, v in asdict(self).items() if k not in self.free}
+    def alike(self) -> dict[str, object]: return {k: v for k, v in asdict(self).items() if k not in self.free}
 
-    def build(self, seed, c=10):
+    def build(self, seed: int, c: int = 10) -> nn.Sequential:
         """The network; the same weights from the same seed for every recipe."""
         share = 4 / (self.memory + 2)           # the newest batch's at batch size 2: memory = 2 (2 - share) / share
 
-        def norm(nf):
+        def norm(nf: int) -> nn.Module:
             if not self.running: return GroupNorm(self.groups, nf)
             return RunningBatchNorm(nf, share, rule="per_image", average_backward=self.average_backward)
         model = get_cnn_model(argparse.Namespace(c=c), CHANNELS, conv_layer, norm=norm)
@@ -115,7 +121,8 @@ _COMMON = [("SGD", 0.05, 0.0), ("Adam", 0.001, 0.0), ("EigenAdam", 0.001, 0.0), 
            ("EigenAdam", 0.0015, 0.05), ("EigenAdam", 0.0015, 0.1), ("EigenAdam", 0.0015, 0.2),
            ("EigenAdam", 0.0015, 0.3), ("EigenAdam", 0.0015, 0.4),
            ("EigenAdam", 0.0025, 0.1), ("EigenAdam", 0.0025, 0.2), ("EigenAdam", 0.0025, 0.3)]
-_ALONE = {RUNNING: [{"memory": 800}, {"average_backward": False}], GROUP: [{"groups": 2}, {"groups": 8}]}
+_ALONE: dict[str, list[dict[str, Any]]] = {RUNNING: [{"memory": 800}, {"average_backward": False}],
+                                           GROUP: [{"groups": 2}, {"groups": 8}]}
 TRIED = [recipe for norm in (RUNNING, GROUP) for recipe in [
     *(Recipe(norm, optimizer, lr, smoothing=smoothing) for optimizer, lr, smoothing in _COMMON),
     *(Recipe(norm, "EigenAdam", 0.0015, smoothing=0.1, **alone) for alone in _ALONE[norm])]]
@@ -133,11 +140,11 @@ SEEDS = 20          # for a verdict
 class SideBySide:
     """Batches of several loaders side by side: `x` `(N, K, ...)`, `y` `(N, K)`."""
 
-    def __init__(self, loaders): self.loaders = loaders
+    def __init__(self, loaders: Sequence[DataLoader[tuple[Tensor, Tensor]]]) -> None: self.loaders = loaders
 
-    def __len__(self): return min(map(len, self.loaders))
+    def __len__(self) -> int: return min(map(len, self.loaders))
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         for batches in zip(*self.loaders, strict=True):
             yield tuple(torch.stack(part, 1) for part in zip(*batches, strict=True))
 
@@ -145,10 +152,11 @@ class SideBySide:
 class NoValidation(Callback):
     """Leaves validation out: networks side by side are measured one by one afterwards."""
 
-    def begin_validate(self): return True
+    def begin_validate(self) -> bool: return True
 
 
-def train_together(recipes, seeds, images, device="cpu", label=""):
+def train_together(recipes: Sequence[Recipe], seeds: Sequence[int], images: ImageData, device: str = "cpu",
+                   label: str = "") -> list[nn.Sequential]:
     """Networks trained for one epoch, all at once: a list, one for each of the `recipes` and its seed.
 
     Each is what it would be trained alone, to rounding: `stack` says why. The order of its images is the one that
@@ -168,7 +176,7 @@ def train_together(recipes, seeds, images, device="cpu", label=""):
     smoothing = torch.tensor([r.smoothing for r in recipes], device=device)
     rates = torch.tensor([r.lr for r in recipes]) if "lr" in recipe.free else recipe.lr
 
-    def sum_of_losses(pred, yb):                                            # (N, K c), (N, K)
+    def sum_of_losses(pred: Tensor, yb: Tensor) -> Tensor:                                            # (N, K c), (N, K)
         logs = pred.view(*yb.shape, -1).log_softmax(2)
         right = logs.gather(2, yb.unsqueeze(2)).squeeze(2)
         return -((1 - smoothing) * right + smoothing * logs.mean(2)).sum() / len(yb)
@@ -181,7 +189,7 @@ def train_together(recipes, seeds, images, device="cpu", label=""):
 
 
 @torch.no_grad()
-def measure(model, data):
+def measure(model: nn.Module, data: Dataset) -> tuple[float, float]:
     """Accuracy and mean loss of `model` on the `Dataset` `data`, in evaluation mode: plain floats."""
     device = next(model.parameters()).device
     model.eval()
@@ -189,13 +197,15 @@ def measure(model, data):
     return (pred.argmax(1) == data.y).double().mean().item(), F.cross_entropy(pred, data.y).item()
 
 
-def rows_of(recipes, seeds, images, device, label, test):
+def rows_of(recipes: Sequence[Recipe], seeds: Sequence[int], images: ImageData, device: str, label: str,
+            test: bool) -> list[Row]:
     """The final rows of the `recipes`, each with its seed; `test` is whether to read the test images."""
     start = time.perf_counter()
     models = train_together(recipes, seeds, images, device, label)
-    seconds, rows = (time.perf_counter() - start) / len(seeds), []
+    seconds = (time.perf_counter() - start) / len(seeds)
+    rows: list[Row] = []
     for recipe, seed, model in zip(recipes, seeds, models, strict=True):
-        row = {"arm": str(recipe), **asdict(recipe), "seed": seed, "seconds": seconds, "status": "ok",
+        row: Row = {"arm": str(recipe), **asdict(recipe), "seed": seed, "seconds": seconds, "status": "ok",
                "parameters": sum(p.numel() for p in model.parameters())}
         row["before"], _ = measure(model, images.valid)
         n = recipe.recalibrated if recipe.running else 0
@@ -222,26 +232,26 @@ class Config(ImageSettings):
         InputError: a value that makes no sense.
     """
 
-    norms: tuple = (RUNNING, GROUP)
+    norms: Sequence[str] = (RUNNING, GROUP)
     tune: bool = False
     replicas: int = 20
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.norms = choose(self.norms, (RUNNING, GROUP), "norm")
         positive("replicas", self.replicas)
         super().__post_init__()
 
 
-def run(config):
+def run(config: Config) -> Result:
     """Train, print as it goes, write the run folder: a `Result`."""
     images = load_data(config.data, config.data_dir, config.limit)
     recipes = {str(r): r for r in (TRIED if config.tune else [*BEST.values(), replace(BEST[RUNNING], batch_size=1)])
                if r.norm in config.norms}
     check_batch_size(2, images)
     arms = [(name, seed) for name in recipes for seed in config.seeds]
-    done = {}
+    done: dict[tuple[str, int], Row] = {}
 
-    def arm(name, seed, label):
+    def arm(name: str, seed: int, label: str) -> tuple[list[Row], Row, None]:
         if (name, seed) not in done:
             here = [a for a in arms[arms.index((name, seed)):] if a not in done
                     and recipes[a[0]].alike == recipes[name].alike][:config.replicas]
@@ -255,7 +265,7 @@ def run(config):
                     published={RUNNING: [0.9723]})
 
 
-def header(config, images, recipes):
+def header(config: Config, images: ImageData, recipes: Mapping[str, Recipe]) -> str:
     """What is run, on what, from what: the lines above the first arm."""
     n = sum(p.numel() for p in BEST[RUNNING].build(0).parameters())
     what = "tuning, on the validation images alone" if config.tune else "the best recipes, on the test images"
@@ -263,12 +273,13 @@ def header(config, images, recipes):
                    f"run:     {what}: one epoch, {plural(len(recipes), 'recipe')}, {seeds_and_device(config)}")
 
 
-def judge(rows, data, train_images):
+def judge(rows: list[Row], data: str, train_images: int) -> Verdict:
     """Whether the target was reached, True, False or None (not tested), and a sentence that says so."""
     arms = by_arm(rows)
     if "test_accuracy" not in rows[0]:
         means = {name: statistics.mean(finite(r["valid_accuracy"]) for r in arm) for name, arm in arms.items()}
-        best = [max((n for n in means if n.startswith(norm)), key=means.get, default=None) for norm in (RUNNING, GROUP)]
+        best = [max((n for n in means if n.startswith(norm)), key=means.__getitem__, default=None)
+                for norm in (RUNNING, GROUP)]
         return None, "Best on the validation images: " + "; ".join(f"{n} {means[n]:.4f}" for n in best if n) + "."
     test = {(r["norm"], r["batch_size"]): [finite(q["test_accuracy"]) for q in arm]
             for arm in arms.values() for r in arm[:1]}
@@ -284,7 +295,7 @@ def judge(rows, data, train_images):
     return ok, f"The target was {'' if ok else 'NOT '}reached. Test accuracy: {said}."
 
 
-def paired(a, b):
+def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
     """The mean of the differences `a - b` and its 95 % confidence interval by Student's t: `(mean, low, high)`."""
     from scipy.stats import t  # comes with scikit-learn
     d = [x - y for x, y in zip(a, b, strict=True)]
@@ -293,7 +304,7 @@ def paired(a, b):
     return mean, mean - half, mean + half
 
 
-def table(summary):
+def table(summary: Summary) -> Table:
     """Header and lines of the table of a `summary.json`: one line per recipe."""
     kinds = [k for k in ("valid", "test") if f"{k}_accuracy" in summary["rows"][0]]
     lines = []
@@ -306,7 +317,7 @@ def table(summary):
     return ["recipe", *(h for k in kinds for h in (f"{k} accuracy", "range")), "seeds", "seconds", "status"], lines
 
 
-def draw(rows, curves, path):
+def draw(rows: list[Row], curves: Mapping[str, None], path: Path) -> None:
     """The picture: accuracy per recipe and seed; of the best recipes on the test images."""
     from runner import plots
     kind = "test" if "test_accuracy" in rows[0] else "valid"
@@ -319,7 +330,7 @@ def draw(rows, curves, path):
 
 # --- the command line ---------------------------------------------------------------------------------------------
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `python -m experiments best`."""
     parser.add_argument("--tune", action="store_true", help="try all recipes, on the validation images alone")
     parser.add_argument("--replicas", type=int, default=20, metavar="K", help="networks trained at once, at most "
@@ -328,6 +339,6 @@ def add_arguments(parser):
     add_image_arguments(parser, "best")
 
 
-def main(args):
+def main(args: argparse.Namespace) -> int:
     """Run with parsed options; the exit status."""
     return run(Config(**from_args(args))).status

@@ -12,18 +12,23 @@ lr 0.01, 100 steps; 20 % of the 569 samples test. Everything is in float64.
 (e) the test accuracy.
 """
 
+import argparse
 import math
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
+from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
 from experiments import settings
 from experiments.arms import by_arm, heading, mean, plural, run_arms, seeds_and_device
+from experiments.results import Result, Row, Summary, Table, Verdict
 from norms import BatchNorm
 from runner import AvgStatsCallback, CudaCallback, DataBunch, Dataset, Learner, ProgressCallback, Recorder, Runner
 
@@ -35,7 +40,7 @@ MEAN, STD = 42.0, 10.0
 
 # exercise: {figure: (as published, the most that any seed may have)}. What is 0 on paper is rounding here: 2e-16 of
 # numbers near 1, a few hundred times over. The accuracy is judged below.
-FIGURES = {
+FIGURES: dict[str, dict[str, tuple[str, float | None]]] = {
     "(a)": {"outputs, largest change": ("0", 1e-12), "gradients, largest change": ("0", 1e-12),
             "the bias's own gradient": ("0", 1e-12)},
     "(b)": {"output's mean from beta": ("1e-5", 1e-5), "its std from |gamma|": ("1e-5", 1e-5)},
@@ -53,7 +58,7 @@ USUAL = 0.95
 class Config(settings.Settings):
     """Settings of the run: the seeds decide split, weights, minibatches and all random numbers."""
 
-    seeds: tuple = tuple(range(10))
+    seeds: Sequence[int] = tuple(range(10))
 
 
 @dataclass
@@ -68,11 +73,11 @@ class Samples:
     name: str = "breast cancer"
     notice: str = ""
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.name} (scikit-learn): {len(self.train)} training and {len(self.valid)} test samples, 30 features"
 
 
-def load_samples(seed):
+def load_samples(seed: int) -> Samples:
     """The breast cancer data, split at random by `seed`."""
     from sklearn.datasets import load_breast_cancer
     x, y = (torch.tensor(a, dtype=torch.float64) for a in load_breast_cancer(return_X_y=True))
@@ -82,25 +87,29 @@ def load_samples(seed):
     return Samples(Dataset(x[train], y[train, None]), Dataset(x[test], y[test, None]))
 
 
-def perceptron(bias=False):
+def perceptron(bias: bool = False) -> nn.Sequential:
     """The network, `(N, 30)` to the probability `(N, 1)` of benign; `bias` gives the linears before norms one too."""
-    layers = []
+    layers: list[nn.Module] = []
     for ni, no in pairwise(WIDTHS[:-1]):
         layers += [nn.Linear(ni, no, bias=bias), BatchNorm(no), nn.Tanh()]
-    return nn.Sequential(*layers, nn.Linear(*WIDTHS[-2:]), nn.Sigmoid()).double()
+    return nn.Sequential(*layers, nn.Linear(WIDTHS[-2], WIDTHS[-1]), nn.Sigmoid()).double()
 
 
 cross_entropy = partial(F.binary_cross_entropy, reduction="sum")
 
 
-def binary_accuracy(out, yb):
+def binary_accuracy(out: Tensor, yb: Tensor) -> Tensor:
     """Share of the probabilities `out` on the side of 0.5 on which `yb` is."""
     return ((out > 0.5) == (yb > 0.5)).double().mean()
 
 
 # --- the exercises, each from a seed: `(figures, curve)` ----------------------------------------------------------
 
-def bias_before_a_norm(seed, device):
+Curve = list[tuple[float, float]] | list[float] | None      # of (c), of (e)
+Found = tuple[dict[str, float], Curve]
+
+
+def bias_before_a_norm(seed: int, device: str) -> Found:
     """(a) The same network, weights and minibatch with and without a bias before the norms."""
     x, y = (t[:BATCH].to(device) for t in load_samples(seed).train[:])
     torch.manual_seed(seed)
@@ -115,20 +124,22 @@ def bias_before_a_norm(seed, device):
     grads = dict(with_bias.named_parameters())
     return dict(zip(FIGURES["(a)"], (
         largest(outputs[0] - outputs[1]),
-        max(largest(p.grad - grads[n].grad) for n, p in without.named_parameters()),
-        max(largest(grads[n].grad) for n in biases)), strict=True)), None
+        max(largest(gradient(p) - gradient(grads[n])) for n, p in without.named_parameters()),
+        max(largest(gradient(grads[n])) for n in biases)), strict=True)), None
 
 
-def mean_and_std_of_the_output(seed, device):
+def mean_and_std_of_the_output(seed: int, device: str) -> Found:
     """(b) One norm with random gamma and beta, in training, on 1,000 samples from N(42, 10^2)."""
     x, norm = normal(seed, device), BatchNorm(FEATURES).double().to(device)
     for p in norm.parameters(): nn.init.normal_(p)
     y = norm(next(x)).detach()
+    assert norm.weight is not None
+    assert norm.bias is not None
     return dict(zip(FIGURES["(b)"], (largest(y.mean(0) - norm.bias),
                                      largest(y.std(0, correction=0) - norm.weight.abs())), strict=True)), None
 
 
-def moving_averages(seed, device):
+def moving_averages(seed: int, device: str) -> Found:
     """(c) One norm whose moving averages start at 0; the curve is their mean over the features, after each batch."""
     x, norm = normal(seed, device), BatchNorm(FEATURES).double().to(device)
     norm.running_var.zero_()            # it starts at 1, as torch's does, and the exercise's at 0
@@ -140,7 +151,7 @@ def moving_averages(seed, device):
                     strict=True)), curve
 
 
-def one_sample(seed, device):
+def one_sample(seed: int, device: str) -> Found:
     """(d) The trained network's predictions for the test samples, each alone and all at once."""
     _, model, samples = train(seed, device)
     model.eval()
@@ -149,29 +160,36 @@ def one_sample(seed, device):
     return {next(iter(FIGURES["(d)"])): difference}, None
 
 
-def accuracy_on_the_test_samples(seed, device):
+def accuracy_on_the_test_samples(seed: int, device: str) -> Found:
     """(e) The trained network's share of right answers on the test samples; the curve is the loss of each step."""
     run, _, _ = train(seed, device)
     return {next(iter(FIGURES["(e)"])): run.avg_stats.history[-1]["valid_binary_accuracy"]}, run.recorder.losses
 
 
-EXERCISES = dict(zip(FIGURES, (bias_before_a_norm, mean_and_std_of_the_output, moving_averages, one_sample,
-                               accuracy_on_the_test_samples), strict=True))
+EXERCISES: dict[str, Callable[[int, str], Found]] = dict(zip(FIGURES, (
+    bias_before_a_norm, mean_and_std_of_the_output, moving_averages, one_sample, accuracy_on_the_test_samples),
+    strict=True))
 
 
-def largest(t):
+def gradient(p: Tensor) -> Tensor:
+    """What a backward has left in `p.grad`."""
+    assert p.grad is not None
+    return p.grad
+
+
+def largest(t: Tensor) -> float:
     """The largest absolute value in `t`, a float."""
     return t.detach().abs().max().item()
 
 
-def normal(seed, device):
+def normal(seed: int, device: str) -> Iterator[Tensor]:
     """Endless batches of samples from N(42, 10^2), `(1000, 10)` each."""
     g = torch.Generator().manual_seed(seed)
     while True: yield (MEAN + STD * torch.randn(SAMPLES, FEATURES, dtype=torch.float64, generator=g)).to(device)
 
 
 @cache
-def train(seed, device):
+def train(seed: int, device: str) -> tuple[Runner, nn.Module, Samples]:
     """Train the network from `seed`, then test it: `(runner, network, samples)`; once for both that ask."""
     samples, order = load_samples(seed), torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -186,11 +204,11 @@ def train(seed, device):
 
 # --- the experiment -----------------------------------------------------------------------------------------------
 
-def run(config):
+def run(config: Config) -> Result:
     """Do every exercise, print as it goes, write the run folder: a `Result`."""
     samples = load_samples(config.seeds[0])
 
-    def arm(name, seed, label):
+    def arm(name: str, seed: int, label: str) -> tuple[list[Row], Row, Curve]:
         start = time.perf_counter()
         figures, curve = EXERCISES[name](seed, config.device)
         return [], {"exercise": name, "seed": seed, "figures": figures, "seconds": time.perf_counter() - start,
@@ -201,7 +219,7 @@ def run(config):
                     header=header, judge=judge, table=table, draw=draw, published=PUBLISHED)
 
 
-def found(rows):
+def found(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[float], float, bool]]:
     """What `rows` say of each figure: `(exercise, figure, values, limit, whether it holds)`.
 
     A limit is the most that any seed may have; that of the accuracy is the least that the mean may be.
@@ -215,7 +233,7 @@ def found(rows):
                 yield name, figure, values, floor, mean(values) >= floor
 
 
-def judge(rows, data, train_images):
+def judge(rows: list[Row], data: str, train_images: int) -> Verdict:
     """Whether every figure is within its limit, True or False, and a sentence that names those that are not."""
     missed = [f"{name} {figure}" for name, figure, _, _, ok in found(rows) if not ok]
     names, n = " ".join(by_arm(rows, "exercise")), len({r["seed"] for r in rows})
@@ -223,7 +241,7 @@ def judge(rows, data, train_images):
                         f"{', '.join(missed) + ' missed' if missed else 'every figure is within its limit'}.")
 
 
-def table(summary):
+def table(summary: Summary) -> Table:
     """Header and lines of the table of a `summary.json`: a line per figure, the worst of its seeds, or the mean."""
     lines = []
     for name, figure, values, limit, ok in found(summary["rows"]):
@@ -235,18 +253,18 @@ def table(summary):
     return ["figure", "published", "needed", "measured", "seeds", "status"], lines
 
 
-def draw(rows, curves, path):
+def draw(rows: list[Row], curves: dict[str, Curve], path: Path) -> None:
     """The picture: the moving averages of (c) as they approach what they estimate, and the training loss of (e)."""
     from runner import plots
     fig, (left, right) = plots.figure(2, width=5.5, height=3.6)
     if "(c)" in curves:
-        means, variances = zip(*curves["(c)"], strict=True)
+        means, variances = zip(*cast("list[tuple[float, float]]", curves["(c)"]), strict=True)
         plots.plot_lines({"mean / 42": (range(len(means)), [m / MEAN for m in means]),
                           "variance / 100": (range(len(means)), [v / STD**2 for v in variances])}, left,
                          xlabel="batches of 1,000 samples", ylabel="moving average / what it estimates",
                          title="(c) moving averages from 0")
     if "(e)" in curves:
-        plots.plot_line([loss / BATCH for loss in curves["(e)"]], ax=right, xlabel="training step",
+        plots.plot_line([loss / BATCH for loss in cast("list[float]", curves["(e)"])], ax=right, xlabel="training step",
                         ylabel="cross entropy per sample")
         right.set_title("(e) training", loc="left", fontsize="medium")
     plots.save(fig, path)
@@ -254,11 +272,11 @@ def draw(rows, curves, path):
 
 # --- the command line ---------------------------------------------------------------------------------------------
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `python -m experiments breast-cancer`."""
     settings.add_arguments(parser, "breast-cancer", seeds=len(Config.seeds))
 
 
-def main(args):
+def main(args: argparse.Namespace) -> int:
     """Run with parsed options; the exit status."""
     return run(Config(**settings.from_args(args))).status

@@ -11,11 +11,14 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from experiments.errors import InputError, pick
 from runner import Dataset
@@ -60,12 +63,13 @@ class ImageData:
     notice: str = ""
     c: int = 10
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (f"{self.name}: {len(self.train):,} training, {len(self.valid):,} validation and {len(self.test):,} "
                 "test images, 28x28")
 
 
-def load_data(name="auto", data_dir=None, limit=None, auto=("MNIST",)):
+def load_data(name: str = "auto", data_dir: str | Path | None = None, limit: int | None = None,
+              auto: Sequence[str] = ("MNIST",)) -> ImageData:
     """Load MNIST, Fashion-MNIST or the digits.
 
     Args:
@@ -99,21 +103,23 @@ def load_data(name="auto", data_dir=None, limit=None, auto=("MNIST",)):
                    "FOLDER by --data-dir.")
 
 
-def cache_dir():
+def cache_dir() -> Path:
     """The user's cache of this project; nothing is created."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "runnernorms"
 
 
-def find_images(kind, data_dir=None, last=True):
+def find_images(kind: str, data_dir: str | Path | None = None, last: bool = True) -> tuple[Path | None, list[str]]:
     """The folder that holds `<kind>/raw` with four sound files, and why the places before it did not serve.
 
     `last` is whether no other data set would do: then a named folder without the files is an error. Returns
     `(folder or None, reasons)`. Raises InputError for that, and for a damaged file.
     """
-    reasons, files = [], FILES[kind]
-    from_env = data_dir is None and os.environ.get("NORMS_DATA_DIR")
-    if data_dir is not None or from_env:
-        root = Path(data_dir if data_dir is not None else from_env)
+    reasons: list[str] = []
+    files = FILES[kind]
+    from_env = os.environ.get("NORMS_DATA_DIR") if data_dir is None else None
+    named = from_env or data_dir
+    if named is not None:
+        root = Path(named)
         missing = _missing(root, kind)
         if not missing: return _checked(root, kind), reasons
         problem = (f"the folder {str(root)!r} does not exist" if not root.is_dir() else
@@ -133,11 +139,11 @@ def find_images(kind, data_dir=None, last=True):
     return _checked(cache, kind), reasons
 
 
-def _missing(root, kind):
+def _missing(root: Path, kind: str) -> list[str]:
     return [f for f in FILES[kind] if not (root / kind / "raw" / f).is_file()]
 
 
-def _checked(root, kind):
+def _checked(root: Path, kind: str) -> Path:
     """`root`, after its four files were read and found whole."""
     for name, (size, md5) in FILES[kind].items():
         path = root / kind / "raw" / name
@@ -152,7 +158,7 @@ def _checked(root, kind):
     return root
 
 
-def download(root, kind):
+def download(root: Path, kind: str) -> None:
     """Download the data set `kind` by torchvision into `root`, whole or not at all.
 
     Raises:
@@ -173,19 +179,19 @@ def download(root, kind):
     finally: socket.setdefaulttimeout(timeout)
 
 
-def _class(kind):
+def _class(kind: str) -> Any:
     from torchvision import datasets
     return getattr(datasets, kind)
 
 
-def _probe(urls):
+def _probe(urls: Sequence[str]) -> None:
     """Return once one of `urls` answers; raise OSError when none has within PROBE_SECONDS.
 
     In a thread of its own, because a name look-up can hang where no timeout reaches it.
     """
-    answers = []
+    answers: list[Exception | None] = []
 
-    def ask(url):
+    def ask(url: str) -> None:
         request = urllib.request.Request(url, method="HEAD")
         try: urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
         except Exception as e:
@@ -201,14 +207,14 @@ def _probe(urls):
     raise OSError(f"no network ({answers[0]})" if answers else f"no answer from the network within {PROBE_SECONDS} s")
 
 
-def _mnist(kind, root, limit, notice=""):
+def _mnist(kind: str, root: Path, limit: int | None, notice: str = "") -> ImageData:
     both, test = (_class(kind)(str(root), train=train) for train in (True, False))
     n = TRAIN_IMAGES
     return _image_data(TITLES[kind], (both.data[:n], both.targets[:n]), (both.data[n:], both.targets[n:]),
                        (test.data, test.targets), 255, limit, notice)
 
 
-def _digits(limit, notice=""):
+def _digits(limit: int | None, notice: str = "") -> ImageData:
     """scikit-learn's digits, bilinearly resized to 28x28, split 1,197 / 300 / 300 in a fixed random order."""
     from sklearn.datasets import load_digits
     images, labels = load_digits(return_X_y=True)
@@ -216,16 +222,17 @@ def _digits(limit, notice=""):
     images = F.interpolate(images, size=(28, 28), mode="bilinear", align_corners=False).squeeze(1)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images, labels = images[order], torch.tensor(labels)[order]
-    parts = zip(images.split([1197, 300, 300]), labels.split([1197, 300, 300]), strict=True)
-    return _image_data("digits (scikit-learn, 8x8 resized)", *parts, 16, limit, notice)
+    train, valid, test = zip(images.split([1197, 300, 300]), labels.split([1197, 300, 300]), strict=True)
+    return _image_data("digits (scikit-learn, 8x8 resized)", train, valid, test, 16, limit, notice)
 
 
-def _image_data(name, train, valid, test, top, limit, notice=""):
+def _image_data(name: str, train: tuple[Tensor, Tensor], valid: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor],
+                top: int, limit: int | None, notice: str = "") -> ImageData:
     """Scale by the largest pixel value `top`, normalise by the whole training set's moments, cut to `limit`."""
     scaled = train[0].float() / top
     mean, std = scaled.mean(), scaled.std()
 
-    def dataset(images, labels, n=None):
+    def dataset(images: Tensor, labels: Tensor, n: int | None = None) -> Dataset:
         return Dataset(((images[:n].float() / top - mean) / std).flatten(1), labels[:n])
     parts = dataset(*train, limit), dataset(*valid, limit), dataset(*test)
     return ImageData(name, *parts, mean.item(), std.item(), notice)

@@ -11,15 +11,22 @@ Kronecker-factored eigenbasis" (2018), for second moments of the gradient in tha
 for Adam in it. Here only the input's side is turned.
 """
 
+from collections.abc import Callable
+from typing import Any, overload
+
 import torch
 import torch.nn.functional as F
-from torch import nn, optim
+from torch import Tensor, nn, optim
+from torch.utils.hooks import RemovableHandle
 
 from experiments.stacked import GroupedLinear
 
 SINCE = 0.005       # the least weight of new inputs in A: about the last 200 looks count
 TIES = 1e-3         # of A's mean eigenvalue
 EARLY = (4, 12, 25, 50)     # renewals of the direction after which the basis is found anew besides every `refresh`-th
+
+Layer = nn.Conv2d | nn.Linear | GroupedLinear
+State = dict[str, Any]      # a parameter's, as torch's optimizers keep it: tensors, and numbers
 
 
 class EigenAdam(optim.Optimizer):
@@ -49,11 +56,13 @@ class EigenAdam(optim.Optimizer):
         ValueError: an `lr` that isn't positive, a convolution with dilation, or padding that isn't zeros.
     """
 
-    def __init__(self, model, lr=0.002, betas=(0.7, 0.996), eps=1e-8, *, every=4, refresh=125):
+    def __init__(self, model: nn.Module, lr: float | Tensor = 0.002, betas: tuple[float, float] = (0.7, 0.996),
+                 eps: float = 1e-8, *, every: int = 4, refresh: int = 125) -> None:
         if not torch.as_tensor(lr > 0).all():
             raise ValueError(f"EigenAdam got lr={lr!r}; it needs a positive number, such as 0.002")
         super().__init__(model.parameters(), {"lr": lr, "betas": betas, "eps": eps, "steps": 0})
-        self.every, self.refresh, self.handles = every, refresh, []
+        self.every, self.refresh = every, refresh
+        self.handles: list[RemovableHandle] = []
         for layer in model.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear, GroupedLinear)):
                 groups = getattr(layer, "groups", 1)
@@ -64,12 +73,12 @@ class EigenAdam(optim.Optimizer):
                 self.state[layer.weight]["groups"] = groups
                 self.handles.append(layer.register_forward_pre_hook(self.look))
 
-    def close(self):
+    def close(self) -> None:
         """Remove the hooks."""
         for handle in self.handles: handle.remove()
 
     @torch.no_grad()
-    def look(self, layer, args):
+    def look(self, layer: Layer, args: tuple[Tensor, ...]) -> None:
         """Take a layer's inputs into A, in the first 20 steps and then in every 16th."""
         steps = self.param_groups[0]["steps"]
         if not layer.training or (steps >= 20 and steps % 16): return
@@ -79,8 +88,14 @@ class EigenAdam(optim.Optimizer):
         looks = state["looks"] = state.get("looks", 0) + 1
         state["A"] = new if looks == 1 else state["A"].lerp_(new, max(1 / looks, SINCE))
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step; a `closure` is called for the loss, as in torch's optimizers."""
         with torch.enable_grad(): loss = closure() if closure is not None else None
         for group in self.param_groups:
@@ -98,7 +113,7 @@ class EigenAdam(optim.Optimizer):
                 else: p.view(len(lr), -1).addcmul_(state["U"].view(len(lr), -1), lr.to(p)[:, None], value=-1)
         return loss
 
-    def renew(self, p, state, group, n):
+    def renew(self, p: Tensor, state: State, group: dict[str, Any], n: int) -> None:
         """Make the direction U of `p` from the gradient G since the last of `n` renewals."""
         if "A" in state and (n in EARLY or n % self.refresh == 0): self.turn(state)
         beta1, beta2 = group["betas"]
@@ -110,7 +125,7 @@ class EigenAdam(optim.Optimizer):
         state["G"].zero_()
 
     @staticmethod
-    def turn(state):
+    def turn(state: State) -> None:
         """Find the basis Q `(K, d', d')` of A, or move it with A; d' of the d inputs were other than 0 so far."""
         if "Q" not in state:
             # A kernel wider than its map has positions that see padding alone: no input, no gradient, and so no cost.
@@ -125,24 +140,25 @@ class EigenAdam(optim.Optimizer):
                       else torch.linalg.eigh(a)[1].flip(2).contiguous())
 
 
-def patches(layer, x, k):
+def patches(layer: Layer, x: Tensor, k: int) -> Tensor:
     """What `k` groups of a layer's kernels see of `x`: `(K, d, images x positions)`."""
     if not isinstance(layer, nn.Conv2d): return x.reshape(len(x), k, -1).permute(1, 2, 0)
+    assert not isinstance(layer.padding, str)       # which EigenAdam refuses
     cols = F.unfold(x, layer.kernel_size, padding=layer.padding, stride=layer.stride)       # (N, C kh kw, L)
     return cols.view(len(x), k, -1, cols.shape[2]).permute(1, 2, 0, 3).flatten(2)
 
 
-def into(g, state):
+def into(g: Tensor, state: State) -> Tensor:
     """The gradient `g` in the basis of `state`, the same shape: what the basis leaves out keeps its own coordinates."""
     return _turned(g, state, lambda rows, q: torch.bmm(rows, q))
 
 
-def back(u, state):
+def back(u: Tensor, state: State) -> Tensor:
     """The step `u` from the basis of `state` in the weight's own coordinates."""
     return _turned(u, state, lambda rows, q: torch.bmm(rows, q.transpose(1, 2)))
 
 
-def _turned(t, state, turn):
+def _turned(t: Tensor, state: State, turn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     if "Q" not in state: return t
     # load_state_dict gives `live` the weight's dtype
     rows, live = t.reshape(state["groups"], -1, state["A"].shape[2]), state["live"].long()  # (K, no, d)

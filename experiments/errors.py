@@ -1,13 +1,14 @@
 """The error of a user's input: what was got, what is needed, and the mend, in one message."""
 
 import difflib
+from collections.abc import Collection
 
 
 class InputError(ValueError):
     """Something asked for makes no sense or isn't there; the command line prints its text and exits with 2."""
 
 
-def pick(name, known, what):
+def pick(name: object, known: Collection[str], what: str) -> str:
     """The entry of `known` that `name` means, whatever its case; raises an error that names the nearest one."""
     by_lower = {k.lower(): k for k in known}
     if str(name).lower() in by_lower: return by_lower[str(name).lower()]

@@ -5,19 +5,22 @@ pictures, the figures as CSV, and report.html: what each norm's statistics rest 
 gradients, updates, what the norms normalise by, and how far training and evaluation part. The page needs no network.
 """
 
+import argparse
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from experiments import settings
 from experiments.arms import check_batch_size, heading, plural, seeds_and_device, train
-from experiments.data import load_data
+from experiments.data import ImageData, load_data
 from experiments.errors import pick
 from experiments.models import CHANNELS, get_runner
 from experiments.report import Report
-from experiments.results import Result, RunFolder, versions
+from experiments.results import Result, Row, RunFolder, versions
 from experiments.small_batch import NORMS, build
 from runner import (
     ActivationStats,
@@ -37,6 +40,9 @@ from runner import (
     view_tfm,
 )
 from runner.insight.explain import explanation
+
+if TYPE_CHECKING:
+    from runner.insight.plots import Axes
 
 VALID_IMAGES = 2000         # at most as many validate: this is a look and not a measurement
 GAP_IMAGES = 500            # of them go through the network in both modes
@@ -60,14 +66,14 @@ class Config(settings.ImageSettings):
     steps: int = 1000
     every: int = 5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.norm = pick(self.norm, NORMS, "norm")
         for name in ("batch_size", "steps", "every"): settings.positive(name.replace("_", " "), getattr(self, name))
         settings.positive_number("lr", self.lr, 0.4)
         super().__post_init__()
 
 
-def run(config):
+def run(config: Config) -> Result:
     """Look before, during and after the training, write the run folder and its report: a `Result`."""
     images = load_data(config.data, config.data_dir, config.limit)
     check_batch_size(config.batch_size, images)
@@ -98,12 +104,13 @@ def run(config):
 class Look:
     """One look: what is seen at each stage goes into the report, and into files beside it."""
 
-    def __init__(self, config, images, epochs, folder, report):
+    def __init__(self, config: Config, images: ImageData, epochs: int, folder: RunFolder, report: Report) -> None:
         self.config, self.images, self.epochs, self.folder, self.report = config, images, epochs, folder, report
         self.seed, self.view, self.pictures = config.seeds[0], view_tfm(1, 28, 28), 0
-        self.updates, self.gap = {}, None       # median ratio of update to weight in the second half; why modes part
+        self.updates: dict[str, float] = {}     # median ratio of update to weight in the second half
+        self.gap: str | None = None             # why modes part
 
-    def picture(self, name, drawn, caption):
+    def picture(self, name: str, drawn: "Axes | list[Axes]", caption: str) -> None:
         """Save the figure of the axes `drawn` as `name`.png and show it."""
         from runner import plots
         path = self.folder.path / f"{name}.png"
@@ -111,15 +118,16 @@ class Look:
         self.report.picture(path, caption)
         self.pictures += 1
 
-    def data(self):
+    def data(self) -> DataBunch:
         """New loaders, of one order for every seed."""
         order = torch.Generator().manual_seed(self.seed)
-        return DataBunch(*get_dls(self.images.train, self.images.valid, self.config.batch_size, drop_last=True,
-                                  generator=order), self.images.c)
+        train_dl, valid_dl = get_dls(self.images.train, self.images.valid, self.config.batch_size, drop_last=True,
+                                     generator=order)
+        return DataBunch(train_dl, valid_dl, self.images.c)
 
     # --- the stages -------------------------------------------------------------------------------------------
 
-    def before(self):
+    def before(self) -> None:
         """What the norms' statistics rest on, and the rate finder."""
         data, model = self.data(), build(self.config.norm, self.seed, self.images.c)
         found = preflight(model, data.train_dl, tfm=self.view)
@@ -142,7 +150,7 @@ class Look:
         self.picture("lr_find", finder.plot(), "The training loss while the rate grows exponentially, each batch and "
                      f"smoothed. {said} This training takes {self.config.lr}.")
 
-    def training(self):
+    def training(self) -> None:
         """Train every seed, the first under observation; losses and rates."""
         config, measured = self.config, {"every": self.config.every}
         self.activations, self.gradients = ActivationStats(**measured), GradientStats(**measured)
@@ -150,7 +158,8 @@ class Look:
         self.norms = NormStats(**measured) if NORMS[config.norm] else None
         self.guard = TerminateOnNonFinite(self.folder.path / "diverged.pt")
         looking = [cb for cb in (self.activations, self.gradients, self.parameters, self.norms, self.guard) if cb]
-        self.rows, curves = [], {}
+        self.rows: list[Row] = []
+        curves: dict[str, tuple[Sequence[int], list[float]]] = {}
         for seed in config.seeds:
             model = build(config.norm, seed, self.images.c)
             row = {"norm": config.norm, "batch_size": config.batch_size, "lr": config.lr, "epochs": self.epochs,
@@ -182,7 +191,7 @@ class Look:
             self.picture("seeds", plots.plot_runs(curves, smooth=width, ylabel=f"training loss, mean of {width}"),
                          "The training loss from other seeds: other weights, another order of the images.")
 
-    def inside(self):
+    def inside(self) -> None:
         """Activations, gradients, updates, norms."""
         near = f"{self.activations.near:g}"
         self.report.section("Activations")
@@ -204,16 +213,15 @@ class Look:
             _, ratios = self.parameters.series(path, "ratio")
             if ratios: self.updates[path] = statistics.median(ratios[len(ratios) // 2:])
         stats = {"activations": self.activations, "gradients": self.gradients, "parameters": self.parameters}
-        if self.norms: self.norm_layers()
+        if self.norms: self.norm_layers(self.norms)
         for name, probe in stats.items():
             rows = probe.rows
             for r in rows: del r["hist"]
             rows.to_csv(self.folder.path / f"{name}.csv")
 
-    def norm_layers(self):
+    def norm_layers(self, norms: NormStats) -> None:
         """What the norms normalise by, against what they keep."""
         from runner import plots
-        norms = self.norms
         self.report.section("What the norms normalise by")
         values = {path: sorted(set(norms.series(path, "n")[1])) for path in norms.paths}
         self.report.text("Values behind each statistic of a batch: " + "; ".join(
@@ -236,7 +244,7 @@ class Look:
         rows = [{k: v for k, v in r.items() if not isinstance(v, list)} for r in norms.rows]
         Rows(rows).to_csv(self.folder.path / "norms.csv")
 
-    def after(self):
+    def after(self) -> None:
         """How far training and evaluation part."""
         xb = self.images.valid[:GAP_IMAGES][0].to(self.config.device)
         self.report.section("Training mode against evaluation mode")
@@ -251,14 +259,14 @@ class Look:
         header, rows = gap.table()
         self.report.table(header, rows, words=(0,))
 
-    def loop(self):
+    def loop(self) -> None:
         """Who answered which event."""
         self.report.section("The loop").code(explanation(self.run.cbs))
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `python -m experiments inside`."""
     parser.add_argument("--norm", default="BatchNorm2d", metavar="NORM", help=f"one of {', '.join(NORMS)}")
     parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="training batch size (default: 2)")
@@ -269,7 +277,7 @@ def add_arguments(parser):
     settings.add_image_arguments(parser, "inside")
 
 
-def main(args):
+def main(args: argparse.Namespace) -> int:
     """Run with parsed options; the exit status is 0: a training that diverges is worth a look."""
     run(Config(**settings.from_args(args)))
     return 0

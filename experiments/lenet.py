@@ -10,8 +10,11 @@ Claims: the norm arms reach the same accuracy in fewer epochs; own and torch's c
 end far from (1, 0).
 """
 
+import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -30,11 +33,14 @@ from experiments.arms import (
     train,
 )
 from experiments.data import TRAIN_IMAGES, load_data
+from experiments.models import NormFactory
+from experiments.results import Result, Row, Summary, Table, Verdict
 from experiments.settings import ImageSettings, add_image_arguments, from_args, positive
 from norms import BatchNorm
 
 # arm: the norm for 4-D and for 2-D input
-ARMS = {"none": None, "own": (BatchNorm, BatchNorm), "torch": (nn.BatchNorm2d, nn.BatchNorm1d)}
+ARMS: dict[str, tuple[NormFactory, NormFactory] | None] = {
+    "none": None, "own": (BatchNorm, BatchNorm), "torch": (nn.BatchNorm2d, nn.BatchNorm1d)}
 BATCH, LR, EPOCHS = 128, 0.1, 10
 
 # The first norm's parameters, smallest and largest of its 6 channels.
@@ -52,14 +58,16 @@ class Config(ImageSettings):
 
     epochs: int = EPOCHS
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         positive("epochs", self.epochs)
         super().__post_init__()
 
 
-def lenet(arm, seed):
+def lenet(arm: str, seed: int) -> nn.Sequential:
     """The network of one arm, `(N, 1, 28, 28)` to `(N, 10)`; the same weights for every arm of a seed."""
-    def norm(kind, n): return [] if ARMS[arm] is None else [ARMS[arm][kind](n)]
+    made = ARMS[arm]
+
+    def norm(kind: int, n: int) -> list[nn.Module]: return [] if made is None else [made[kind](n)]
     torch.manual_seed(seed)         # a norm draws nothing
     return nn.Sequential(
         nn.Conv2d(1, 6, 5, padding=2), *norm(0, 6), nn.Sigmoid(), nn.AvgPool2d(2),
@@ -70,17 +78,17 @@ def lenet(arm, seed):
 
 # --- the experiment -----------------------------------------------------------------------------------------------
 
-def run(config):
+def run(config: Config) -> Result:
     """Train the three arms of every seed, print as it goes, write the run folder: a `Result`."""
     images = load_data(config.data, config.data_dir, config.limit, auto=("FashionMNIST", "MNIST"))
     check_batch_size(BATCH, images)
 
-    def arm(name, seed, label):
+    def arm(name: str, seed: int, label: str) -> tuple[list[Row], Row, None]:
         model = lenet(name, seed)
-        row = {"arm": name, "batch_size": BATCH, "lr": LR, "seed": seed, "epochs": config.epochs}
+        row: Row = {"arm": name, "batch_size": BATCH, "lr": LR, "seed": seed, "epochs": config.epochs}
         rows, row, _ = train(model, images, row, config.device, label, drop_last=True)
         if name != "none":
-            row["gamma"], row["beta"] = model[1].weight.tolist(), model[1].bias.tolist()
+            row["gamma"], row["beta"] = (model[1].get_parameter(p).tolist() for p in ("weight", "bias"))
             for p in ("gamma", "beta"): print(f"  {p:5} of the first norm: {' '.join(f'{v:6.3f}' for v in row[p])}")
         return rows, row, None
     n = sum(p.numel() for p in lenet("none", 0).parameters())
@@ -91,12 +99,12 @@ def run(config):
                     judge=judge, table=table, draw=draw, published=PUBLISHED)
 
 
-def epochs_needed(accuracies, target):
+def epochs_needed(accuracies: Sequence[float], target: float) -> int | None:
     """The number of epochs after which an accuracy first reaches `target`, or None."""
     return next((i + 1 for i, a in enumerate(accuracies) if a >= target), None)
 
 
-def judge(rows, data, train_images):
+def judge(rows: list[Row], data: str, train_images: int) -> Verdict:
     """Whether the three claims hold, True, False or None (not tested), and a sentence with their figures."""
     arms, n = by_arm(rows), len({r["seed"] for r in rows})
     best = max(course(arms["none"]))
@@ -116,7 +124,7 @@ def judge(rows, data, train_images):
     return ok, f"The published claims were {'' if ok else 'NOT '}reproduced{on}: {said}."
 
 
-def table(summary):
+def table(summary: Summary) -> Table:
     """Header and lines of the table of a `summary.json`: a line per arm, and the first norm's parameters."""
     arms, lines = by_arm(summary["rows"]), []
     best = max(course(arms["none"]))
@@ -128,7 +136,7 @@ def table(summary):
     return ["arm", *MEASURED, f"epochs to {best:.4f}", *low_high], lines
 
 
-def draw(rows, curves, path):
+def draw(rows: list[Row], curves: dict[str, None], path: Path) -> None:
     """The picture: accuracy after each epoch, mean over the seeds, and gamma and beta of the first norm, all seeds."""
     from runner import plots
     fig, (left, right) = plots.figure(2, width=6.3, height=3.8)
@@ -143,12 +151,12 @@ def draw(rows, curves, path):
 
 # --- the command line ---------------------------------------------------------------------------------------------
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `python -m experiments lenet`."""
     add_image_arguments(parser, "lenet", auto="Fashion-MNIST if it can be had, else MNIST, else scikit-learn's digits")
     parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help=f"epochs (default: {EPOCHS})")
 
 
-def main(args):
+def main(args: argparse.Namespace) -> int:
     """Run with parsed options; the exit status."""
     return run(Config(**from_args(args))).status

@@ -9,19 +9,23 @@ by the unbiased variance; its LayerNorm and InstanceNorm did the latter. What th
 not explain, is printed beside these two runs.
 """
 
+import argparse
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from experiments import one_epoch, published
 from experiments.arms import run_arms, windows
-from experiments.data import load_data
+from experiments.data import ImageData, load_data
 from experiments.models import CHANNELS, conv_layer, get_cnn_layers, init_alike
-from experiments.published import Run, train_run
+from experiments.published import Curves, Run, train_run
+from experiments.results import Result, Row
 from experiments.settings import add_choice, add_image_arguments, from_args
 from experiments.small_batch import build
 from runner import Hooks, append_stats
@@ -51,7 +55,13 @@ class Config(published.RunSettings):
     """Settings of the experiment; `arms` are names in `RUNS`."""
 
     runs = RUNS
-    arms: tuple = tuple(RUNS)
+    arms: Sequence[str] = tuple(RUNS)
+
+
+class LessonCurves(Curves, total=False):
+    """Of the hooked run also each layer's means and standard deviations."""
+
+    activations: dict[str, list[list[float]]]
 
 
 # --- why NaN ------------------------------------------------------------------------------------------------------
@@ -62,11 +72,11 @@ class Unbiased(nn.Module):
         y = (x - mean) / sqrt(var + eps)        var = sum (x - mean)^2 / (n - 1) over `dims`, 0/0 of one value
     """
 
-    def __init__(self, dims, eps):
+    def __init__(self, dims: tuple[int, ...], eps: float) -> None:
         super().__init__()
         self.dims, self.eps = dims, eps
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         centred = x - x.mean(self.dims, keepdim=True)
         n = math.prod(x.shape[d] for d in self.dims)
         var = (centred * centred).sum(self.dims, keepdim=True) / (n - 1)
@@ -76,7 +86,7 @@ class Unbiased(nn.Module):
 LESSONS_OWN = {"LayerNorm": Unbiased((1, 2, 3), 1e-5), "InstanceNorm": Unbiased((2, 3), 1.0)}
 
 
-def lost_at_first(name, images, seed):
+def lost_at_first(name: str, images: ImageData, seed: int) -> float:
     """The share of training images whose first prediction is NaN with the lesson's own form of the norm called `name`.
 
     That is before any step of training, from the same weights as the run's.
@@ -84,10 +94,11 @@ def lost_at_first(name, images, seed):
     model = nn.Sequential(*get_cnn_layers(images, CHANNELS, conv_layer, norm=lambda nf: LESSONS_OWN[name]))
     init_alike(model, seed)
     with torch.no_grad(): pred = model(images.train.x[:RUNS[name].batch_size].view(-1, 1, 28, 28))
-    return pred.isnan().any(1).float().mean().item()
+    share: float = pred.isnan().any(1).float().mean().item()
+    return share
 
 
-def explanation(name, row):
+def explanation(name: str, row: Row) -> str:
     """Why the lesson's run became NaN and what happens here, in a sentence of what `row` has measured."""
     lost, step = row["lost_at_first"], row["first_not_finite"]
     theirs = (f"with the lesson's own form {lost:.0%} of the first predictions are NaN before any step of training"
@@ -102,16 +113,16 @@ def explanation(name, row):
 
 # --- the experiment -----------------------------------------------------------------------------------------------
 
-def run(config):
+def run(config: Config) -> Result:
     """Train every run of every seed, print as it goes, write the run folder: a `Result`."""
     images = load_data(config.data, config.data_dir, config.limit)
 
-    def arm(name, seed, label):
+    def arm(name: str, seed: int, label: str) -> tuple[list[Row], Row, LessonCurves]:
         model = RUNS[name].build(seed, images.c)
         with Hooks(model[:len(CHANNELS)], append_stats) if name == HOOKED else nullcontext() as hooks:
             rows, row, losses = train_run(RUNS[name], name, model, images, seed, config.device, label)
         row["first_not_finite"] = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-        curve = {"losses": windows(losses, 50)}
+        curve: LessonCurves = {"losses": windows(losses, 50)}
         if hooks: curve["activations"] = {f"layer {i + 1}": [torch.stack(s).tolist() for s in hook.stats]
                                           for i, hook in enumerate(hooks)}
         if name in LESSONS_OWN:
@@ -128,7 +139,7 @@ def run(config):
 judge, table = published.judge(RUNS, "lesson's runs"), published.table(RUNS)
 
 
-def draw(rows, curves, images, path):
+def draw(rows: Sequence[Row], curves: Mapping[str, LessonCurves], images: ImageData, path: Path) -> None:
     """The pictures: accuracies and losses, and beside it the means and deviations of the hooked run's layers."""
     from runner import plots
     published.picture(RUNS, rows, curves, images, path)
@@ -140,12 +151,12 @@ def draw(rows, curves, images, path):
 
 # --- the command line ---------------------------------------------------------------------------------------------
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `python -m experiments lesson`."""
     add_choice(parser, "arms", RUNS)
     add_image_arguments(parser, "lesson")
 
 
-def main(args):
+def main(args: argparse.Namespace) -> int:
     """Run with parsed options; the exit status."""
     return run(Config(**from_args(args))).status

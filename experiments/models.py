@@ -1,44 +1,58 @@
 """The lesson's networks, built from pluggable conv layers (fastai part 2 v3, notebooks 06 and 07)."""
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, TypeVar
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn, optim
 
-from runner import SGD, Callback, Learner, Runner, listify
+from runner import SGD, Callback, DataBunch, Learner, Runner, listify
 
 CHANNELS = [8, 16, 32, 64, 64]      # of the five conv layers of the lesson's network
+
+NormFactory = Callable[[int], nn.Module]        # makes a norm for so many channels
+Cb = Callback | Callable[[], Callback]          # a callback, or what makes one
+M = TypeVar("M", bound=nn.Module)
+
+
+class HasClasses(Protocol):
+    """Data with `c` classes, such as a `DataBunch`."""
+
+    @property
+    def c(self) -> int: ...
 
 
 class GeneralRelu(nn.Module):
     """`min(leaky_relu(x, leak) - sub, maxv)`; each part is left out where its argument is None."""
 
-    def __init__(self, leak=None, sub=None, maxv=None):
+    def __init__(self, leak: float | None = None, sub: float | None = None, maxv: float | None = None) -> None:
         super().__init__()
         self.leak, self.sub, self.maxv = leak, sub, maxv
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = F.relu(x) if self.leak is None else F.leaky_relu(x, self.leak)
         if self.sub is not None: x = x - self.sub
         if self.maxv is not None: x = x.clamp_max(self.maxv)
         return x
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"leak={self.leak}, sub={self.sub}, maxv={self.maxv}"
 
 
 class Lambda(nn.Module):
     """A module that calls `func`."""
 
-    def __init__(self, func):
+    def __init__(self, func: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.func = func
 
-    def forward(self, x): return self.func(x)
+    def forward(self, x: Tensor) -> Tensor: return self.func(x)
 
-    def extra_repr(self): return getattr(self.func, "__name__", repr(self.func))
+    def extra_repr(self) -> str: return str(getattr(self.func, "__name__", repr(self.func)))
 
 
-def flatten(x):
+def flatten(x: Tensor) -> Tensor:
     """`(N, ...)` to `(N, product of the rest)`."""
     return x.view(x.shape[0], -1)
 
@@ -49,12 +63,13 @@ class AvgPool(nn.AdaptiveAvgPool2d):
     A map of one position is handed on as it is. torch would sum and divide it, in 3 % of a step at batch size 2.
     """
 
-    def __init__(self): super().__init__(1)
+    def __init__(self) -> None: super().__init__(1)
 
-    def forward(self, x): return x if x.shape[-2:] == (1, 1) else super().forward(x)
+    def forward(self, x: Tensor) -> Tensor: return x if x.shape[-2:] == (1, 1) else super().forward(x)
 
 
-def conv_layer(ni, nf, ks=3, stride=2, norm=None, **kwargs):
+def conv_layer(ni: int, nf: int, ks: int = 3, stride: int = 2, norm: NormFactory | None = None,
+               **kwargs: float | None) -> nn.Sequential:
     """Convolution, `GeneralRelu`, then the norm: `(N, ni, H, W)` to `(N, nf, ceil(H / stride), ceil(W / stride))`.
 
     Args:
@@ -67,7 +82,8 @@ def conv_layer(ni, nf, ks=3, stride=2, norm=None, **kwargs):
     Raises:
         TypeError: a `norm` that is not such a callable.
     """
-    layers = [nn.Conv2d(ni, nf, ks, padding=ks // 2, stride=stride, bias=norm is None), GeneralRelu(**kwargs)]
+    layers: list[nn.Module] = [nn.Conv2d(ni, nf, ks, padding=ks // 2, stride=stride, bias=norm is None),
+                               GeneralRelu(**kwargs)]
     if norm is not None:
         layer = norm(nf) if callable(norm) and not isinstance(norm, nn.Module) else None
         if not isinstance(layer, nn.Module):
@@ -84,15 +100,18 @@ class ResidualBlock(nn.Module):
     `(N, nf, H, W)` in and out, H and W up to 4.
     """
 
-    def __init__(self, nf, norm):
+    def __init__(self, nf: int, norm: NormFactory) -> None:
         super().__init__()
         self.f = nn.Sequential(*(layer for _ in range(2) for layer in (
             nn.Conv2d(nf, nf, 3, stride=2, padding=1, bias=False), norm(nf), nn.LeakyReLU())))
 
-    def forward(self, x): return x + self.f(x)
+    def forward(self, x: Tensor) -> Tensor:
+        change: Tensor = self.f(x)
+        return x + change
 
 
-def get_cnn_layers(data, nfs, layer, **kwargs):
+def get_cnn_layers(data: HasClasses, nfs: Sequence[int], layer: Callable[..., nn.Module],
+                   **kwargs: Any) -> list[nn.Module]:
     """Conv layers with the channels `nfs` from one input channel, kernel 5 first and 3 after, then pool and linear.
 
     `layer(ni, nf, ks, **kwargs)` makes each; `data.c` is the number of classes.
@@ -102,12 +121,13 @@ def get_cnn_layers(data, nfs, layer, **kwargs):
         AvgPool(), Lambda(flatten), nn.Linear(nfs[-1], data.c)]
 
 
-def get_cnn_model(data, nfs, layer, **kwargs):
+def get_cnn_model(data: HasClasses, nfs: Sequence[int], layer: Callable[..., nn.Module],
+                  **kwargs: Any) -> nn.Sequential:
     """`get_cnn_layers` as one `nn.Sequential`: `(N, 1, H, W)` to `(N, data.c)`."""
     return nn.Sequential(*get_cnn_layers(data, nfs, layer, **kwargs))
 
 
-def init_cnn_(m, f):
+def init_cnn_(m: nn.Module, f: Callable[..., Tensor]) -> None:
     """Initialise the weight of every convolution in the tree under `m` by `f(weight, a=0.1)`; biases 0."""
     for conv in m.modules():
         if isinstance(conv, nn.Conv2d):
@@ -115,12 +135,12 @@ def init_cnn_(m, f):
             if conv.bias is not None: nn.init.zeros_(conv.bias)
 
 
-def init_cnn(m, uniform=False):
+def init_cnn(m: nn.Module, uniform: bool = False) -> None:
     """`init_cnn_` with Kaiming initialisation, normal or uniform."""
     init_cnn_(m, nn.init.kaiming_uniform_ if uniform else nn.init.kaiming_normal_)
 
 
-def init_alike(model, seed):
+def init_alike(model: nn.Module, seed: int) -> None:
     """Initialise all convolutions and linear layers from `seed` alone, whatever stands between them.
 
     Two networks that differ in their norms get the same weights. Made by their constructors they would not: a
@@ -132,7 +152,7 @@ def init_alike(model, seed):
         if isinstance(m, nn.Linear): m.reset_parameters()
 
 
-def channels_last_(model):
+def channels_last_(model: M) -> M:
     """Lay out the weights of the convolutions in `model` as `(out, H, W, in)`; returns the model.
 
     The maps between take the layout over. On a CPU torch's own convolutions take about half the time so in batches of
@@ -144,7 +164,10 @@ def channels_last_(model):
     return model
 
 
-def get_runner(model, data, lr=0.6, cbs=None, opt_func=None, loss_func=F.cross_entropy, *, compile=False):
+def get_runner(model: nn.Module, data: DataBunch, lr: float = 0.6, cbs: Cb | Iterable[Cb] | None = None,
+               opt_func: Callable[..., optim.Optimizer] | None = None,
+               loss_func: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, *,
+               compile: bool = False) -> tuple[Learner, Runner]:
     """A learner and a runner: `(learn, run)`.
 
     Args:
@@ -155,13 +178,14 @@ def get_runner(model, data, lr=0.6, cbs=None, opt_func=None, loss_func=F.cross_e
         loss_func: `f(pred, yb)`.
         compile: whether the runner compiles its steps.
     """
-    cbs = listify(cbs)
-    made = [cb if isinstance(cb, Callback) else cb() for cb in cbs]
+    made = [cb if isinstance(cb, Callback) else cb() for cb in listify(cbs)]
     opt = (opt_func or SGD)(model.parameters(), lr=lr)
     return Learner(model, opt, loss_func, data), Runner(cbs=made, compile=compile)
 
 
-def get_learn_run(nfs, data, lr, layer, cbs=None, opt_func=None, uniform=False, *, compile=False, **kwargs):
+def get_learn_run(nfs: Sequence[int], data: DataBunch, lr: float, layer: Callable[..., nn.Module],
+                  cbs: Cb | Iterable[Cb] | None = None, opt_func: Callable[..., optim.Optimizer] | None = None,
+                  uniform: bool = False, *, compile: bool = False, **kwargs: Any) -> tuple[Learner, Runner]:
     """`get_cnn_model`, `init_cnn` and `get_runner` in one: `(learn, run)`. `**kwargs` go to `layer`."""
     model = get_cnn_model(data, nfs, layer, **kwargs)
     init_cnn(model, uniform=uniform)

@@ -10,6 +10,8 @@ As published the norm in the block is torch's BatchNorm2d. Its maps are 1x1, so 
 values per channel. The runs called running have RunningBatchNorm there too.
 """
 
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,8 +20,9 @@ from torch import nn
 from experiments import published
 from experiments.arms import run_arms, windows
 from experiments.data import load_data
-from experiments.models import Lambda, ResidualBlock, conv_layer, flatten, init_alike
-from experiments.published import Run, train_run
+from experiments.models import Lambda, NormFactory, ResidualBlock, conv_layer, flatten, init_alike
+from experiments.published import Curves, Run, train_run
+from experiments.results import Result, Row
 from experiments.settings import add_choice, add_image_arguments, from_args
 from experiments.small_batch import build
 from norms import RunningBatchNorm
@@ -29,7 +32,7 @@ DROPOUT = 0.4
 FALLING = (1.0, 0.2)        # the rate, linear over the epoch
 
 
-def variant(block_norm, seed, c=10):
+def variant(block_norm: NormFactory, seed: int, c: int = 10) -> nn.Sequential:
     """The variant of the lesson's network with `block_norm` in its residual block, `(N, 1, 28, 28)` to `(N, c)`."""
     nfs = [1, *CHANNELS]
     layers = [conv_layer(ni, nf, 5 if i == 0 else 3, norm=RunningBatchNorm)
@@ -56,14 +59,14 @@ class Config(published.RunSettings):
     """Settings of the experiment; `arms` are names in `RUNS`."""
 
     runs = RUNS
-    arms: tuple = tuple(RUNS)
+    arms: Sequence[str] = tuple(RUNS)
 
 
-def run(config):
+def run(config: Config) -> Result:
     """Train every run of every seed, print as it goes, write the run folder: a `Result`."""
     images = load_data(config.data, config.data_dir, config.limit)
 
-    def arm(name, seed, label):
+    def arm(name: str, seed: int, label: str) -> tuple[list[Row], Row, Curves]:
         rows, row, losses = train_run(RUNS[name], name, RUNS[name].build(seed, images.c), images, seed, config.device,
                                       label)
         return rows, row, {"losses": windows(losses, 50)}
@@ -77,12 +80,12 @@ def run(config):
 judge, table = published.judge(RUNS, "runs of one epoch"), published.table(RUNS)
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `python -m experiments one-epoch`."""
     add_choice(parser, "arms", RUNS)
     add_image_arguments(parser, "one-epoch")
 
 
-def main(args):
+def main(args: argparse.Namespace) -> int:
     """Run with parsed options; the exit status."""
     return run(Config(**from_args(args))).status

@@ -2,12 +2,16 @@
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, TypedDict
+
+from torch import nn
 
 from experiments.arms import by_arm, course, finite, heading, plural, seeds_and_device, statuses, train
-from experiments.data import TRAIN_IMAGES
+from experiments.data import TRAIN_IMAGES, ImageData
+from experiments.results import Row, Summary, Table, Verdict
 from experiments.settings import ImageSettings, choose
 from experiments.small_batch import FAILED, least_median
 
@@ -15,6 +19,12 @@ from experiments.small_batch import FAILED, least_median
 # and torch's, 3 epochs at lr 1.0. They differ by 0.0110 after the first epoch and by 0.0106 after the third, and a
 # difference of two draws has sqrt(2) of the deviation of one. Nothing else that is published speaks of it.
 STD = 0.008
+
+
+class Curves(TypedDict):
+    """What a run's record keeps of its course: the training loss, `windows` of it."""
+
+    losses: tuple[list[float], list[float]]
 
 
 @dataclass(frozen=True)
@@ -32,15 +42,15 @@ class Run:
     `note` stands behind the published figures in the table.
     """
 
-    build: Callable
+    build: Callable[[int, int], nn.Sequential]
     batch_size: int
-    lr: float | tuple
+    lr: float | tuple[float, ...]
     epochs: int = 1
-    published: tuple = ()
+    published: tuple[float, ...] = ()
     claim: str = ""
     note: str = ""
 
-    def bounds(self, n):
+    def bounds(self, n: int) -> tuple[float, float] | None:
         """The least and the most that the mean of `n` seeds may be, or None where nothing is claimed."""
         tolerance = 3 * STD * math.sqrt(1 + 1 / n)
         if self.claim == "near": return self.published[-1] - tolerance, min(1.0, self.published[-1] + tolerance)
@@ -58,26 +68,27 @@ class RunSettings(ImageSettings):
         InputError: a value that makes no sense.
     """
 
-    arms: tuple = ()
-    runs: ClassVar[dict] = {}
+    arms: Sequence[str] = ()
+    runs: ClassVar[Mapping[str, Run]] = {}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.arms = choose(self.arms, self.runs, "arm")
         super().__post_init__()
 
 
-def train_run(run, name, model, images, seed, device, label):
+def train_run(run: Run, name: str, model: nn.Module, images: ImageData, seed: int, device: str,
+              label: str) -> tuple[list[Row], Row, list[float]]:
     """Train `model`, the network of the `Run` called `name`: `(rows per epoch, final row, training losses)`."""
     return train(model, images, {"arm": name, "batch_size": run.batch_size, "lr": run.lr, "seed": seed,
                                  "epochs": run.epochs}, device, label)
 
 
-def judged(run, accuracies):
+def judged(run: Run, accuracies: Sequence[float]) -> float:
     """Of the `accuracies` after each epoch the one that `run` is judged by, or 0 if there are none."""
     return accuracies[(len(run.published) or len(accuracies)) - 1] if accuracies else 0.0
 
 
-def in_words(bounds):
+def in_words(bounds: tuple[float, float] | None) -> str:
     """'at least 0.947', 'below 0.5', '0.942 to 0.998' or '-'."""
     if bounds is None: return "-"
     low, high = bounds
@@ -85,12 +96,13 @@ def in_words(bounds):
     return f"below {high:g}" if math.isinf(low) else f"{low:.3f} to {high:.3f}"
 
 
-def judge(runs, what):
+def judge(runs: Mapping[str, Run], what: str) -> Callable[[list[Row], str, int], Verdict]:
     """A function that judges the rows of `runs`, `{name: Run}`; `what` they are, such as "lesson's runs"."""
-    def judge(rows, data, train_images):
+    def judge(rows: list[Row], data: str, train_images: int) -> Verdict:
         if data != "MNIST" or train_images != TRAIN_IMAGES:
             return None, f"The {what} were not compared with the published ones, which are on MNIST in full."
-        within, missed, n = 0, [], len({r["seed"] for r in rows})
+        within, n = 0, len({r["seed"] for r in rows})
+        missed: list[str] = []
         for name, arm in by_arm(rows).items():
             run, bounds = runs[name], runs[name].bounds(len(arm))
             if bounds is None: continue
@@ -105,12 +117,12 @@ def judge(runs, what):
     return judge
 
 
-def table(runs):
+def table(runs: Mapping[str, Run]) -> Callable[[Summary], Table]:
     """A function that makes header and lines of the table of a `summary.json`: a line per run of `runs`.
 
     The range is that of the seeds in the epoch that is judged.
     """
-    def table(summary):
+    def table(summary: Summary) -> Table:
         lines = []
         for name, rows in by_arm(summary["rows"]).items():
             run = runs[name]
@@ -126,15 +138,17 @@ def table(runs):
     return table
 
 
-def _rate(lr): return " to ".join(f"{v:g}" for v in (lr if isinstance(lr, tuple) else [lr]))
+def _rate(lr: float | tuple[float, ...]) -> str:
+    return " to ".join(f"{v:g}" for v in (lr if isinstance(lr, tuple) else [lr]))
 
 
-def header(images, config, network):
+def header(images: ImageData, config: RunSettings, network: str) -> str:
     """The lines above the first run."""
     return heading(images, network, f"run:     {seeds_and_device(config)}", f"runs:    {', '.join(config.arms)}")
 
 
-def picture(runs, rows, curves, images, path):
+def picture(runs: Mapping[str, Run], rows: Sequence[Row], curves: Mapping[str, Curves], images: ImageData,
+            path: Path) -> None:
     """Draw the last accuracy of every run and seed, beside the training losses of the first seed."""
     from runner import plots
     arms = by_arm(rows)

@@ -1,8 +1,12 @@
 """A report as one HTML file: text, tables and pictures, nothing loaded from elsewhere."""
 
 import base64
+from collections.abc import Container, Iterable
 from html import escape
 from pathlib import Path
+from typing import TypeVar
+
+AnyPath = TypeVar("AnyPath", str, Path)
 
 STYLE = """
 :root { color-scheme: light; --ink: #1b1b1b; --soft: #5b5b5b; --line: #d9d9d9; --warn: #8a3b00; --paper: #ffffff }
@@ -36,30 +40,33 @@ class Report:
         title: the heading; `subtitle` is the line under it.
     """
 
-    def __init__(self, title, subtitle=""):
-        self.title, self.subtitle, self.sections, self.parts = title, subtitle, [], []
+    def __init__(self, title: str, subtitle: str = "") -> None:
+        self.title, self.subtitle = title, subtitle
+        self.sections: list[str] = []
+        self.parts: list[str] = []
 
-    def section(self, heading):
+    def section(self, heading: str) -> "Report":
         """Begin a section; the headings make the contents at the top."""
         self.sections.append(heading)
         self.parts.append(f'<h2 id="s{len(self.sections)}">{escape(heading)}</h2>')
         return self
 
-    def text(self, *paragraphs, warn=False):
+    def text(self, *paragraphs: str, warn: bool = False) -> "Report":
         """Paragraphs; those with `warn` stand out."""
         self.parts += [f"<p{' class=warn' * warn}>{escape(p)}</p>" for p in paragraphs]
         return self
 
-    def picture(self, path, caption):
+    def picture(self, path: str | Path, caption: str) -> "Report":
         """The PNG at `path`; the caption says what to see in it, and stands for it where it can't be seen."""
         data = base64.b64encode(Path(path).read_bytes()).decode()
         self.parts.append(f'<figure><img src="data:image/png;base64,{data}" alt="{escape(caption)}">'
                           f"<figcaption>{escape(caption)}</figcaption></figure>")
         return self
 
-    def table(self, header, rows, caption="", *, words=(), warn=()):
+    def table(self, header: Iterable[object], rows: Iterable[Iterable[object]], caption: str = "", *,
+              words: Container[int] = (), warn: Container[int] = ()) -> "Report":
         """A table; the columns at the indices `words` hold text, the rows at the indices `warn` stand out."""
-        def cells(tag, line):
+        def cells(tag: str, line: Iterable[object]) -> str:
             return "".join(f"<{tag}{' class=words' * (i in words)}>{escape(str(cell))}</{tag}>"
                            for i, cell in enumerate(line))
         body = "".join(f"<tr{' class=warn' * (i in warn)}>{cells('td', row)}</tr>" for i, row in enumerate(rows))
@@ -67,12 +74,12 @@ class Report:
                           f"<thead><tr>{cells('th', header)}</tr></thead><tbody>{body}</tbody></table></div>")
         return self
 
-    def code(self, text):
+    def code(self, text: str) -> "Report":
         """Text in a fixed width, line by line."""
         self.parts.append(f"<pre>{escape(text)}</pre>")
         return self
 
-    def html(self):
+    def html(self) -> str:
         """The page."""
         contents = "".join(f'<a href="#s{i + 1}">{escape(h)}</a> ' for i, h in enumerate(self.sections))
         return (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -82,7 +89,7 @@ class Report:
                 f"<h1>{escape(self.title)}</h1>\n<p>{escape(self.subtitle)}</p>\n<nav>{contents}</nav>\n"
                 + "\n".join(self.parts) + "\n</body>\n</html>\n")
 
-    def write(self, path):
+    def write(self, path: AnyPath) -> AnyPath:
         """Write the page to `path` and return that."""
         Path(path).write_text(self.html(), encoding="utf-8")
         return path

@@ -1,13 +1,18 @@
 """The settings that experiments share, their checks and their options on the command line."""
 
+import argparse
 import math
 from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 
 from experiments.data import NAMES
 from experiments.errors import InputError, pick
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -21,18 +26,19 @@ class Settings:
         InputError: a value that makes no sense.
     """
 
-    seeds: tuple = (0,)
+    seeds: Sequence[int] = (0,)
     out: str | None = None
     device: str = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.seeds = some_once("seeds", self.seeds)
         for seed in self.seeds:
             if not (is_int(seed) and 0 <= seed < 2**32):
                 raise InputError(f"seed {seed!r} makes no sense; seeds are integers from 0 to 2^32 - 1")
         if self.device == "auto": self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        device: torch.device | None = None
         try: device = torch.device(self.device)
-        except RuntimeError: device = None
+        except RuntimeError: pass
         if device is None or device.type not in ("cpu", "cuda"):
             raise InputError(f"unknown device {self.device!r}; use auto, cpu or cuda")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -54,27 +60,27 @@ class ImageSettings(Settings):
     data_dir: str | None = None
     limit: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.data = pick(self.data, NAMES, "data set")
         if self.limit is not None: positive("limit", self.limit)
         super().__post_init__()
 
 
-def is_int(v): return isinstance(v, int) and not isinstance(v, bool)
+def is_int(v: object) -> TypeGuard[int]: return isinstance(v, int) and not isinstance(v, bool)
 
 
-def positive(name, v):
+def positive(name: str, v: object) -> None:
     """Raise unless `v`, the setting called `name`, is a positive integer."""
     if not (is_int(v) and v >= 1): raise InputError(f"{name} is {v!r}; it must be a positive integer")
 
 
-def positive_number(name, v, such_as):
+def positive_number(name: str, v: object, such_as: float) -> None:
     """Raise unless `v`, the setting called `name`, is a finite number above 0, such as `such_as`."""
     if not (isinstance(v, (int, float)) and 0 < v < math.inf):
         raise InputError(f"{name} is {v!r}; it must be a positive number such as {such_as}")
 
 
-def some_once(name, values):
+def some_once(name: str, values: Iterable[T]) -> tuple[T, ...]:
     """`values` of the setting called `name` as a tuple, after a check that there are some and none twice."""
     values = tuple(values)
     if not values: raise InputError(f"{name} is empty; name at least one")
@@ -83,14 +89,14 @@ def some_once(name, values):
     return values
 
 
-def choose(names, known, what):
+def choose(names: Iterable[str], known: Collection[str], what: str) -> tuple[str, ...]:
     """`names` as `known` spells them, each once; `what` is the kind of thing, such as "norm"."""
     return some_once(f"{what}s", (pick(n, known, what) for n in names))
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
 
-def parse_seeds(text):
+def parse_seeds(text: str) -> tuple[int, ...]:
     """'3' is the seeds 0, 1, 2; '0,4' is these two; '7,' is the seed 7 alone."""
     try: numbers = [int(t) for t in text.split(",") if t.strip()]
     except ValueError: numbers = []
@@ -99,7 +105,7 @@ def parse_seeds(text):
     return tuple(numbers) if "," in text else tuple(range(numbers[0]))
 
 
-def add_arguments(parser, experiment, seeds=1):
+def add_arguments(parser: argparse.ArgumentParser, experiment: str, seeds: int = 1) -> None:
     """Declare the options that every experiment has; `seeds` is the usual number of them."""
     parser.add_argument("--seeds", default=str(seeds), metavar="N",
                         help=f"number of seeds, 3 meaning 0, 1 and 2, or a list such as 0,4 or 7, (default: {seeds})")
@@ -107,7 +113,8 @@ def add_arguments(parser, experiment, seeds=1):
     parser.add_argument("--device", default="auto", metavar="DEV", help="auto (default), cpu, cuda, cuda:1, ...")
 
 
-def add_image_arguments(parser, experiment, seeds=1, auto="MNIST if it can be had, else scikit-learn's digits"):
+def add_image_arguments(parser: argparse.ArgumentParser, experiment: str, seeds: int = 1,
+                        auto: str = "MNIST if it can be had, else scikit-learn's digits") -> None:
     """Declare the options of an experiment on images; `auto` says what `--data auto` takes."""
     parser.add_argument("--data", default="auto", metavar="NAME",
                         help=f"{', '.join(n for n in NAMES if n != 'auto')}, or auto (default): {auto}")
@@ -118,13 +125,13 @@ def add_image_arguments(parser, experiment, seeds=1, auto="MNIST if it can be ha
     add_arguments(parser, experiment, seeds)
 
 
-def add_choice(parser, option, known):
+def add_choice(parser: argparse.ArgumentParser, option: str, known: Collection[str]) -> None:
     """Declare `--option`, a choice among the names `known`, separated by spaces or commas; all of them by default."""
     parser.add_argument(f"--{option}", nargs="+", default=list(known), metavar=option.upper().rstrip("S"),
                         help=f"arms, separated by spaces or commas (default: all of {', '.join(known)})")
 
 
-def from_args(args):
+def from_args(args: argparse.Namespace) -> dict[str, Any]:
     """Parsed options as arguments of a config."""
     choices = {k: [n for word in v for n in word.split(",") if n] for k, v in vars(args).items() if isinstance(v, list)}
     return {**vars(args), **choices, "seeds": parse_seeds(args.seeds)}

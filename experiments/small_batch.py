@@ -11,7 +11,9 @@ makes them about +1 and -1 whatever they were; the running statistics used in ev
 import argparse
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from torch import nn
 
@@ -29,9 +31,10 @@ from experiments.arms import (
     train,
     windows,
 )
-from experiments.data import TRAIN_IMAGES, load_data
+from experiments.data import TRAIN_IMAGES, ImageData, load_data
 from experiments.errors import InputError, pick
-from experiments.models import CHANNELS, conv_layer, get_cnn_model, init_alike
+from experiments.models import CHANNELS, NormFactory, conv_layer, get_cnn_model, init_alike
+from experiments.results import Result, Row, Summary, Table, Verdict
 from experiments.settings import (
     ImageSettings,
     add_choice,
@@ -44,7 +47,7 @@ from experiments.settings import (
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
 from runner import CPUBackendCallback
 
-NORMS = {
+NORMS: dict[str, NormFactory | None] = {
     "none": None,
     "BatchNorm2d": nn.BatchNorm2d,
     "BatchNorm": BatchNorm,
@@ -54,7 +57,7 @@ NORMS = {
     "RunningBatchNorm": RunningBatchNorm,
 }
 # Convolutions on a CPU: (whether oneDNN's, threads); None is measured before the first batch.
-BACKENDS = {"auto": (None, None), "onednn": (True, None), "own": (False, 1)}
+BACKENDS: dict[str, tuple[bool | None, int | None]] = {"auto": (None, None), "onednn": (True, None), "own": (False, 1)}
 RECIPES = ("published", "best")
 BATCH_NORMS = ("BatchNorm2d", "BatchNorm")
 
@@ -89,14 +92,14 @@ class Config(ImageSettings):
         InputError: a value that makes no sense.
     """
 
-    norms: tuple = tuple(NORMS)
+    norms: Sequence[str] = tuple(NORMS)
     batch_size: int = 2
     lr: float = 0.4
     epochs: int | None = None
     backend: str = "auto"
     compile: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.norms = choose(self.norms, NORMS, "norm")
         self.backend = pick(self.backend, BACKENDS, "backend")
         positive("batch size", self.batch_size)
@@ -111,14 +114,15 @@ class Config(ImageSettings):
 
 # --- one arm ------------------------------------------------------------------------------------------------------
 
-def build(norm, seed, c=10):
+def build(norm: str, seed: int, c: int = 10) -> nn.Sequential:
     """The five-layer network with the norm called `norm`; the same weights for every norm."""
     model = get_cnn_model(argparse.Namespace(c=c), CHANNELS, conv_layer, norm=NORMS[norm])
     init_alike(model, seed)
     return model
 
 
-def train_arm(config, images, norm, seed, label):
+def train_arm(config: Config, images: ImageData, norm: str, seed: int,
+              label: str) -> tuple[list[Row], Row, list[float]]:
     """Train one norm from one seed: `(rows per epoch, final row, training losses)`."""
     row = {"norm": norm, "batch_size": config.batch_size, "lr": config.lr, "seed": seed, "epochs": config.epochs}
     return train(build(norm, seed, images.c), images, row, config.device, label, drop_last=True,
@@ -127,7 +131,7 @@ def train_arm(config, images, norm, seed, label):
 
 # --- the experiment -----------------------------------------------------------------------------------------------
 
-def run(config):
+def run(config: Config) -> Result:
     """Train every arm, print as it goes, write the run folder: a `Result`."""
     images = load_data(config.data, config.data_dir, config.limit)
     config.epochs = config.epochs or (1 if images.name == "MNIST" else DIGITS_EPOCHS)
@@ -135,7 +139,7 @@ def run(config):
 
     arms = [(n, s) for s in config.seeds for n in config.norms]
 
-    def arm(norm, seed, label):
+    def arm(norm: str, seed: int, label: str) -> tuple[list[Row], Row, tuple[list[float], list[float]]]:
         epochs, row, losses = train_arm(config, images, norm, seed, label)
         if needs_more(row, len(config.seeds), len(images.train)) and seed == config.seeds[0]:
             arms.extend((norm, (seed + k) % 2**32) for k in range(1, MORE_SEEDS + 1))
@@ -146,9 +150,10 @@ def run(config):
                     published=PUBLISHED, draw=lambda rows, curves, path: draw(rows, curves, images, config, path))
 
 
-def header(config, images):
+def header(config: Config, images: ImageData) -> str:
     """What is run, on what, from what: the lines above the first arm."""
     n = sum(p.numel() for p in build("none", 0).parameters())
+    assert config.epochs is not None        # `run` has decided
     return heading(
         images, f"conv layers {CHANNELS}, pool, linear; {n:,} parameters without a norm",
         f"run:     batch size {config.batch_size}, lr {config.lr}, {plural(config.epochs, 'epoch')}, "
@@ -156,7 +161,7 @@ def header(config, images):
         f"arms:    {', '.join(config.norms)}")
 
 
-def judge(rows, data, train_images):
+def judge(rows: list[Row], data: str, train_images: int) -> Verdict:
     """Whether the published effect was reproduced, True, False or None (not tested), and a sentence that says so.
 
     `rows` were trained on `train_images` images of `data`.
@@ -181,7 +186,7 @@ def judge(rows, data, train_images):
                 f"setting (MNIST in full, lr 0.4, one epoch): {found}.")
 
 
-def least_median(n):
+def least_median(n: int) -> float:
     """The least that the median of `n` seeds of RunningBatchNorm may be: 3 standard errors below the expected mean.
 
     That of a median is about 1.25 (sqrt(pi / 2)) times that of a mean; of one or two seeds the two are the same.
@@ -189,18 +194,18 @@ def least_median(n):
     return EXPECTED_MEAN - 3 * (1.25 if n > 2 else 1) * EXPECTED_STD / math.sqrt(n)
 
 
-def needs_more(row, seeds, train_images):
+def needs_more(row: Row, seeds: int, train_images: int) -> bool:
     """Whether the final `row` of an arm with so many `seeds`, on so many images, calls for more seeds of it."""
     return (row["norm"] == "RunningBatchNorm" and seeds == 1 and comparable([row]) and train_images == TRAIN_IMAGES
             and row["status"] != "failed" and finite(row["valid_accuracy"]) < least_median(1))
 
 
-def comparable(rows):
+def comparable(rows: Sequence[Row]) -> bool:
     """Whether `rows` were trained as the published runs were, whatever the images."""
     return all((r["batch_size"], r["lr"], r["epochs"]) == (2, 0.4, 1) for r in rows)
 
 
-def table(summary):
+def table(summary: Summary) -> Table:
     """Header and lines of the table of a `summary.json`: one line per norm, published beside measured.
 
     Published figures are left out beside other settings; beside other images the heading says that they are MNIST's.
@@ -212,7 +217,8 @@ def table(summary):
     return ["norm", "published" if summary["train_images"] == TRAIN_IMAGES else "published on MNIST", *MEASURED], lines
 
 
-def draw(rows, curves, images, config, path):
+def draw(rows: Sequence[Row], curves: Mapping[str, tuple[list[float], list[float]]], images: ImageData,
+         config: Config, path: Path) -> None:
     """The picture: validation accuracy per arm and seed beside the training loss of the first seed.
 
     `curves` maps each norm to `(steps, losses)`, as in `curves.json`.
@@ -222,7 +228,7 @@ def draw(rows, curves, images, config, path):
     groups = {norm: [r["valid_accuracy"] for r in rows if r["norm"] == norm] for norm in curves}
     as_published = comparable(rows) and len(images.train) == TRAIN_IMAGES
     plots.plot_groups(groups, left, reference=PUBLISHED if as_published else None,
-                      xlabel=f"validation accuracy after {plural(config.epochs, 'epoch')}, "
+                      xlabel=f"validation accuracy after {plural(rows[0]['epochs'], 'epoch')}, "
                              f"{plural(len(config.seeds), 'seed')}, bar: mean",
                       title=f"batch size {config.batch_size}, lr {config.lr}, {images.name}")
     left.set_xlim(0, 1)
@@ -236,7 +242,7 @@ def draw(rows, curves, images, config, path):
 
 # --- the command line ---------------------------------------------------------------------------------------------
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `python -m experiments small-batch`."""
     parser.add_argument("--recipe", default="published", metavar="NAME", help="published (default), or best: the most "
                         "that this network learns so, as python -m experiments best")
@@ -252,7 +258,7 @@ def add_arguments(parser):
                         "then faster steps; needs a C++ compiler")
 
 
-def main(args):
+def main(args: argparse.Namespace) -> int:
     """Run with parsed options; the exit status."""
     options = vars(args)
     if pick(options.pop("recipe"), RECIPES, "recipe") == "published": return run(Config(**from_args(args))).status

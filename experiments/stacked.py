@@ -5,9 +5,10 @@ convolutions and norms in K groups, take as many operations as one of them.
 """
 
 import copy
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.models import GeneralRelu, Lambda, flatten
 from norms import BatchNorm, GroupNorm, InstanceNorm, RunningBatchNorm
@@ -15,7 +16,7 @@ from norms import BatchNorm, GroupNorm, InstanceNorm, RunningBatchNorm
 STATELESS = (GeneralRelu, nn.AdaptiveAvgPool2d, nn.ReLU, nn.LeakyReLU, nn.Identity)
 
 
-def stack(models):
+def stack(models: Iterable[nn.Module]) -> nn.Module:
     """One network that computes what each of the K `models` does, each on images of its own.
 
     It has the tree of one of them. Every parameter and every buffer per channel is those of the K models, in their
@@ -44,7 +45,7 @@ def stack(models):
     return stacked.train(models[0].training)
 
 
-def unstack(stacked, models):
+def unstack(stacked: nn.Module, models: Sequence[nn.Module]) -> None:
     """Put the parameters and buffers of the network `stacked` back into the `models` that it was made of, in order."""
     state = stacked.state_dict()
     for k, model in enumerate(models):
@@ -54,40 +55,41 @@ def unstack(stacked, models):
 class GroupedLinear(nn.Module):
     """K linear layers side by side: `(N, K ni)` to `(N, K no)`; `weight` `(K no, ni)`, `bias` `(K no,)`."""
 
-    def __init__(self, groups, ni, no):
+    def __init__(self, groups: int, ni: int, no: int) -> None:
         super().__init__()
         self.groups = groups
         self.weight, self.bias = nn.Parameter(torch.empty(groups * no, ni)), nn.Parameter(torch.empty(groups * no))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         k, ni = self.groups, self.weight.shape[1]
         xs = x.view(-1, k, ni).transpose(0, 1)                                              # (K, N, ni)
         out = torch.bmm(xs, self.weight.view(k, -1, ni).transpose(1, 2))                    # (K, N, no)
         return out.transpose(0, 1).reshape(len(x), -1) + self.bias
 
 
-def _stacked(m, k):
+def _stacked(m: nn.Module, k: int) -> nn.Module:
     """The layer `m` for `k` networks side by side; its values are still to come."""
     if isinstance(m, nn.Sequential): return nn.Sequential(*(_stacked(layer, k) for layer in m))
-    kind = type(m)
-    if kind is nn.Conv2d:
-        return nn.Conv2d(k * m.in_channels, k * m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation,
+    new: nn.Module
+    if type(m) is nn.Conv2d:
+        return nn.Conv2d(k * m.in_channels, k * m.out_channels,
+                         m.kernel_size, m.stride, m.padding, m.dilation,    # type: ignore[arg-type]   # as it has them
                          k * m.groups, m.bias is not None, m.padding_mode, dtype=m.weight.dtype)
-    if kind is nn.Linear and m.bias is not None: new = GroupedLinear(k, m.in_features, m.out_features)
-    elif kind is RunningBatchNorm:
+    if type(m) is nn.Linear and m.bias is not None: new = GroupedLinear(k, m.in_features, m.out_features)
+    elif type(m) is RunningBatchNorm:
         new = RunningBatchNorm(k * m.nf, m.mom, m.eps, rule=m.rule, average_backward=m.average_backward)
-    elif kind is BatchNorm: new = BatchNorm(k * m.nf, m.mom, m.eps)
-    elif kind is InstanceNorm: new = InstanceNorm(k * m.nf, m.eps)
-    elif kind is GroupNorm: new = GroupNorm(k * m.num_groups, k * m.num_channels, m.eps, m.weight is not None)
-    elif isinstance(m, STATELESS) or (kind is Lambda and m.func is flatten): return copy.deepcopy(m)
+    elif type(m) is BatchNorm: new = BatchNorm(k * m.nf, m.mom, m.eps)
+    elif type(m) is InstanceNorm: new = InstanceNorm(k * m.nf, m.eps)
+    elif type(m) is GroupNorm: new = GroupNorm(k * m.num_groups, k * m.num_channels, m.eps, m.weight is not None)
+    elif isinstance(m, STATELESS) or (type(m) is Lambda and m.func is flatten): return copy.deepcopy(m)
     else:
-        raise TypeError(f"stack can't put {kind.__name__} side by side; it takes nn.Sequential, nn.Conv2d, nn.Linear "
-                        "with a bias, BatchNorm, InstanceNorm, GroupNorm, RunningBatchNorm, "
+        raise TypeError(f"stack can't put {type(m).__name__} side by side; it takes nn.Sequential, nn.Conv2d, "
+                        "nn.Linear with a bias, BatchNorm, InstanceNorm, GroupNorm, RunningBatchNorm, "
                         f"Lambda(flatten) and {', '.join(s.__name__ for s in STATELESS)}")
     return new.to(next(m.parameters()).dtype)
 
 
-def _joined(name, tensors):
+def _joined(name: str, tensors: list[Tensor]) -> Tensor:
     if tensors[0].ndim: return torch.cat(tensors)
     if any(not torch.equal(t, tensors[0]) for t in tensors):
         raise ValueError(f"stack got models whose {name!r} differ, {[t.item() for t in tensors]}; a stack has one for "

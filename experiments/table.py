@@ -1,7 +1,10 @@
 """Print the results table of one or several runs as Markdown, or put it into a file between two marks."""
 
+import argparse
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments import EXPERIMENTS, TOOLS
 from experiments.errors import InputError, pick
@@ -10,18 +13,19 @@ from experiments.results import markdown_table, read_summary
 END = "<!-- end of results -->"
 
 
-def begin(name):
+def begin(name: str) -> str:
     """The mark before the results called `name`."""
     return f"<!-- results: {name} -->"
 
 
-def markdown(summaries):
+def markdown(summaries: Sequence[dict[str, Any]]) -> str:
     """The table of all rows of `summaries`, runs of one experiment on the same data, and the verdict; or a bench's."""
     name = experiment(summaries)
     module = importlib.import_module((EXPERIMENTS | TOOLS)[name][0])
     if name == "bench":
         if len(summaries) > 1: raise InputError("a bench's ratios hold within one run; name that run alone")
-        return module.markdown(summaries[0])
+        text: str = module.markdown(summaries[0])
+        return text
     data = {(s["data"], s["train_images"]) for s in summaries}
     if len(data) > 1: raise InputError(f"these runs are of different data, {sorted(data)}; name runs of one")
     rows = [row for s in summaries for row in s["rows"]]
@@ -30,14 +34,14 @@ def markdown(summaries):
     return f"{markdown_table(*module.table({**summaries[0], 'rows': rows}))}\n\n{verdict}"
 
 
-def experiment(summaries):
+def experiment(summaries: Sequence[dict[str, Any]]) -> str:
     """The name of the experiment that all `summaries` are of; a bench's record names none."""
     names = sorted({s.get("experiment", "bench") for s in summaries})
     if len(names) > 1: raise InputError(f"these runs are of different experiments, {names}; name runs of one")
     return pick(names[0], [*EXPERIMENTS, "bench"], "experiment")
 
 
-def insert(text, table, name):
+def insert(text: str, table: str, name: str) -> str:
     """`text` with `table` between the mark of the results called `name` and the next end mark.
 
     Raises:
@@ -50,14 +54,14 @@ def insert(text, table, name):
     return f"{before}{found}\n{table}\n{ended}{after}"
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `python -m experiments table`."""
     parser.add_argument("run", nargs="+", help="run folders, or summary.json files; their rows come into one table")
     parser.add_argument("--into", metavar="FILE", help=f"write it into FILE, between <!-- results: NAME --> and {END}")
     parser.add_argument("--name", metavar="NAME", help="the mark's NAME (default: the experiment's)")
 
 
-def main(args):
+def main(args: argparse.Namespace) -> int:
     """Print or insert the table; the exit status."""
     summaries = [read_summary(run) for run in args.run]
     table = markdown(summaries)

@@ -11,12 +11,16 @@ The last two are one function, so they are trained in float64, where rounding is
 original is in float32 and takes var = E[x^2] - E[x]^2. It evaluates on the test images, here the validation images do.
 """
 
+import argparse
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.arms import (
     MEASURED,
@@ -30,7 +34,8 @@ from experiments.arms import (
     seeds_and_device,
     train,
 )
-from experiments.data import TRAIN_IMAGES, load_data
+from experiments.data import TRAIN_IMAGES, ImageData, load_data
+from experiments.results import Result, Row, Summary, Table, Verdict
 from experiments.settings import ImageSettings, add_image_arguments, from_args, positive
 from norms.per_example import batch_norm
 from runner import Callback, CancelEpochException, accuracy
@@ -56,7 +61,7 @@ class Config(ImageSettings):
 
     steps: int = 2000
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         positive("steps", self.steps)
         super().__post_init__()
 
@@ -69,11 +74,15 @@ class Perceptron(nn.Module):
     The buffers `means` and `variances`, `(3, 100)`, are the averages over the `batches` seen in training.
     """
 
-    def __init__(self, arm, seed):
+    means: Tensor
+    variances: Tensor
+    batches: Tensor
+
+    def __init__(self, arm: str, seed: int) -> None:
         super().__init__()
         g = torch.Generator().manual_seed(seed)
 
-        def draw(*shapes):
+        def draw(*shapes: tuple[int, ...]) -> nn.ParameterList:
             return nn.ParameterList(torch.randn(*s, dtype=torch.float64, generator=g) for s in shapes)
         hidden = [(n,) for n in WIDTHS[1:-1]]
         self.weights, self.biases = draw(*pairwise(WIDTHS)), draw(*hidden)
@@ -84,13 +93,14 @@ class Perceptron(nn.Module):
             self.register_buffer(name, torch.zeros(len(hidden), *hidden[0], dtype=torch.float64))
         self.register_buffer("batches", torch.tensor(0))
 
-    def layers(self, x, norm):
+    def layers(self, x: Tensor, norm: Callable[[int, Tensor], Tensor]) -> Tensor:
         """`x` through all layers, `norm(i, x)` before the `i`-th sigmoid; one image or a batch of them."""
         *hidden, last = self.weights
         for i, w in enumerate(hidden): x = torch.sigmoid(norm(i, x @ w + self.biases[i]))
-        return x @ last
+        y: Tensor = x @ last
+        return y
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if self.arm == "baseline": return self.mapped(x, lambda i, h: h)
         if not self.training: return self.mapped(x, self.by_averages)
         y, means, variances = self.per_example(x) if self.arm == "per-example" else self.vanilla(x)
@@ -100,51 +110,61 @@ class Perceptron(nn.Module):
             self.variances += (variances - self.variances) / self.batches
         return y
 
-    def mapped(self, x, norm):
+    def mapped(self, x: Tensor, norm: Callable[[int, Tensor], Tensor]) -> Tensor:
         """A batch `x`, image by image, with a `norm` that keeps no statistics."""
-        def forward(image):
+        def forward(image: Tensor) -> Tensor:
             assert image.ndim == 1
             return self.layers(image, norm)
-        return torch.func.vmap(forward)(x)
+        y: Tensor = torch.func.vmap(forward)(x)
+        return y
 
-    def per_example(self, x):
+    def per_example(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The forward pass of one image, mapped over the batch: `(y, means, variances)`, the last two unmapped."""
-        def forward(image):
+        def forward(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             assert image.ndim == 1
-            stats = []
+            stats: list[tuple[Tensor, Tensor]] = []
 
-            def norm(i, h):
-                h, *moments = batch_norm(h, self.gammas[i], self.betas[i], EPS)     # (100,) each
-                stats.append(moments)
+            def norm(i: int, h: Tensor) -> Tensor:
+                h, m, v = batch_norm(h, self.gammas[i], self.betas[i], EPS)         # (100,) each
+                stats.append((m, v))
                 return h
             y = self.layers(image, norm)
             assert y.ndim == 1
-            return y, *map(torch.stack, zip(*stats, strict=True))                   # (10,), (3, 100), (3, 100)
-        return torch.func.vmap(forward, out_dims=(0, None, None))(x)
+            means, variances = map(torch.stack, zip(*stats, strict=True))
+            return y, means, variances                                              # (10,), (3, 100), (3, 100)
+        dims: Any = 0, None, None       # None, for what is not mapped, is missing in torch's annotation
+        found: tuple[Tensor, Tensor, Tensor] = torch.func.vmap(forward, out_dims=dims)(x)
+        return found
 
-    def vanilla(self, x):
+    def vanilla(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The batched forward pass: `(y, means, variances)`."""
-        stats = []
+        stats: list[tuple[Tensor, Tensor]] = []
 
-        def norm(i, h):
+        def norm(i: int, h: Tensor) -> Tensor:
             m, v = h.mean(0), h.var(0, correction=0)                                # (100,) each
             stats.append((m, v))
-            return (h - m) / torch.sqrt(v + EPS) * self.gammas[i] + self.betas[i]
-        return self.layers(x, norm), *map(torch.stack, zip(*stats, strict=True))
+            y: Tensor = (h - m) / torch.sqrt(v + EPS) * self.gammas[i] + self.betas[i]
+            return y
+        y = self.layers(x, norm)
+        means, variances = map(torch.stack, zip(*stats, strict=True))
+        return y, means, variances
 
-    def by_averages(self, i, h):
-        return (h - self.means[i]) / torch.sqrt(self.variances[i] + EPS) * self.gammas[i] + self.betas[i]
+    def by_averages(self, i: int, h: Tensor) -> Tensor:
+        y: Tensor = (h - self.means[i]) / torch.sqrt(self.variances[i] + EPS) * self.gammas[i] + self.betas[i]
+        return y
 
 
 class Evaluate(Callback):
     """Accuracy on the images `x` with labels `y` after every 10th step, and the end of training after `steps`."""
 
-    def __init__(self, x, y, steps): self.x, self.y, self.steps, self.found = x, y, steps, []
+    def __init__(self, x: Tensor, y: Tensor, steps: int) -> None:
+        self.x, self.y, self.steps = x, y, steps
+        self.found: list[Tensor] = []
 
-    def begin_batch(self):
+    def begin_batch(self) -> None:
         if self.in_train and self.n_iter >= self.steps: raise CancelEpochException
 
-    def after_batch(self):
+    def after_batch(self) -> None:
         # A batch that `begin_batch` has cancelled is counted too.
         if not self.in_train or self.n_iter % EVERY or self.n_iter > self.steps: return
         self.model.eval()
@@ -154,16 +174,16 @@ class Evaluate(Callback):
 
 # --- the experiment -----------------------------------------------------------------------------------------------
 
-def run(config):
+def run(config: Config) -> Result:
     """Train the three arms of every seed, print as it goes, write the run folder: a `Result`."""
     images = load_data(config.data, config.data_dir, config.limit)
     check_batch_size(BATCH, images)
     epochs = math.ceil(config.steps / (len(images.train) // BATCH))
     valid = pixels(images, images.valid.x).to(config.device), images.valid.y.to(config.device)
-    vanilla = {}        # losses of that arm, by seed
+    vanilla: dict[int, list[float]] = {}        # losses of that arm, by seed
 
-    def arm(name, seed, label):
-        row = {"arm": name, "batch_size": BATCH, "lr": LR, "seed": seed, "epochs": epochs, "steps": config.steps}
+    def arm(name: str, seed: int, label: str) -> tuple[list[Row], Row, dict[str, list[float]]]:
+        row: Row = {"arm": name, "batch_size": BATCH, "lr": LR, "seed": seed, "epochs": epochs, "steps": config.steps}
         evaluate = Evaluate(*valid, config.steps)
         rows, row, losses = train(Perceptron(name, seed), images, row, config.device, label, [evaluate],
                                   tfm=lambda x: pixels(images, x), drop_last=True)
@@ -181,12 +201,12 @@ def run(config):
                     judge=judge, table=table, draw=draw, published=PUBLISHED)
 
 
-def pixels(images, x):
+def pixels(images: ImageData, x: Tensor) -> Tensor:
     """Normalised images `x` as pixels in 0..1 again, in float64."""
     return x.double() * images.std + images.mean
 
 
-def judge(rows, data, train_images):
+def judge(rows: list[Row], data: str, train_images: int) -> Verdict:
     """Whether the norm arms coincide and, on MNIST in full, the accuracies are the published ones, and a sentence."""
     arms, n = by_arm(rows), len({r["seed"] for r in rows})
     apart = max(math.inf if (d := r["loss_difference"]) is None else d for r in arms["per-example"])
@@ -203,9 +223,9 @@ def judge(rows, data, train_images):
                 f"{tolerance:.3f}, mean validation accuracy of {plural(n, 'seed')}; {said}.")
 
 
-def table(summary):
+def table(summary: Summary) -> Table:
     """Header and lines of the table of a `summary.json`: a line per arm, published beside measured."""
-    def apart(rows):
+    def apart(rows: Sequence[Row]) -> str:
         differences = [r["loss_difference"] for r in rows if "loss_difference" in r]
         if None in differences: return "nan"
         return f"{max(differences):.1e}" if differences else "-"
@@ -213,7 +233,7 @@ def table(summary):
     return ["arm", "published", *MEASURED, "loss from vanilla's"], lines
 
 
-def draw(rows, curves, path):
+def draw(rows: list[Row], curves: dict[str, dict[str, list[float]]], path: Path) -> None:
     """The picture: accuracy against step for the three arms, and how far rounding parts the two that are one."""
     from runner import plots
     fig, (left, right) = plots.figure(2, width=6, height=3.8)
@@ -228,13 +248,13 @@ def draw(rows, curves, path):
 
 # --- the command line ---------------------------------------------------------------------------------------------
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `python -m experiments vmap`."""
     add_image_arguments(parser, "vmap")
     parser.add_argument("--steps", type=int, default=Config.steps, metavar="N",
                         help=f"training steps (default: {Config.steps})")
 
 
-def main(args):
+def main(args: argparse.Namespace) -> int:
     """Run with parsed options; the exit status."""
     return run(Config(**from_args(args))).status

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -197,6 +197,9 @@ class Runner:
     def _of_learner(self, name):
         if self.learn is None: raise AttributeError(f"the runner has no {name!r} without a learner: call fit first")
         return getattr(self.learn, name)
+
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...    # callbacks, each under its name
 
     # --- callbacks --------------------------------------------------------------------------------------------
 

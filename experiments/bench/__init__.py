@@ -5,16 +5,20 @@ median over the repetitions, the middle half, and milliseconds for orientation. 
 otherwise; nothing else should run meanwhile. Writes summary.json and a picture per part into the run folder.
 """
 
+import argparse
 import importlib
 import math
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from experiments.errors import InputError, pick
-from experiments.results import RunFolder, markdown_table, text_table, versions
+from experiments.results import Row, RunFolder, Table, markdown_table, text_table, versions
 from norms.kernels import AVAILABLE
 
 # part: (module, what it compares)
@@ -39,37 +43,37 @@ class Config:
         InputError: an unknown part, or a number of repetitions that is not a positive integer.
     """
 
-    parts: tuple = tuple(PARTS)
+    parts: Sequence[str] = tuple(PARTS)
     repetitions: int = 15
     data: str = "auto"
     data_dir: str | None = None
     out: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.parts = tuple(dict.fromkeys(pick(p, PARTS, "part") for p in self.parts)) or tuple(PARTS)
         if not isinstance(self.repetitions, int) or self.repetitions < 1:
             raise InputError(f"repetitions is {self.repetitions!r}; it must be a positive integer such as 15")
 
-    def rng(self):
+    def rng(self) -> torch.Generator:
         """A generator for the parts' random batches, always the same."""
         return torch.Generator().manual_seed(0)
 
 
-def machine():
+def machine() -> str:
     """The machine in words: processor, cores, what of it torch uses, and whose kernels the norms have."""
     kernels = "their own" if AVAILABLE else "torch's"
     return (f"{_processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__} "
             f"({torch.backends.cpu.get_cpu_capability()}), norms with {kernels} kernels")
 
 
-def _processor():
+def _processor() -> str:
     try:
         with open("/proc/cpuinfo") as f:
             return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
 
-def table(rows):
+def table(rows: Sequence[Row]) -> Table:
     """Header and lines of the table of one part."""
     lines = []
     for r in rows:
@@ -81,7 +85,7 @@ def table(rows):
     return ["arm", "ratio", "middle half", "to", "target", "ms", ""], lines
 
 
-def markdown(summary):
+def markdown(summary: dict[str, Any]) -> str:
     """The ratios of a record as a Markdown table, without those that only the figure of `growth` shows."""
     lines = [[r["part"], f"{r['arm']}, {r['setting']}", r["against"], f"**{r['ratio']:.2f}**",
               "{:.2f} to {:.2f}".format(*r["ratio_quartiles"]), f"{r['target']:.2f}" if r["target"] else "-",
@@ -91,11 +95,11 @@ def markdown(summary):
             f"{summary['machine']}; {' to '.join(map(str, dict.fromkeys((n[0], n[-1]))))} repetitions.")
 
 
-def run(config):
+def run(config: Config) -> list[Row]:
     """Time the parts: prints their tables, writes the record and the picture, returns the rows."""
     folder = RunFolder(config.out, "bench", config, {"machine": machine()})
     print(machine(), flush=True)
-    rows = []
+    rows: list[Row] = []
     for part in config.parts:
         module = importlib.import_module(PARTS[part][0])
         print(f"\n{part}: {PARTS[part][1]}, at most {config.repetitions} repetitions", flush=True)
@@ -108,7 +112,7 @@ def run(config):
     return rows
 
 
-def draw(rows, path):
+def draw(rows: Sequence[Row], path: Path) -> None:
     """The picture of a part: every ratio with its middle half, its target as a tick."""
     from runner import plots
     compared = [r for r in rows if r["against"] is not None]
@@ -119,7 +123,7 @@ def draw(rows, path):
     plots.save(fig, path)
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `python -m experiments bench`."""
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"parts (default: all of {', '.join(PARTS)})")
     parser.add_argument("--repetitions", type=int, default=15, metavar="N",
@@ -130,7 +134,7 @@ def add_arguments(parser):
     parser.add_argument("--out", metavar="DIR", help="run folder to make (default: runs/bench/<date>-<time>)")
 
 
-def main(args):
+def main(args: argparse.Namespace) -> int:
     """Run with parsed options; the exit status is 0: a time is no pass or failure."""
     run(Config(**vars(args)))
     return 0

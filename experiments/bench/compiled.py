@@ -6,23 +6,28 @@ same before).
 """
 
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from experiments.bench import Config
 from experiments.bench.norms import arms, network
 from experiments.bench.runner import LR, loader, trainer
 from experiments.bench.timing import interleave, row, settings
+from experiments.results import Row
 from runner import DataBunch, Learner
 
 NORMS = ("no norm", "nn.BatchNorm2d", "RunningBatchNorm", "GroupNorm")
 SIZE, BATCHES = 2, 100
 
 
-def rows(config):
+def rows(config: Config) -> list[Row]:
     """The part's rows."""
     found, dl = [], loader(BATCHES, SIZE, config.rng())
-    fits, first = {}, {}
+    fits: dict[str, Callable[[], object]] = {}
+    first: dict[str, float] = {}
     with settings(onednn=False):
         for norm in NORMS:
             for name, compile in ((norm, False), (f"{norm}, compile=True", True)):
@@ -33,7 +38,7 @@ def rows(config):
                 start = time.perf_counter()
                 run.fit(1, learn)
                 first[name] = time.perf_counter() - start
-                fits[name] = lambda run=run, learn=learn: run.fit(1, learn)
+                fits[name] = partial(run.fit, 1, learn)
         times = interleave(fits, config.repetitions, 0.15)
     times = {name: [ms / BATCHES for ms in values] for name, values in times.items()}
     for norm in NORMS:

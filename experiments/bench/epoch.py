@@ -8,28 +8,32 @@ MNIST has 25,000 an epoch.
 
 import contextlib
 import io
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from experiments import small_batch
+from experiments.bench import Config
 from experiments.bench.lesson_form import LessonRunningBatchNorm, fit
 from experiments.bench.norms import network
 from experiments.bench.timing import interleave, row, settings
 from experiments.data import load_data
+from experiments.models import NormFactory
+from experiments.results import Row
 
 STEPS = 2000
 
 
-def lessons_way(norm, train, valid):
+def lessons_way(norm: NormFactory, train: tuple[Tensor, Tensor], valid: tuple[Tensor, Tensor]) -> None:
     """One epoch of the main job in the lesson's way; `train` and `valid` are pairs of images and labels."""
     model = network(norm)
     model[-3] = nn.AdaptiveAvgPool2d(1)     # the lesson's, which averages single positions too
     fit(model, torch.optim.SGD(model.parameters(), lr=0.4), F.cross_entropy, train, valid, 2)
 
 
-def rows(config):
+def rows(config: Config) -> list[Row]:
     """The part's rows."""
     images = load_data(config.data, config.data_dir)
     n = min(2 * STEPS, len(images.train))
@@ -37,15 +41,15 @@ def rows(config):
     train, valid = ((ds.x[:k], ds.y[:k]) for ds, k in ((images.train, n), (images.valid, m)))
     images.train, images.valid = type(images.train)(*train), type(images.valid)(*valid)
 
-    def ours(norm, backend):
+    def ours(norm: str, backend: str) -> Callable[[], None]:
         settings_of = small_batch.Config(norms=(norm,), epochs=1, device="cpu", backend=backend)
 
-        def run():
+        def run() -> None:
             with contextlib.redirect_stdout(io.StringIO()):
                 small_batch.train_arm(settings_of, images, norm, 0, norm)
         return run
 
-    def lesson(norm): return lambda: lessons_way(norm, train, valid)
+    def lesson(norm: NormFactory) -> Callable[[], None]: return lambda: lessons_way(norm, train, valid)
     arms = {"lesson's way, RunningBatchNorm": lesson(LessonRunningBatchNorm),
             "lesson's way, nn.BatchNorm2d": lesson(nn.BatchNorm2d),
             "ours, RunningBatchNorm": ours("RunningBatchNorm", "auto"),

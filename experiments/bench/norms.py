@@ -4,14 +4,17 @@ Forward, cross entropy, backward, SGD, at batch size 2 without oneDNN and at 512
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from experiments.bench import Config
 from experiments.bench.timing import interleave, row, settings
-from experiments.models import CHANNELS, conv_layer, get_cnn_model, init_alike
+from experiments.models import CHANNELS, NormFactory, conv_layer, get_cnn_model, init_alike
+from experiments.results import Row
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
 
 SIZES = [14, 7, 4, 2, 1]         # of the maps after each of the CHANNELS
@@ -20,18 +23,22 @@ SIZES = [14, 7, 4, 2, 1]         # of the maps after each of the CHANNELS
 class _Instance(nn.InstanceNorm2d):
     """torch's, which refuses the last layer's 1x1 maps in training; its kernel doesn't mind them."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.momentum is not None
         return torch.instance_norm(x, self.weight, self.bias, None, None, True, self.momentum, self.eps, False)
 
 
-def _layer(make):
+def _layer(make: Callable[[torch.Size], nn.Module]) -> NormFactory:
     """A factory of layer norms with an affine parameter per value: each call is told the next map's size."""
     sizes = iter(SIZES)
-    return lambda nf: make((nf, *[next(sizes)] * 2))
+    return lambda nf: make(torch.Size((nf, *[next(sizes)] * 2)))
 
 
-# arm: (factory, the arm to compare it with, target at batch size 2, target at 512)
-def arms():
+# factory, the arm to compare it with, targets at batch sizes 2 and 512
+Arm = tuple[NormFactory | None, str | None, tuple[float, float] | None]
+
+
+def arms() -> dict[str, Arm]:
     """The norms compared, made anew for every network: `{name: (factory, against, targets)}`."""
     return {
         "no norm": (None, None, None),
@@ -49,26 +56,26 @@ def arms():
     }
 
 
-def network(norm, seed=0):
+def network(norm: NormFactory | None, seed: int = 0) -> nn.Sequential:
     """The five-layer network with `norm`, the same weights for every norm."""
     model = get_cnn_model(argparse.Namespace(c=10), CHANNELS, conv_layer, norm=norm)
     init_alike(model, seed)
     return model
 
 
-def step(norm, xb, yb, lr=0.01):
+def step(norm: NormFactory | None, xb: Tensor, yb: Tensor, lr: float = 0.01) -> Callable[[], None]:
     """A function that does one training step on this batch."""
     model = network(norm)
     opt = torch.optim.SGD(model.parameters(), lr=lr)
 
-    def run():
+    def run() -> None:
         F.cross_entropy(model(xb), yb).backward()
         opt.step()
         opt.zero_grad()
     return run
 
 
-def rows(config):
+def rows(config: Config) -> list[Row]:
     """The part's rows."""
     found = []
     for i, size in enumerate((2, 512)):
@@ -77,6 +84,6 @@ def rows(config):
         with settings(onednn=size > 8):
             times = interleave({name: step(norm, xb, yb) for name, (norm, _, _) in compared.items()},
                                config.repetitions, 0.05 if size == 2 else 0.2)
-        found += [row("norms", f"batch {size}", name, against, times, targets and targets[i])
+        found += [row("norms", f"batch {size}", name, against, times, targets[i] if targets else None)
                   for name, (_, against, targets) in compared.items()]
     return found

@@ -19,15 +19,19 @@ import logging
 import statistics
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from experiments.bench import Config
 from experiments.bench.norms import network
 from experiments.bench.timing import interleave, row, settings
+from experiments.results import Row
 from runner import AvgStatsCallback, Callback, DataBunch, Learner, Recorder, Runner, accuracy
 
 BARE = "hand-written loop"
@@ -43,16 +47,20 @@ LR, TOLERANCE = 1e-5, 1e-8
 class Batches:
     """What every loop iterates over: batches that lie ready. (Lightning takes a plain list for a list of loaders.)"""
 
-    def __init__(self, batches): self.batches = batches
+    def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None: self.batches = batches
 
-    def __len__(self): return len(self.batches)
+    def __len__(self) -> int: return len(self.batches)
 
-    def __iter__(self): return iter(self.batches)
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: return iter(self.batches)
 
 
 # --- the arms: f(model, batches, folder) trains the model and returns (recorded losses, mean loss, accuracy) ------
 
-def hand_written(model, batches, folder):
+Books = tuple[list[float], float, float]
+Arm = Callable[[nn.Module, Batches, str], Books]
+
+
+def hand_written(model: nn.Module, batches: Batches, folder: str) -> Books:
     """The loop that one writes without a library."""
     opt = torch.optim.SGD(model.parameters(), lr=LR)
     losses, n = [], 0
@@ -74,10 +82,10 @@ def hand_written(model, batches, folder):
 
 
 class _NoValidation(Callback):
-    def begin_validate(self): return True
+    def begin_validate(self) -> bool: return True
 
 
-def runner(model, batches, folder):
+def runner(model: nn.Module, batches: Batches, folder: str) -> Books:
     """Ours."""
     recorder, stats = Recorder(), AvgStatsCallback(accuracy)
     run = Runner([recorder, stats, _NoValidation()])
@@ -87,7 +95,7 @@ def runner(model, batches, folder):
     return recorder.losses, stats.history[0]["train_loss"], stats.history[0]["train_accuracy"]
 
 
-def fastai(model, batches, folder):
+def fastai(model: nn.Module, batches: Batches, folder: str) -> Books:
     """`Learner.fit` with its default callbacks, without the bar; its recorder keeps the smoothed losses."""
     from fastai.callback import progress  # noqa: F401  (brings `no_bar`)
     from fastai.data.core import DataLoaders
@@ -98,22 +106,23 @@ def fastai(model, batches, folder):
     learn.recorder.train_metrics = True
     smooth, dtype = learn.recorder.smooth_loss, next(model.parameters()).dtype
 
-    def reset(): smooth.count, smooth.val = 0, torch.zeros((), dtype=dtype)
+    def reset() -> None: smooth.count, smooth.val = 0, torch.zeros((), dtype=dtype)
     smooth.reset = reset        # its own starts in float32, which can't average a float64 loss
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     return learn.recorder.losses, *learn.recorder.values[0][1:3]     # [0] is the smoothed loss
 
 
-def lightning(model, batches, folder):
+def lightning(model: nn.Module, batches: Batches, folder: str) -> Books:
     """`Trainer.fit` of a module that logs the two averages per epoch."""
-    lib = importlib.import_module("lightning.pytorch" if _version("lightning") else "pytorch_lightning")
+    lib: Any = importlib.import_module("lightning.pytorch" if _version("lightning") else "pytorch_lightning")
 
-    class Module(lib.LightningModule):
-        def __init__(self):
+    class Module(lib.LightningModule):      # type: ignore[misc]    # which of the two libraries has it shows here
+        def __init__(self) -> None:
             super().__init__()
-            self.model, self.losses = model, []
+            self.model = model
+            self.losses: list[Tensor] = []
 
-        def training_step(self, batch, i):
+        def training_step(self, batch: tuple[Tensor, Tensor], i: int) -> Tensor:
             xb, yb = batch
             pred = self.model(xb)
             loss = F.cross_entropy(pred, yb)
@@ -122,7 +131,7 @@ def lightning(model, batches, folder):
                           batch_size=len(xb))
             return loss
 
-        def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=LR)
+        def configure_optimizers(self) -> torch.optim.Optimizer: return torch.optim.SGD(self.parameters(), lr=LR)
 
     module = Module()
     trainer = lib.Trainer(accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
@@ -133,7 +142,7 @@ def lightning(model, batches, folder):
             trainer.callback_metrics["accuracy"].item())
 
 
-def ignite(model, batches, folder):
+def ignite(model: nn.Module, batches: Batches, folder: str) -> Books:
     """`create_supervised_trainer` with two metrics and a handler that keeps the losses."""
     from ignite.engine import Events, create_supervised_trainer
     from ignite.metrics import Accuracy, Average
@@ -142,25 +151,28 @@ def ignite(model, batches, folder):
                                         output_transform=lambda x, y, pred, loss: (pred, y, loss.detach()))
     Accuracy(output_transform=lambda out: out[:2]).attach(trainer, "accuracy")
     Average(output_transform=lambda out: out[2]).attach(trainer, "loss")
-    losses = []
+    losses: list[Tensor] = []
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: losses.append(engine.state.output[2]))
     state = trainer.run(batches, max_epochs=1)
     return torch.stack(losses).tolist(), state.metrics["loss"], state.metrics["accuracy"]
 
 
-def skorch(model, batches, folder):
+def skorch(model: nn.Module, batches: Batches, folder: str) -> Books:
     """`NeuralNet.fit` with its default callbacks, which average the loss, and one for the accuracy."""
     from skorch import NeuralNet
     from skorch.callbacks import Callback
 
-    class Accuracy(Callback):
-        def on_epoch_begin(self, net, **kwargs): self.right, self.n = torch.zeros((), dtype=torch.float64), 0
+    class Accuracy(Callback):       # type: ignore[misc]    # skorch has no annotations
+        def on_epoch_begin(self, net: NeuralNet, **kwargs: Any) -> None:
+            self.right, self.n = torch.zeros((), dtype=torch.float64), 0
 
-        def on_batch_end(self, net, batch, training, y_pred, **kwargs):
+        def on_batch_end(self, net: NeuralNet, batch: tuple[Tensor, Tensor], training: bool, y_pred: Tensor,
+                         **kwargs: Any) -> None:
             with torch.no_grad(): self.right.add_(accuracy(y_pred, batch[1]), alpha=len(batch[1]))
             self.n += len(batch[1])
 
-        def on_epoch_end(self, net, **kwargs): net.history.record("train_acc", self.right.item() / self.n)
+        def on_epoch_end(self, net: NeuralNet, **kwargs: Any) -> None:
+            net.history.record("train_acc", self.right.item() / self.n)
 
     net = NeuralNet(model, nn.CrossEntropyLoss, optimizer=torch.optim.SGD, lr=LR, max_epochs=1, train_split=None,
                     iterator_train=lambda dataset, **kwargs: batches,
@@ -173,7 +185,7 @@ def skorch(model, batches, folder):
 
 
 # name: (distributions that hold it, the first that is installed counts; its arm)
-PEERS = {
+PEERS: dict[str, tuple[tuple[str, ...], Arm]] = {
     "fastai": (("fastai",), fastai),
     "Lightning": (("lightning", "pytorch-lightning"), lightning),
     "ignite": (("pytorch-ignite",), ignite),
@@ -183,7 +195,7 @@ PEERS = {
 
 # --- the comparison -----------------------------------------------------------------------------------------------
 
-def installed():
+def installed() -> dict[str, tuple[str, Arm]]:
     """The peers that are here, `{name: (version, arm)}`; says which are not, and how to get them."""
     found = {}
     for name, (distributions, arm) in PEERS.items():
@@ -193,13 +205,13 @@ def installed():
     return found
 
 
-def _version(distribution):
+def _version(distribution: str) -> str | None:
     try: return metadata.version(distribution)
     except metadata.PackageNotFoundError: return None
 
 
 @contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """No warnings and no log lines below errors: a fit of Lightning's alone writes half a dozen."""
     before = logging.root.manager.disable
     try:
@@ -210,14 +222,14 @@ def quiet():
     finally: logging.disable(before)
 
 
-def make_batches(config, n, dtype=torch.float32):
+def make_batches(config: Config, n: int, dtype: torch.dtype = torch.float32) -> Batches:
     """`n` batches of noise, always the same: images `(SIZE, 1, 28, 28)` and labels `(SIZE,)`."""
     rng = config.rng()
     return Batches([(torch.randn(SIZE, 1, 28, 28, generator=rng).to(dtype),
                      torch.randint(10, (SIZE,), generator=rng)) for _ in range(n)])
 
 
-def check(arms, config, folder):
+def check(arms: Mapping[str, Arm], config: Config, folder: str) -> dict[str, float]:
     """Train every arm once in float64 and compare with the hand-written loop.
 
     Returns `{name: largest difference of a weight or buffer, relative to the largest weight}`, without the arms whose
@@ -226,7 +238,9 @@ def check(arms, config, folder):
     Raises:
         RuntimeError: an arm did other work than the hand-written loop.
     """
-    batches, initial, ended, books = make_batches(config, LONG, torch.float64), network(nn.BatchNorm2d), {}, {}
+    batches, initial = make_batches(config, LONG, torch.float64), network(nn.BatchNorm2d)
+    ended: dict[str, dict[str, Tensor]] = {}
+    books: dict[str, Books] = {}
     for name, fit in arms.items():
         model = copy.deepcopy(initial).double()
         try: books[name] = fit(model, batches, folder)
@@ -235,10 +249,10 @@ def check(arms, config, folder):
             continue
         ended[name] = {k: v.detach().double() for k, v in model.state_dict().items()}
     largest = max(ended[BARE][k].abs().max().item() for k, _ in initial.named_parameters())
-    differences = {}
+    differences: dict[str, float] = {}
     for name in ended:
         apart = {k: (v - ended[BARE][k]).abs().max().item() / largest for k, v in ended[name].items()}
-        where = max(apart, key=apart.get)
+        where = max(apart, key=apart.__getitem__)
         differences[name] = apart[where]
         losses, *averages = books[name]
         faults = []
@@ -256,7 +270,7 @@ def check(arms, config, folder):
     return differences
 
 
-def rows(config):
+def rows(config: Config) -> list[Row]:
     """The part's rows.
 
     Raises:
@@ -264,11 +278,11 @@ def rows(config):
     """
     peers = installed()
     versions = {f"{name} {version}": version for name, (version, _) in peers.items()}
-    arms = {BARE: hand_written, "Runner": runner,
-            **{f"{name} {version}": arm for name, (version, arm) in peers.items()}}
+    arms: dict[str, Arm] = {BARE: hand_written, "Runner": runner,
+                            **{f"{name} {version}": arm for name, (version, arm) in peers.items()}}
     initial, batches = network(nn.BatchNorm2d), {n: make_batches(config, n) for n in (SHORT, LONG)}
 
-    def fit(arm, n): return lambda: arm(copy.deepcopy(initial), batches[n], folder)
+    def fit(arm: Arm, n: int) -> Callable[[], Books]: return lambda: arm(copy.deepcopy(initial), batches[n], folder)
     with quiet(), settings(onednn=False), tempfile.TemporaryDirectory() as folder:
         apart = check(arms, config, folder)
         arms = {name: arm for name, arm in arms.items() if name in apart}

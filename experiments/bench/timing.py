@@ -7,13 +7,19 @@ arms measured in turn, a few hundredths of a second each, share it, and the medi
 import gc
 import statistics
 import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
+from experiments.results import Row
+
+Arm = TypeVar("Arm", bound=Hashable)
+
 
 @contextmanager
-def settings(threads=1, onednn=True):
+def settings(threads: int = 1, onednn: bool = True) -> Iterator[None]:
     """One thread and a given convolution backend while timing; the user's settings afterwards."""
     before = torch.get_num_threads(), torch.backends.mkldnn.enabled
     try:
@@ -25,7 +31,8 @@ def settings(threads=1, onednn=True):
         torch.backends.mkldnn.set_flags(before[1])
 
 
-def interleave(arms, repetitions, seconds=0.05, warm_up=0.3):
+def interleave(arms: Mapping[Arm, Callable[[], object]], repetitions: int, seconds: float = 0.05,
+               warm_up: float = 0.3) -> dict[Arm, list[float]]:
     """Milliseconds per call of every arm, one figure per repetition: `{name: [ms, ...]}`.
 
     Each repetition goes through all arms, forwards and backwards in turn, and calls each as often as fits into about
@@ -44,7 +51,7 @@ def interleave(arms, repetitions, seconds=0.05, warm_up=0.3):
             f()
             n += 1
         calls[name] = max(1, round(seconds * n / (time.perf_counter() - start)))
-    times = {name: [] for name in arms}
+    times: dict[Arm, list[float]] = {name: [] for name in arms}
     collecting = gc.isenabled()
     try:
         for i in range(repetitions):
@@ -60,14 +67,15 @@ def interleave(arms, repetitions, seconds=0.05, warm_up=0.3):
     return times
 
 
-def row(part, setting, name, against, times, target=None):
+def row(part: str, setting: str, name: str, against: str | None, times: Mapping[str, Sequence[float]],
+        target: float | None = None) -> Row:
     """A row of the record: the ratio of `name` to `against`, repetition by repetition, and the times themselves.
 
     `ratio` and `ms` are medians with their ranges; `target` is the ratio aimed at, None where there is none.
     """
     mine = times[name]
-    found = {"part": part, "setting": setting, "arm": name, "against": against, "repetitions": len(mine),
-             "ms": statistics.median(mine), "ms_range": [min(mine), max(mine)]}
+    found: Row = {"part": part, "setting": setting, "arm": name, "against": against, "repetitions": len(mine),
+                  "ms": statistics.median(mine), "ms_range": [min(mine), max(mine)]}
     if against is not None:
         ratios = [a / b for a, b in zip(mine, times[against], strict=True)]
         middle = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3

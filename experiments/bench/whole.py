@@ -16,18 +16,20 @@ import time
 import torch
 
 from experiments import small_batch
+from experiments.bench import Config
 from experiments.bench.epoch import lessons_way
 from experiments.bench.lesson_form import LessonRunningBatchNorm
 from experiments.bench.timing import row
 from experiments.data import load_data
+from experiments.results import Row
 
 LESSON, OURS = "lesson's way, RunningBatchNorm", "ours, RunningBatchNorm"
 COMPILED, FIRST = f"{OURS}, compile=True", f"{OURS}, compile=True, first run"
 
 
-def rows(config):
+def rows(config: Config) -> list[Row]:
     """The part's rows."""
-    times = {name: [] for name in (LESSON, OURS, COMPILED, FIRST)}
+    times: dict[str, list[float]] = {name: [] for name in (LESSON, OURS, COMPILED, FIRST)}
     for _ in range(max(1, config.repetitions // 5)):
         with tempfile.TemporaryDirectory() as cache:
             for name in (FIRST, COMPILED, OURS, LESSON):
@@ -42,7 +44,7 @@ def rows(config):
     return found
 
 
-def epoch(name, data, data_dir):
+def epoch(name: str, data: str, data_dir: str) -> tuple[str, int, float]:
     """Train one epoch: the data's name, training steps, seconds."""
     torch.set_num_threads(1)
     images = load_data(data, data_dir or None)

@@ -13,6 +13,7 @@ from numbers import Real
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.axes import Axes as Axes
 
 from runner.events import listify
 from runner.insight import drawing as draw
