@@ -2,6 +2,7 @@
 
 import textwrap
 from dataclasses import dataclass
+from html import escape
 from typing import Literal, NamedTuple
 
 from norms.testing import batches, buffers, graphs, precision, refusals, repeats, states, transforms, values
@@ -41,6 +42,17 @@ class Report:
     def __bool__(self) -> bool: return self.ok
 
     def __str__(self) -> str: return "\n".join(map(str, (self.norm, *self.results, self.summary())))
+
+    def __repr__(self) -> str:
+        failed = "; FAIL: " + ", ".join(self.failed) if self.failed else ""
+        return f"<Report on {self.norm}: {self.summary()}{failed}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the summary, and a table with what failed first."""
+        ordered = sorted(self.results, key=lambda r: ("FAIL", "ok", "-").index(r.status))
+        body = "".join("<tr>" + "".join(f'<td style="text-align: left">{escape(textwrap.shorten(cell, 240))}</td>'
+                                        for cell in (r.status, r.name, r.message)) + "</tr>" for r in ordered)
+        return f"<p>{escape(self.norm)}: {escape(self.summary())}</p><table><tbody>{body}</tbody></table>"
 
     def summary(self) -> str:
         """One line: how many checks hold, fail and don't apply."""

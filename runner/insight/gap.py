@@ -1,12 +1,14 @@
 """`train_eval_gap`: where a network in training mode and in evaluation mode part, and why."""
 
 import math
+import textwrap
 from dataclasses import dataclass
 
 import torch
 
 from runner.insight.layers import eps_of, hooked, norm_layers, ready, running_statistics, statistic_groups, undone, wide
 from runner.insight.probe import choose, first_tensor
+from runner.notebook import html_table
 from runner.rows import Rows, text_table
 
 
@@ -31,7 +33,12 @@ class TrainEvalGap:
         return head, [[f"{row['path']} {row['module']}", *(_cell(row.get(name)) for name in names)]
                       for row in self.rows]
 
-    def __str__(self): return f"{text_table(*self.table())}\n{self.cause}"
+    def __str__(self) -> str: return f"{text_table(*self.table())}\n{self.cause}"
+
+    def __repr__(self) -> str:
+        return f"<TrainEvalGap, {len(self.rows)} layers: {textwrap.shorten(self.cause, 100, placeholder=' ...')}>"
+
+    def _repr_html_(self) -> str: return html_table(*self.table(), self.cause)
 
 
 def _cell(value):

@@ -20,6 +20,7 @@ from runner.insight.layers import (
     undone,
     wide,
 )
+from runner.notebook import html_table
 
 LEVELS = ("ok", "warn", "fail")
 
@@ -61,16 +62,32 @@ class Finding:
 
 @dataclass(frozen=True)
 class Preflight:
-    """The report of `preflight`: a list of `Finding`s in the order of the forward; `str` has a line for each."""
+    """The report of `preflight`: a list of `Finding`s in the order of the forward; `str` has a line for each.
+
+    In a notebook it is a table.
+    """
 
     findings: list = field(default_factory=list)
 
     @property
     def ok(self): return all(f.level != "fail" for f in self.findings)
 
-    def __str__(self):
-        counts = ", ".join(f"{sum(f.level == level for f in self.findings)} {level}" for level in LEVELS)
-        return "\n".join(map(str, (*self.findings, counts if self.findings else "no norm layer")))
+    def __str__(self) -> str: return "\n".join(map(str, (*self.findings, self.summary())))
+
+    def summary(self) -> str:
+        """One line: how many findings there are of each level."""
+        if not self.findings: return "no norm layer"
+        return ", ".join(f"{sum(f.level == level for f in self.findings)} {level}" for level in LEVELS)
+
+    def __repr__(self) -> str:
+        failing = [f"{f.path} {f.module}".lstrip() for f in self.findings if f.level == "fail"]
+        return f"<Preflight: {self.summary()}{': ' * bool(failing)}{', '.join(dict.fromkeys(failing))}>"
+
+    def _repr_html_(self) -> str:
+        return html_table(("", "layer", "batch", "map", "statistics", "values", ""), [
+            (f.level, f"{f.path} {f.module}".lstrip(), "-" if f.batch is None else f"{f.batch}{' (last)' * f.last}",
+             "x".join(map(str, f.map)) or "-", *("-" if n is None else n for n in (f.statistics, f.values)), f.text)
+            for f in self.findings], self.summary())
 
 
 def preflight(model, xb, *, tfm=None):
