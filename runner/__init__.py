@@ -6,8 +6,10 @@ fastprogress: `runner.plots` and a live `ProgressCallback` load them when they d
 
 from typing import TYPE_CHECKING
 
+from runner.accumulation import GradientAccumulation
 from runner.backend import CPUBackendCallback
 from runner.callbacks import BatchTransformXCallback, CudaCallback, view_tfm
+from runner.clipping import GradientClip
 from runner.compiled import CompileError
 from runner.core import Learner, Runner, TrainEvalCallback
 from runner.data import DataBunch, Dataset, get_dls
@@ -32,6 +34,7 @@ from runner.insight.replay import replay
 from runner.insight.stats import ActivationStats, GradientStats, ParameterStats
 from runner.metrics import AvgStats, AvgStatsCallback, Recorder, accuracy
 from runner.optim import SGD
+from runner.precision import MixedPrecision
 from runner.progress import ProgressCallback
 from runner.rows import Rows
 from runner.schedules import (
@@ -66,11 +69,14 @@ __all__ = [
     "CudaCallback",
     "DataBunch",
     "Dataset",
+    "GradientAccumulation",
+    "GradientClip",
     "GradientStats",
     "Hook",
     "Hooks",
     "LR_Find",
     "Learner",
+    "MixedPrecision",
     "NormStats",
     "ParamScheduler",
     "ParameterStats",

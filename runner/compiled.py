@@ -39,6 +39,8 @@ class CompiledStep(Callback):
     _order = -20
     backend, options = "inductor", {"fallback_random": True}    # or dropout would draw other numbers than without
 
+    divisor = 1.0       # what the gradients are divided by, where they are a part of a mean (GradientAccumulation)
+
     def __init__(self): self.built, self.at, self.patch = [], None, None
 
     def __reduce__(self): return CompiledStep, ()               # a copy has another model and compiles anew
@@ -95,6 +97,7 @@ class CompiledStep(Callback):
             if g is None: continue
             # As autograd does: torch's fused optimizers take it for granted that the two are laid out alike.
             if g.stride() != p.stride(): g = torch.empty_like(p).copy_(g)
+            if self.divisor != 1: g = g / self.divisor
             if p.grad is None: p.grad = g
             else: p.grad += g
 

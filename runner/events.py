@@ -3,6 +3,7 @@
 import difflib
 import re
 import warnings
+from typing import Any
 
 EVENTS = (
     "begin_fit",
@@ -93,7 +94,7 @@ class Callback:
 
     _order = 0
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for method in [k for k in dir(cls) if not k.startswith("_") and callable(getattr(cls, k))]:
             if method in EVENTS or method in STEPS: continue

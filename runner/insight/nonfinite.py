@@ -19,6 +19,7 @@ from runner.backend import without_hooks
 from runner.events import Callback, CancelTrainException
 from runner.insight.record import copies, draw_indices, plain, report
 from runner.insight.repeat import Repeat, flaw, norms_of, params_of, parts_of
+from runner.precision import LEAST_SCALE, precision_of
 from runner.states import generators_of, random_state, random_states
 
 EMPTY = {"tensors": ([], []), "moved": ([], [])}
@@ -53,6 +54,10 @@ class TerminateOnNonFinite(Callback):
     for bit, unless it depends on buffers that they had a part in, as RunningBatchNorm's. Such steps, and on other
     devices all steps that follow a changed one, repeat if `every` is 1; the report says so if they didn't.
 
+    With `MixedPrecision` the steps are repeated under its autocast. Where it has a scaler, an infinite gradient is no
+    failure: the scaler skips that step. One that is left when the scale has fallen to 2^-24 is, on a CPU; on other
+    devices the scaler alone looks at gradients, and raises then.
+
     On another device than a CPU losses and norms of gradients stay there, and are brought to the host in one copy each
     `every` batches and at the end of a pass, for which the host waits; by then the optimizer has taken up to `every`
     bad steps. There a norm above 1.8e19, the root of the largest float32, counts as infinite too.
@@ -64,15 +69,17 @@ class TerminateOnNonFinite(Callback):
         finding     {"phase": "start", "batch", "forward", "loss", "backward" or "step", "in_train", "epoch", "step",
                     "batch", "module": its path, "class", "what", "nan", "inf", "of": counts of values}, or None
         repeats     whether the repeated steps had the recorded losses bit for bit
-        rows        the last `keep` batches: in_train, epoch, step (training batches done before), batch (in its pass),
+        rows        the last `keep` batches: in_train, epoch, step (training steps done before), batch (in its pass),
                     loss, grad_norm (L2, all gradients; without `grads` of the repeated steps only), stepped (whether
-                    the optimizer did), groups (each parameter group's lr, momentum, ...), indices
+                    the optimizer did), cleared (whether the gradients were), groups (each parameter group's lr,
+                    momentum, ...), indices
         indices     how the indices were found, and whether they are confirmed; or why there are none
         snapshots   up to three states that a training step or validation started from, the last before the failing
                     batch: tensors (parameters, buffers), modes, opt, grads (left by a cancelled step; None where
                     buffers and gradients follow from the snapshot before), steps (those since: xb and yb as the model
                     got them, random: torch's state, row)
         random      random states (torch, Python, numpy, loaders' generators) at the start of the pass
+        autocast    the dtype of `MixedPrecision`, or None
         settings, versions    oneDNN and threads; torch and Python
 
     The memory: two copies of parameters, buffers and optimizer state, and the batches since the older one, at most `2 *
@@ -106,7 +113,7 @@ class TerminateOnNonFinite(Callback):
             raise ValueError(f"TerminateOnNonFinite: path is {os.fspath(self.path)!r} and its folder doesn't exist; "
                              "make the folder first, or give another path")
         self._clear()
-        self.record, params = None, params_of(self.opt)
+        self.record, params, self.precision = None, params_of(self.opt), precision_of(self.run)
         self.device = params[0].device
         self.host = all(p.device.type == "cpu" for p in params)
         self.sound = not flaw(params)
@@ -141,7 +148,8 @@ class TerminateOnNonFinite(Callback):
         elif full or (self.host and not run.in_train): self.ring[-1]["steps"].clear()   # evaluation changes nothing
         now["row"] = row = {
             "in_train": run.in_train, "epoch": run.epoch, "step": run.n_iter, "batch": now["batch"], "loss": None,
-            "grad_norm": None, "backward": False, "stepped": False, "groups": [*map(dict, self.optimizer.param_groups)]}
+            "grad_norm": None, "backward": False, "stepped": False, "cleared": False,
+            "groups": [*map(dict, self.optimizer.param_groups)]}
         random = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda": random["cuda"] = torch.cuda.get_rng_state_all()
         xb = run.xb.clone() if torch.is_tensor(run.xb) else run.xb  # the model may write into its input
@@ -161,20 +169,33 @@ class TerminateOnNonFinite(Callback):
         row = self.now["row"]
         row["backward"] = True
         if not self.grads: return
-        norms = norms_of(self.params)
+        norms, scaler = norms_of(self.params), self.precision and self.precision.scaler
         if self.host:
-            row["grad_norm"] = math.hypot(*[n.item() for n in norms])
+            scale = scaler.get_scale() if scaler else 1.0
+            row["grad_norm"] = math.hypot(*[n.item() for n in norms]) / scale
+            if math.isfinite(row["grad_norm"]) or (scaler and scale > LEAST_SCALE): return
             # An infinite norm may be that of finite gradients, whose squares overflow.
-            if not math.isfinite(row["grad_norm"]) and flaw([p.grad for p in self.params]): self._stop(row)
-        elif norms: row["grad_norm"] = torch.linalg.vector_norm(torch.stack([n.to(self.device) for n in norms]))
+            if flaw([p.grad for p in self.params]): self._stop(row)
+        elif norms and not scaler:
+            row["grad_norm"] = torch.linalg.vector_norm(torch.stack([n.to(self.device) for n in norms]))
 
-    def after_step(self): self.now["row"]["stepped"] = True
+    def after_step(self): self._last.update(stepped=True, cleared=True)
+
+    def zero_grad(self, inner):
+        """Clear the gradients and write that down: those of a group of batches wait, those of a skipped step don't."""
+        inner()
+        self._last["cleared"] = True
+
+    @property
+    def _last(self):
+        """The row of this batch, or of the last one if a group of batches makes its step between two."""
+        return self.now["row"] or self.rows[-1][0]
 
     def after_cancel_batch(self):
         """Learn how far a batch came that an earlier callback cancelled: this one didn't hear of its last event."""
         row = self.now["row"]
         if row is None or not row["in_train"] or row["loss"] is None: return
-        if row["backward"]: row["stepped"] = True
+        if row["backward"]: row.update(stepped=True, cleared=True)
         elif any(p.grad is not None for p in self.params): self.after_backward()    # left to the next batch
 
     def after_batch(self): self.now.update(row=None, batch=self.now["batch"] + 1)
@@ -252,6 +273,7 @@ class TerminateOnNonFinite(Callback):
         return plain({
             "report": "", "finding": None, "repeats": False, "rows": rows, "indices": found[id(self.rows[-1][1])][1],
             "snapshots": [self._opened(snap) for snap in self.ring], "random": self.this["random"],
+            "autocast": self.precision and str(self.precision.dtype).removeprefix("torch."),
             "optimizer": type(self.run.opt).__name__, "compiled": getattr(self.run, "compiled_step", None) is not None,
             "settings": {"onednn": torch.backends.mkldnn.enabled, "threads": torch.get_num_threads()},
             "versions": {"torch": torch.__version__, "python": platform.python_version()}}, {})

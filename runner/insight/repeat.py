@@ -2,7 +2,8 @@
 
 import copy
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,11 +23,14 @@ class Repeat:
         self.params = params_of(opt)
         self.device = self.params[0].device
         self.paths = {LOSS: LOSS, **{m: path for path, m in self.modules.items()}}
+        self.autocast = nullcontext
         self.loss_name = getattr(loss_func, "__name__", type(loss_func).__name__)
 
     def run(self, record):
         """The finding, or None, and words on what isn't as recorded."""
         usual, words, before = set(), [], None                      # usual: not finite in a good step either, as a mask
+        if autocast := record.get("autocast"):
+            self.autocast = partial(torch.autocast, self.device.type, getattr(torch, autocast))
         if record["optimizer"] != type(self.opt).__name__:
             raise ValueError(f"replay: the learner's optimizer is {type(self.opt).__name__} and the record's "
                              f"{record['optimizer']}; build the optimizer as it was for the fit")
@@ -85,7 +89,7 @@ class Repeat:
         xb, yb = tree_map_only(torch.Tensor, lambda t: t.to(self.device, copy=True), (step["xb"], step["yb"]))
         set_random_state(step["random"])
         self.note("batch", None, "the batch", (xb, yb))
-        with torch.set_grad_enabled(row["in_train"]):
+        with torch.set_grad_enabled(row["in_train"]), self.autocast():
             loss = self.loss_func(self.model(xb), yb)
         self.trace(loss, LOSS)
         self.forward, self.loss = False, loss.item()
@@ -96,10 +100,9 @@ class Repeat:
         self.note_parameters("backward", lambda p: p.grad, "the gradient of ")
         good = not flaw([p.grad for p in self.params])
         self.norm = math.hypot(*[n.item() for n in norms_of(self.params)])
-        if row["stepped"]:
-            self.opt.step()
-            self.opt.zero_grad()
-            self.note_parameters("step")
+        if row["stepped"]: self.opt.step()
+        if row.get("cleared", row["stepped"]): self.opt.zero_grad()
+        if row["stepped"]: self.note_parameters("step")
         return good
 
     # --- what is seen -----------------------------------------------------------------------------------------

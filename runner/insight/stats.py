@@ -106,7 +106,8 @@ class ActivationStats(Described):
 class GradientStats(ActivationStats):
     """The same of the loss's gradients with respect to what the modules put out.
 
-    It looks at training alone. Near zero is by default what float16 can't tell from 0, 2^-24.
+    It looks at training alone. Near zero is by default what float16 can't tell from 0, 2^-24. The loss is the one that
+    the backward pass starts from, as `MixedPrecision` scales it and `GradientAccumulation` divides it.
     """
 
     near, possible = 2 ** -24, ("train",)
@@ -124,7 +125,7 @@ class ParameterStats(Described):
 
     A rule of thumb wants about 1e-3 (A. Karpathy, notes of the course CS231n, 2015). A row has `weight` and
     `update`, the two norms, and `ratio` besides; at a weight of 0 that is infinite. `which` chooses parameters by
-    their names. Training alone; a parameter without a gradient has no row.
+    their names. Training alone; a parameter without a gradient has no row, nor has a batch without a step.
     """
 
     near, possible, kind = GradientStats.near, ("train",), "parameter"
@@ -139,6 +140,14 @@ class ParameterStats(Described):
     def detach(self): self._before = {}
 
     def after_backward(self):
+        if not hasattr(self.run, "step"): self._look()      # a loop of somebody's own, which has events alone
+
+    def step(self, inner):
+        """Look at the gradients as they are now: summed up, unscaled and clipped by those who do it further out."""
+        self._look()
+        inner()
+
+    def _look(self):
         if not self.measuring: return
         self._before = {path: (p.detach().clone(), self.describe(p.grad))
                         for path, p in self.chosen.items() if p.grad is not None and p.numel()}
