@@ -139,12 +139,12 @@ class GradientAccumulation(Callback):
 # --- a backward pass of another loss ------------------------------------------------------------------------------
 
 def averages_of(*parts: object) -> list[Any]:
-    """Modules in `parts` that average gradients over steps: those with a method `rescale_(factor)`.
+    """Modules in `parts` that average gradients over steps, each once: those with a method `rescale_(factor)`.
 
     It multiplies the averages, because the loss will be `factor` times as large from now on.
     """
-    return [m for part in parts if isinstance(part, nn.Module) for m in part.modules()
-            if callable(getattr(m, "rescale_", None))]
+    modules = dict.fromkeys(m for part in parts if isinstance(part, nn.Module) for m in part.modules())
+    return [m for m in modules if callable(getattr(m, "rescale_", None))]
 
 
 def backward_of(run: Any, loss: Tensor, factor: float, inner: Callable[[], None], averages: Sequence[Any]) -> None:

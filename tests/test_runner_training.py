@@ -28,6 +28,7 @@ from runner import (
     Recorder,
     Runner,
     TerminateOnNonFinite,
+    replay,
     sched_cos,
 )
 from runner.compiled import CompiledStep
@@ -158,7 +159,7 @@ class Says(Callback):
         if event == "after_batch" and self.run.in_train: self.batch += 1
 
 
-def grads_by_hand(learn, order):
+def grads_by_hand(learn, order, clip=math.inf):
     """Weights after one step for each group of `order`, lists of numbers of batches, weighed by images."""
     batches = list(learn.data.train_dl)
     for group in order:
@@ -166,6 +167,7 @@ def grads_by_hand(learn, order):
         for i in group:
             xb, yb = batches[i]
             (learn.loss_func(learn.model(xb), yb) * (len(xb) / total)).backward()
+        nn.utils.clip_grad_norm_(learn.model.parameters(), clip)
         learn.opt.step()
         learn.opt.zero_grad()
 
@@ -191,6 +193,41 @@ def test_cancelled_batches_and_epochs(event, at, what, groups, steps):
     assert says.steps == steps
     assert run.n_iter == len(groups)
     assert all(p.grad is None for p in learn.model.parameters())
+
+
+class Cancels(Callback):
+    def __init__(self, at, order): self.at, self._order, self.batch = at, order, 0
+
+    def __call__(self, event):
+        if not self.run.in_train: return
+        if self.at.get(self.batch) == event: raise CancelBatchException
+        if event == "after_batch": self.batch += 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_batches_cancelled_in_any_way(seed, capsys):
+    """float64, which autocast leaves alone: the scale is there and changes nothing."""
+    rng = random.Random(seed)
+    k, n, bs, clip = rng.randint(1, 5), rng.randint(8, 30), rng.randint(1, 4), rng.choice([0.3, math.inf])
+    batches, longer = -(-n // bs), rng.random() < 0.4
+    at = {i: rng.choice(["begin_batch", "after_pred", "after_loss", "after_backward"])
+          for i in range(batches) if rng.random() < 0.3}
+    iters, groups, waiting = batches + 3 * longer, [], []
+    for i in range(batches):
+        if not waiting: size = min(k, iters - i)
+        if at.get(i, "after_backward") == "after_backward": waiting.append(i)
+        if i not in at and (len(waiting) >= size or i + 1 == iters): groups, waiting = [*groups, waiting], []
+    if waiting: groups.append(waiting)
+    learn, twin = learner(n, bs, torch.float64), learner(n, bs, torch.float64)
+    if longer: learn.data.train_dl = Longer(learn.data.train_dl)
+    cbs = [Cancels(at, rng.choice([-14, 0, 300])), GradientAccumulation(k), GradientClip(clip), TerminateOnNonFinite(),
+           *[MixedPrecision("fp16", growth_interval=2)] * rng.randint(0, 1)]
+    rng.shuffle(cbs)
+    run = Runner(cbs)
+    run.fit(1, learn)
+    grads_by_hand(twin, groups, clip)
+    assert_close(learn, twin)
+    assert (run.n_iter, len(run.gradient_clip.norms)) == (len(groups), len(groups))
 
 
 @pytest.mark.parametrize("what", [CancelTrainException, KeyError])
@@ -317,6 +354,20 @@ def test_a_scale_that_changes_changes_no_bit(k, norm):
 def averaged(nf): return RunningBatchNorm(nf, average_backward=True)
 
 
+def test_a_norm_that_model_and_loss_share_follows_once():
+    class Loss(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, pred, yb): return F.cross_entropy(pred, yb) + self.norm.weight.square().sum()
+    learns = [learner(24, 4, torch.float64, averaged) for _ in range(2)]
+    for learn in learns: learn.loss_func = Loss(learn.model[1])
+    Runner().fit(2, learns[0])
+    Runner(MixedPrecision("fp16", growth_interval=3)).fit(2, learns[1])
+    assert_same(*learns)
+
+
 def test_averages_of_gradients_are_those_of_the_loss_whatever_it_is_divided_by():
     learns = [learner(24, 4, torch.float64, averaged, lr=0.0) for _ in range(2)]
     Runner().fit(2, learns[0])
@@ -422,16 +473,36 @@ def test_a_gradient_that_is_never_finite_ends_the_fit_either_way(capsys):
     assert run.status == "failed"
 
 
-@pytest.mark.parametrize("cbs", [lambda: [MixedPrecision()], lambda: [MixedPrecision("fp16")],
-                                 lambda: [GradientClip(1e9)]], ids=["bf16", "fp16", "clip"])
-def test_what_is_repeated_is_what_was_done(cbs, capsys):
-    learn = learner(24, lr=0.01)
-    learn.data.train_dl.dataset.x[7] = math.nan
-    run = Runner([*cbs(), TerminateOnNonFinite()])
-    run.fit(1, learn)
+class Far(TerminateOnNonFinite):
+    """As on another device: losses and norms are looked at every few batches only."""
+
+    name = "terminate_on_non_finite"
+
+    def begin_fit(self):
+        super().begin_fit()
+        self.host = False
+
+
+ALL = {"bf16": lambda: [MixedPrecision()], "fp16": lambda: [MixedPrecision("fp16", init_scale=2.0 ** 18)],
+       "clip": lambda: [GradientClip(0.1)], "accumulation": lambda: [GradientAccumulation(3)],
+       "all": lambda: [GradientAccumulation(3), MixedPrecision("fp16", init_scale=2.0 ** 18), GradientClip(0.1)]}
+
+
+@pytest.mark.parametrize("cbs", ALL)
+@pytest.mark.parametrize("watch", [TerminateOnNonFinite, lambda: Far(every=1)], ids=["near", "far"])
+def test_what_is_repeated_is_what_was_done(cbs, watch, capsys):
+    """At a CPU's failing step, and anywhere if each step's start is kept; also from the record alone."""
+    def spoilt():
+        learn = learner(60, lr=0.01)
+        learn.data.train_dl.dataset.x[7] = math.nan
+        return learn
+    run = Runner([*ALL[cbs](), watch()])
+    run.fit(1, spoilt())
     record = run.terminate_on_non_finite.record
     assert (run.status, record["repeats"]) == ("diverged", True)
     assert record["finding"]["phase"] == "batch"
+    assert record["autocast"] == {"bf16": "bfloat16", "fp16": "float16", "all": "float16"}.get(cbs)
+    assert replay(record, spoilt()).same
 
 
 @pytest.mark.parametrize("flushed", [False, True])
