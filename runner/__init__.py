@@ -7,6 +7,7 @@ fastprogress: `runner.plots` and a live `ProgressCallback` load them when they d
 from typing import TYPE_CHECKING
 
 from runner.accumulation import GradientAccumulation
+from runner.averaged import AveragedWeights
 from runner.backend import CPUBackendCallback
 from runner.callbacks import BatchTransformXCallback, CudaCallback, view_tfm
 from runner.clipping import GradientClip
@@ -32,9 +33,12 @@ from runner.insight.preflight import preflight
 from runner.insight.probe import Probe
 from runner.insight.replay import replay
 from runner.insight.stats import ActivationStats, GradientStats, ParameterStats
+from runner.loggers import CSVLogger, TensorBoardLogger
 from runner.metrics import AvgStats, AvgStatsCallback, Recorder, accuracy
+from runner.monitors import EarlyStopping, KeepBest
 from runner.optim import SGD
 from runner.precision import MixedPrecision
+from runner.profile import Profile
 from runner.progress import ProgressCallback
 from runner.rows import Rows
 from runner.schedules import (
@@ -47,6 +51,7 @@ from runner.schedules import (
     sched_lin,
     sched_no,
 )
+from runner.torch_scheduler import TorchScheduler
 
 if TYPE_CHECKING:
     from runner.insight import plots as plots
@@ -56,10 +61,12 @@ __all__ = [
     "SGD",
     "STEPS",
     "ActivationStats",
+    "AveragedWeights",
     "AvgStats",
     "AvgStatsCallback",
     "BatchTransformXCallback",
     "CPUBackendCallback",
+    "CSVLogger",
     "Callback",
     "CancelBatchException",
     "CancelEpochException",
@@ -69,11 +76,13 @@ __all__ = [
     "CudaCallback",
     "DataBunch",
     "Dataset",
+    "EarlyStopping",
     "GradientAccumulation",
     "GradientClip",
     "GradientStats",
     "Hook",
     "Hooks",
+    "KeepBest",
     "LR_Find",
     "Learner",
     "MixedPrecision",
@@ -81,11 +90,14 @@ __all__ = [
     "ParamScheduler",
     "ParameterStats",
     "Probe",
+    "Profile",
     "ProgressCallback",
     "Recorder",
     "Rows",
     "Runner",
+    "TensorBoardLogger",
     "TerminateOnNonFinite",
+    "TorchScheduler",
     "TrainEvalCallback",
     "accuracy",
     "annealer",

@@ -1,0 +1,199 @@
+"""Loggers: `CSVLogger` writes the history to a file while it grows, `TensorBoardLogger` for TensorBoard."""
+
+import csv
+import io
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runner.events import Callback
+from runner.files import replacing, require_folder
+from runner.insight.stats import Described
+from runner.metrics import AvgStatsCallback
+from runner.monitors import statistics_of
+
+
+class CSVLogger(Callback):
+    """Writes the rows of `AvgStatsCallback` to a CSV file, each at the end of its epoch.
+
+        run = Runner([AvgStatsCallback(accuracy), CSVLogger("history.csv")])
+        run.fit(5, learn)
+        # epoch,train_loss,train_accuracy,valid_loss,valid_accuracy,seconds
+        # 0,0.61,0.82,0.35,0.9,4.2
+
+    A row is in the file before the next epoch begins, and what a crash leaves can be read and added to. `float` reads
+    every number back as it was. The file keeps its header. A column that comes later is added at the right: then the
+    file is written anew, and at no time half-written. Cells are empty where a row lacks the column.
+
+    Args:
+        path: the file.
+        append: whether a fit adds its rows to those that the file has, of an earlier fit or program; False begins the
+            file anew at each fit.
+
+    Raises:
+        ValueError: at the start of a fit, a runner without `AvgStatsCallback`, a folder that doesn't exist.
+    """
+
+    _order = 100        # after whoever adds to the row
+
+    def __init__(self, path: str | os.PathLike[str] = "history.csv", append: bool = True) -> None:
+        self.path, self.append = Path(path), append
+
+    def begin_fit(self) -> None:
+        statistics_of(self.run, self)
+        require_folder(self.path, "CSVLogger")
+        if not self.append: self.path.unlink(missing_ok=True)
+
+    def after_epoch(self) -> None: add_row(self.path, statistics_of(self.run, self).history[-1])
+
+    def __getstate__(self) -> dict[str, Any]: return {**self.__dict__, "run": None}
+
+
+def add_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Add `row` to the CSV file at `path`, which is made or gets further columns where it needs them."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    table = list(csv.reader(io.StringIO(text, newline="")))
+    header = table[0] if table else []
+    columns = [*header, *(name for name in row if name not in header)]
+    cells = [row.get(name, "") for name in columns]
+    if header == columns:
+        with path.open("a", newline="", encoding="utf-8") as f:
+            if not text.endswith("\n"): f.write("\n")               # a crash broke the last line off
+            csv.writer(f, lineterminator="\n").writerow(cells)
+        return
+    filled = (line + [""] * (len(columns) - len(line)) for line in table[1:])
+    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as f:
+        csv.writer(f, lineterminator="\n").writerows([columns, *filled, cells])
+
+
+class TensorBoardLogger(Callback):
+    """Writes what TensorBoard shows: losses and rates of the batches, the history, histograms, figures.
+
+        stats = ActivationStats(nn.Conv2d, every=10)
+        run = Runner([AvgStatsCallback(accuracy), stats, TensorBoardLogger("runs/1", figures={"means": lambda run:
+                      run.activation_stats.plot()})])
+        run.fit(5, learn)                       # tensorboard --logdir runs
+
+    - `batch/loss` and `batch/lr` (`batch/lr_0`, ... of several parameter groups) of every `every`-th training batch,
+      against the number of the training batch. The losses come to the host 256 at a time and at the end of a pass.
+    - `epoch/valid_loss` and so on, all numbers of the history of `AvgStatsCallback` if there is one, against the epoch.
+    - The histograms of `ActivationStats`, `GradientStats` and `ParameterStats` in the runner, as
+      `activation_stats/0.1/train`, against the step; of a module at most `histograms` evenly spaced ones per epoch.
+    - `figures`, at the end of each epoch.
+
+    A further fit goes on counting, in another file in the same folder. It needs the package tensorboard: `pip install
+    'runnernorms[tensorboard]'`.
+
+    Args:
+        folder: for the event files; it is made if it doesn't exist.
+        every: one in so many training batches.
+        figures: functions `f(run)` under their names, that draw a figure: it or its axes are what they return, as the
+            functions of `runner.plots` do. The figure is closed.
+        histograms: see above; 0 for none.
+
+    Raises:
+        ImportError: at the start of a fit, without tensorboard.
+        ValueError: an argument out of its range.
+    """
+
+    _order = 120        # after the callbacks of which it writes the numbers
+
+    def __init__(self, folder: str | os.PathLike[str] = "runs", every: int = 1, *,
+                 figures: Mapping[str, Callable[[Any], Any]] | None = None, histograms: int = 20) -> None:
+        for name, n, least in (("every", every, 1), ("histograms", histograms, 0)):
+            if not isinstance(n, int) or isinstance(n, bool) or n < least:
+                raise ValueError(f"TensorBoardLogger: {name} is {n!r}; it must be an integer of at least {least}")
+        self.folder, self.every, self.figures, self.histograms = Path(folder), every, dict(figures or {}), histograms
+        self.writer: Any = None
+        self.batches = self.rounds = 0      # training batches and epochs so far, of all fits
+        self._waiting: list[tuple[int, float, Tensor, list[float]]] = []
+
+    def begin_fit(self) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as e:
+            raise ImportError("TensorBoardLogger needs the package tensorboard: pip install "
+                              f"'runnernorms[tensorboard]' ({e})") from e
+        self.writer, self._waiting = SummaryWriter(os.fspath(self.folder)), []  # type: ignore[no-untyped-call]
+        self.begun, self._seen = self.batches, dict[tuple[str, str, str], int]()
+
+    def after_loss(self) -> None:
+        run = self.run
+        if not run.in_train or self.batches % self.every: return
+        rates = [float(group["lr"]) for group in run.opt.param_groups]
+        self._waiting.append((self.batches, time.time(), run.loss.detach(), rates))
+
+    def after_batch(self) -> None:
+        if not self.run.in_train: return
+        self.batches += 1
+        if len(self._waiting) >= 256: self._fetch()
+
+    def begin_validate(self) -> None: self._fetch()
+
+    def _fetch(self) -> None:
+        """Bring the losses that wait on the device to the host, in one transfer, and write them."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting: return
+        losses = torch.stack([loss for _, _, loss, _ in waiting]).tolist()
+        for (step, at, _, rates), loss in zip(waiting, losses, strict=True):
+            self.writer.add_scalar("batch/loss", loss, step, at)
+            for i, lr in enumerate(rates):
+                self.writer.add_scalar("batch/lr" if len(rates) == 1 else f"batch/lr_{i}", lr, step, at)
+
+    def after_epoch(self) -> None:
+        run, epoch = self.run, self.rounds
+        self.rounds += 1
+        for cb in run.cbs:
+            if isinstance(cb, AvgStatsCallback):
+                for name, value in cb.history[-1].items():
+                    if name != "epoch" and isinstance(value, (int, float)):
+                        self.writer.add_scalar(f"epoch/{name}", value, epoch)
+            if isinstance(cb, Described) and self.histograms: self._write_histograms(cb)
+        for name, draw in self.figures.items(): self.writer.add_figure(name, figure_of(draw(run)), epoch)
+        self.writer.flush()
+
+    def _write_histograms(self, cb: Described) -> None:
+        """The histograms that `cb` has taken since the last time."""
+        for path in cb.paths:
+            for phase in cb.phases:
+                steps, *columns = cb.series(path, "mean", "std", "low", "high", "hist", phase=phase)
+                seen = self._seen.get((cb.name, path, phase), 0)
+                self._seen[cb.name, path, phase] = len(steps)
+                new = range(seen, len(steps), max(1, -(-(len(steps) - seen) // self.histograms)))
+                for i in new:
+                    mean, std, low, high, counts = (column[i] for column in columns)
+                    n = sum(counts)
+                    if not n: continue                          # its mean wasn't finite
+                    width = (high - low) / len(counts)
+                    self.writer.add_histogram_raw(
+                        f"{cb.name}/{path or 'model'}/{phase}", low, high, n, mean * n, (std * std + mean * mean) * n,
+                        [low + width * (k + 1) for k in range(len(counts))], counts, self.begun + steps[i])
+
+    def after_fit(self) -> None:
+        """Write what still waits and close the file, whatever ended the fit."""
+        writer = self.writer
+        if writer is None: return                               # it couldn't be made
+        try: self._fetch()
+        finally:
+            self.writer, self._waiting = None, []
+            writer.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no file open; it goes on counting where this one is."""
+        return {**self.__dict__, "run": None, "writer": None, "_waiting": []}
+
+
+def figure_of(drawn: Any) -> Any:
+    """The figure that `drawn` is, or that its axes are in: one or several, in lists, arrays or dicts."""
+    while not hasattr(drawn, "savefig"):
+        if hasattr(drawn, "figure"): drawn = drawn.figure
+        elif hasattr(drawn, "flat"): drawn = next(drawn.flat)
+        elif isinstance(drawn, dict) and drawn: drawn = next(iter(drawn.values()))
+        elif isinstance(drawn, (list, tuple)) and drawn: drawn = drawn[0]
+        else: raise TypeError(f"TensorBoardLogger: a function in figures gave {drawn!r}; it must give a figure or axes")
+    return drawn

@@ -1,0 +1,119 @@
+"""`TorchScheduler`: any schedule of torch.optim.lr_scheduler in a fit."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from runner.monitors import Monitor
+
+# The rates of optimizers, at the start of the last fit that had a schedule and as it left them.
+_rates: WeakKeyDictionary[Optimizer, tuple[list[float], list[float]]] = WeakKeyDictionary()
+
+
+class TorchScheduler(Monitor):
+    """Sets the learning rates by a scheduler of torch: one step of it per step of the optimizer, or per epoch.
+
+        run = Runner([TorchScheduler(partial(OneCycleLR, max_lr=0.1, total_steps=5 * len(train_dl)), by="batch")])
+        run.fit(5, learn)
+
+        run = Runner([AvgStatsCallback(), TorchScheduler(ReduceLROnPlateau, monitor="valid_loss")])
+        run.fit(5, learn)
+
+    The rates are those of the loop written by hand. Only steps that the optimizer made count: with
+    `GradientAccumulation` one per update, with `MixedPrecision` none for a skipped one; and an epoch without any (its
+    training was skipped) counts for no epoch.
+
+    `ReduceLROnPlateau` gets a figure of the history after each epoch; an epoch in which its pass was skipped is passed
+    over.
+
+    Args:
+        make: `make(opt)` gives the scheduler, as its class or a `partial` of it does. It is called at the start of each
+            fit. A further fit has the schedule anew, from the rates that the optimizer had before, unless somebody
+            has set others since. Or a scheduler of this optimizer, which goes on from fit to fit.
+        by: "batch" for a step of the scheduler after each step of the optimizer, "epoch" after each epoch (after its
+            validation).
+        monitor: the figure for `ReduceLROnPlateau`.
+
+    `scheduler` is torch's of the last fit. The name is `run.torch_scheduler`.
+
+    Raises:
+        TypeError: a `make` that isn't callable or gives no scheduler.
+        ValueError: `by`, a `monitor` for a scheduler that takes none or none for one that needs it, a scheduler of
+            another optimizer; else as `Monitor`.
+    """
+
+    _order = 30         # after AvgStatsCallback
+
+    def __init__(self, make: Callable[[Any], LRScheduler] | LRScheduler, by: Literal["batch", "epoch"] = "epoch",
+                 monitor: str | None = None) -> None:
+        super().__init__(monitor or "")
+        if by not in ("batch", "epoch"): raise ValueError(f"TorchScheduler: by is {by!r}; choose 'batch' or 'epoch'")
+        if monitor and by == "batch":
+            raise ValueError(f"TorchScheduler: monitor is {monitor!r}, of which there is one figure per epoch, and by "
+                             "is 'batch'; give by='epoch'")
+        if not isinstance(make, LRScheduler) and not callable(make):
+            raise TypeError(f"TorchScheduler got {make!r}; it takes what makes a scheduler of an optimizer, such as "
+                            "partial(StepLR, step_size=10), or a scheduler")
+        self.make, self.by = make, by
+        self.scheduler: LRScheduler | None = make if isinstance(make, LRScheduler) else None
+        self._stepped = False
+
+    def begin_fit(self) -> None:
+        opt, self._stepped = self.run.opt, False
+        if isinstance(self.make, LRScheduler): self.scheduler = self.make
+        else:
+            if opt in _rates: anew(opt, *_rates[opt])
+            begun = rates(opt)
+            self.scheduler = self.make(opt)
+            if not isinstance(self.scheduler, LRScheduler):
+                raise TypeError(f"TorchScheduler: {self.make!r} gave {self.scheduler!r}; it must give a scheduler of "
+                                "torch.optim.lr_scheduler")
+            _rates[opt] = begun, rates(opt)
+        if self.scheduler.optimizer is not opt:
+            raise ValueError("TorchScheduler: the scheduler is of another optimizer than the learner's; make it of "
+                             "learn.opt, or give what makes it, such as partial(StepLR, step_size=10)")
+        name, plateau = type(self.scheduler).__name__, isinstance(self.scheduler, ReduceLROnPlateau)
+        if plateau and not self.monitor:
+            raise ValueError(f"TorchScheduler: {name} goes by a figure of the history; give monitor='valid_loss', or "
+                             "another, and by='epoch'")
+        if self.monitor and not plateau:
+            raise ValueError(f"TorchScheduler: monitor is {self.monitor!r} and {name} goes by no figure; leave it out")
+        if self.monitor: super().begin_fit()
+
+    def begin_epoch(self) -> None:
+        super().begin_epoch()
+        self._stepped = False
+
+    def after_step(self) -> None:
+        assert self.scheduler is not None
+        self._stepped = True
+        if self.by == "batch": self.scheduler.step()
+
+    def after_epoch(self) -> None:
+        if self.by == "batch" or not self._stepped: return
+        assert self.scheduler is not None
+        if not isinstance(self.scheduler, ReduceLROnPlateau): self.scheduler.step()
+        elif (value := self.figure()) is not None: self.scheduler.step(value)
+
+    def after_fit(self) -> None:
+        if self.run.opt in _rates: _rates[self.run.opt] = _rates[self.run.opt][0], rates(self.run.opt)
+
+
+def anew(opt: Optimizer, begun: list[float], left: list[float]) -> None:
+    """Undo a schedule that has begun with the rates `begun` and `left` others, unless there are others by now."""
+    unchanged = rates(opt) == left
+    for i, group in enumerate(opt.param_groups):
+        lr = group["lr"]
+        if unchanged and isinstance(lr, Tensor): lr.fill_(begun[i])
+        elif unchanged: group["lr"] = begun[i]
+        # From here the next schedule starts, as torch has it.
+        if "initial_lr" in group: group["initial_lr"] = lr.clone() if isinstance(lr, Tensor) else group["lr"]
+
+
+def rates(opt: Optimizer) -> list[float]:
+    """The learning rate of each parameter group: a number, or a tensor's."""
+    return [float(group["lr"]) for group in opt.param_groups]
