@@ -8,6 +8,8 @@ from bisect import bisect_right
 from functools import partial, wraps
 from itertools import accumulate
 
+from runner.accumulation import GradientAccumulation
+from runner.batches import length_of
 from runner.events import Callback, CancelTrainException, listify
 from runner.smoothing import smoothed
 from runner.states import snapshot
@@ -88,8 +90,9 @@ class ParamScheduler(Callback):
         pname: its name in the optimizer, such as "lr" or "momentum".
         sched_funcs: a schedule for all parameter groups or a list with one for each.
 
-    The position is `n_epochs / epochs`: 0 at the first batch and a batch short of 1 at the last. The callback is
-    named after the parameter (`run.param_scheduler_lr`), so that one runner can schedule several.
+    The position is `n_epochs / epochs`: 0 at the first batch and a batch short of 1 at the last. With
+    `GradientAccumulation` it is that of the step, in all batches of the group. The callback is named after the
+    parameter (`run.param_scheduler_lr`), so that one runner can schedule several.
 
     Raises:
         ValueError: at the start of a fit, a parameter that the optimizer lacks or a wrong number of schedules.
@@ -140,6 +143,8 @@ class LR_Find(Callback):
     `lrs` and `losses` are lists of floats. At small batches a single loss is mostly noise: take `max_iter` up, to 1,000
     at batch size 2. (The range test is L. N. Smith's, "Cyclical learning rates for training neural networks", 2015.)
 
+    Steps are the optimizer's: with `GradientAccumulation` each has as many losses, of one rate, as it has batches.
+
     One loss is brought to the host at the end of each batch: the decision to stop needs it.
     """
 
@@ -157,7 +162,11 @@ class LR_Find(Callback):
 
     def begin_fit(self):
         self.lrs, self.losses, self._smooth, self._best = [], [], 0.0, math.inf
-        self.steps = max(2, min(self.max_iter, self.epochs * len(self.data.train_dl)))
+        cbs = getattr(self.run, "cbs", ())
+        group = next((cb.batches for cb in cbs if isinstance(cb, GradientAccumulation)), 1)
+        batches = length_of(self.data.train_dl)
+        self.steps = self.max_iter if batches is None else max(2, min(self.max_iter,
+                                                                      self.epochs * -(-batches // group)))
         self._restore = snapshot(self.model, self.loss_func, self.opt, self.data)
         self.reached = False
 
@@ -177,7 +186,7 @@ class LR_Find(Callback):
         self._smooth = 0.9 * self._smooth + 0.1 * loss
         smooth = self._smooth / (1 - 0.9 ** len(self.losses))
         if len(self.losses) >= 10: self._best = min(self._best, smooth)
-        if not math.isfinite(loss) or smooth > 4 * self._best or len(self.losses) >= self.steps:
+        if not math.isfinite(loss) or smooth > 4 * self._best or self.n_iter >= self.steps:
             raise CancelTrainException
 
     def begin_validate(self):

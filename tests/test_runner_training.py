@@ -22,6 +22,7 @@ from runner import (
     GradientAccumulation,
     GradientClip,
     Learner,
+    LR_Find,
     MixedPrecision,
     ParameterStats,
     ParamScheduler,
@@ -277,6 +278,20 @@ def test_what_others_see():
     assert run.n_epochs == 1.0
     batches, model = list(learner(12, 2).data.train_dl), network()
     assert run.recorder.losses[:4] == [F.cross_entropy(model(x), y).item() for x, y in batches[:4]]
+
+
+@pytest.mark.parametrize(("n", "epochs", "steps"), [(60, 1, 8), (12, 3, 6), (10, 3, 6)])
+def test_the_rate_finder_counts_steps(n, epochs, steps):
+    learn, twin = learner(n, 2), learner(n, 2)
+    finder = LR_Find(max_iter=8, min_lr=1e-4, max_lr=1e-2)
+    run = Runner(GradientAccumulation(4))
+    run.fit(epochs, learn, cbs=finder)
+    assert run.n_iter == steps
+    assert list(dict.fromkeys(finder.lrs)) == pytest.approx([1e-4 * 100 ** (i / (steps - 1)) for i in range(steps)])
+    assert finder.lrs == sorted(finder.lrs)
+    run.fit(1, learn)
+    Runner(GradientAccumulation(4)).fit(1, twin)
+    assert_same(learn, twin)
 
 
 @pytest.mark.parametrize("batches", [0, -1, 2.0, True, None])
