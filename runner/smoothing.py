@@ -1,10 +1,11 @@
 """Running means that values which are not finite don't spoil."""
 
 import math
+from collections.abc import Sequence
 from itertools import accumulate
 
 
-def smoothed(values, width):
+def smoothed(values: Sequence[float], width: int) -> list[float]:
     """Means of the finite ones among `width` neighbours (of the next odd number), fewer at the ends: a list.
 
     NaN where a value itself is not finite. No sum is the difference of two others, which beside a loss of 1e30 would

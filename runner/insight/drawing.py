@@ -1,7 +1,9 @@
 """What the pictures are drawn of: lines with gaps, outliers cut and marked, legends, bins. It imports no matplotlib."""
 
 import math
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any, Protocol
 
 import torch
 
@@ -11,32 +13,50 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
+Values = Sequence[float | None]     # what is not finite, or None, is a gap
 
-def gaps(values):
+
+class Axes(Protocol):
+    """What is used here of matplotlib's `Axes`."""
+
+    @property
+    def lines(self) -> Iterable[Any]: ...
+    transData: Any
+    def plot(self, *args: Any, **kwargs: Any) -> Any: ...
+    def set(self, **kwargs: Any) -> Any: ...
+    def set_title(self, *args: Any, **kwargs: Any) -> Any: ...
+    def set_ylim(self, *args: Any, **kwargs: Any) -> Any: ...
+    def get_ylim(self) -> tuple[float, float]: ...
+    def get_yscale(self) -> str: ...
+    def legend(self, *args: Any, **kwargs: Any) -> Any: ...
+    def get_legend_handles_labels(self) -> tuple[list[Any], list[Any]]: ...
+
+
+def gaps(values: Iterable[float | None]) -> list[float]:
     """`values` as floats, NaN for what is not finite: matplotlib leaves a gap there."""
     return [float(v) if v is not None and math.isfinite(v) else math.nan for v in values]
 
 
-def words(ax, title="", **settings):
+def words(ax: Axes, title: str = "", **settings: str) -> None:
     """Scales, labels and title of `ax`."""
     ax.set(**settings)
     ax.set_title(title, loc="left", fontsize="medium")
 
 
-def columns(rows, n):
+def columns(rows: Sequence[Sequence[float]], n: int) -> list[list[float]]:
     """`rows` of `n` values as `n` lists."""
     return [[row[i] for row in rows] for i in range(n)]
 
 
-def smooth_line(ax, xs, ys, width, **style):
+def smooth_line(ax: Axes, xs: Sequence[float], ys: Values, width: int, **style: Any) -> list[float]:
     """A pale line and its running mean over it; the line alone at a width of 1. Returns what was drawn last."""
     if width > 1: line(ax, xs, ys, color=style["color"], linewidth=0.7, alpha=0.35)
-    ys = smoothed(gaps(ys), width)
-    line(ax, xs, ys, **style)
-    return ys
+    means = smoothed(gaps(ys), width)
+    line(ax, xs, means, **style)
+    return means
 
 
-def line(ax, xs, ys, **style):
+def line(ax: Axes, xs: Sequence[float], ys: Values, **style: Any) -> None:
     """One line with its gaps; a cross where it ends before `ys` do, and a marker if it is a single point."""
     ys = gaps(ys)
     finite = [i for i, y in enumerate(ys) if not math.isnan(y)]
@@ -45,7 +65,7 @@ def line(ax, xs, ys, **style):
         ax.plot(xs[finite[-1]], ys[finite[-1]], "x", color=line.get_color(), markersize=7)
 
 
-def quantiles(values, *qs):
+def quantiles(values: Iterable[float], *qs: float) -> list[float]:
     """Quantiles of the finite `values`, linear between neighbours; NaN if there is none."""
     values = sorted(v for v in values if math.isfinite(v))
     if not values: return [math.nan] * len(qs)
@@ -57,7 +77,7 @@ def quantiles(values, *qs):
     return found
 
 
-def legend(ax, named=12):
+def legend(ax: Axes, named: int = 12) -> None:
     """The legend right of `ax`; of more than `named` lines it has as many, the first and the last among them."""
     handles, names = ax.get_legend_handles_labels()
     n = len(names)
@@ -67,7 +87,7 @@ def legend(ax, named=12):
               bbox_to_anchor=(1, 1))
 
 
-def spare_outliers(ax):
+def spare_outliers(ax: Axes) -> None:
     """Cut a linear axis if without it the lines, each less its outliers, would get less than a twentieth of it."""
     if ax.get_yscale() != "linear": return
     lines = [[y for y in line.get_ydata(orig=False).tolist() if math.isfinite(y)] for line in data_lines(ax)]
@@ -78,7 +98,7 @@ def spare_outliers(ax):
     if 0 < 20 * (high - low) < most - least: cut(ax, low, high)
 
 
-def cut(ax, low, high):
+def cut(ax: Axes, low: float, high: float) -> None:
     """Limit the y axis to `low` to `high` and mark what lies beyond."""
     pad = 0.05 * (high - low)
     ax.set_ylim(low - pad, high + pad)
@@ -87,12 +107,12 @@ def cut(ax, low, high):
         mark_beyond(ax, line.get_xdata(), ys, ys, line.get_color())
 
 
-def data_lines(ax):
+def data_lines(ax: Axes) -> list[Any]:
     """The lines of `ax` without those that span it, such as a `mark`."""
     return [line for line in ax.lines if line.get_transform() is ax.transData]
 
 
-def mark_beyond(ax, xs, lows, highs, colour):
+def mark_beyond(ax: Axes, xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], colour: str) -> None:
     """Triangles at the edges of `ax`, at the `xs` whose `lows` or `highs` lie beyond them."""
     low, high = ax.get_ylim()
     for edge, marker, beyond in ((low, "v", [v < low for v in lows]), (high, "^", [v > high for v in highs])):
@@ -100,30 +120,31 @@ def mark_beyond(ax, xs, lows, highs, colour):
         if at: ax.plot(at, [edge] * len(at), marker, color=colour, markersize=4, clip_on=False)
 
 
-def inner_range(lows, highs, widen):
+def inner_range(lows: Iterable[float], highs: Iterable[float], widen: float) -> tuple[float, float]:
     """Range of `lows` to `highs` without outliers: from a quartile to a quartile and `widen` times as far again."""
     (least, low), (high, most) = quantiles(lows, 0, 0.25), quantiles(highs, 0.75, 1)
     return max(low - widen * (high - low), least), min(high + widen * (high - low), most)
 
 
-def rebin(low, high, counts, edges):
+def rebin(low: float, high: float, counts: Sequence[float], edges: Sequence[float]) -> list[float]:
     """The counts of equal bins from `low` to `high`, put into the bins between `edges`: a list, one per new bin.
 
     An old bin's count is taken as spread evenly over it (linear interpolation of the cumulative counts): the sum stays,
     less what lies outside `edges`. A range of no width is one value. NaN if range or counts are not finite, or none.
     """
-    counts, edges = (torch.as_tensor(v, dtype=torch.float64) for v in (counts, edges))
-    n = len(counts)
-    if not (n and math.isfinite(low) and math.isfinite(high) and counts.isfinite().all()):
-        return [math.nan] * (len(edges) - 1)
-    if high > low: at = ((edges - low) / (high - low)).clamp(0, 1) * n      # place of each edge, in old bins
-    else: at = torch.cat([edges[:-1] > low, edges[-1:] >= low]) * float(n)
-    below = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    old, borders = (torch.as_tensor(v, dtype=torch.float64) for v in (counts, edges))
+    n = len(old)
+    if not (n and math.isfinite(low) and math.isfinite(high) and old.isfinite().all()):
+        return [math.nan] * (len(borders) - 1)
+    if high > low: at = ((borders - low) / (high - low)).clamp(0, 1) * n    # place of each border, in old bins
+    else: at = torch.cat([borders[:-1] > low, borders[-1:] >= low]) * float(n)
+    below = torch.cat([old.new_zeros(1), old.cumsum(0)])
     i = at.long().clamp(max=n - 1)
-    return (below[i] + (at - i) * counts[i]).diff().tolist()
+    new: list[float] = (below[i] + (at - i) * old[i]).diff().tolist()
+    return new
 
 
-def between(xs):
+def between(xs: Sequence[float]) -> list[float]:
     """The borders of cells around `xs`: half way between neighbours."""
     if len(xs) == 1: return [xs[0] - 0.5, xs[0] + 0.5]
     middles = [(a + b) / 2 for a, b in pairwise(xs)]

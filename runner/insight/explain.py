@@ -1,9 +1,11 @@
 """`Runner.explain`: the loop as text, each event with the callbacks that answer it."""
 
+from collections.abc import Iterable
+
 from runner.events import Callback
 
 # The loop of `Runner.fit`, `all_batches` and `one_batch`: (depth, event or None, what the loop does there).
-LOOP = (
+LOOP: tuple[tuple[int, str | None, str], ...] = (
     (0, "begin_fit", ""),
     (0, None, "for each epoch:"),
     (1, "begin_epoch", ""),
@@ -29,7 +31,7 @@ STEP_OF = {"pred = model(xb)": "predict", "loss = loss_func(pred, yb)": "get_los
            "opt.step()": "step", "opt.zero_grad()": "zero_grad"}
 
 
-def explanation(cbs):
+def explanation(cbs: Iterable[Callback]) -> str:
     """The loop as text, with the callbacks out of `cbs` that answer each event, in the order of their calls.
 
     Where callbacks take over a step of the loop or wrap it, its name and theirs stand beside it.
@@ -39,9 +41,9 @@ def explanation(cbs):
     always = [cb for cb in ordered if not isinstance(cb, Callback) or type(cb).__call__ is not Callback.__call__]
     width = 2 + max(2 * depth + len(event) for depth, event, _ in LOOP if event)
 
-    def names(cbs): return ", ".join(type(cb).__name__ for cb in cbs)
+    def names(cbs: Iterable[Callback]) -> str: return ", ".join(type(cb).__name__ for cb in cbs)
 
-    def line(depth, event, step):
+    def line(depth: int, event: str | None, step: str) -> str:
         if event is None:
             name = STEP_OF.get(step)
             taken = names(cb for cb in ordered if name and hasattr(type(cb), name))

@@ -2,11 +2,24 @@
 
 import math
 import textwrap
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from runner.insight.layers import eps_of, hooked, norm_layers, ready, running_statistics, statistic_groups, undone, wide
+from runner.insight.layers import (
+    eps_of,
+    hooked,
+    norm_layers,
+    ready,
+    running_moments,
+    running_statistics,
+    statistic_groups,
+    undone,
+    wide,
+)
 from runner.insight.probe import choose, first_tensor
 from runner.notebook import html_table
 from runner.rows import Rows, text_table
@@ -22,9 +35,9 @@ class TrainEvalGap:
 
     rows: Rows
     cause: str
-    channels: dict
+    channels: dict[str, dict[str, list[float]]]
 
-    def table(self):
+    def table(self) -> tuple[tuple[str, ...], list[list[str]]]:
         """Header and lines of the table, in words."""
         head = ("layer", "values", "gap", "image", "own", "channel", "share", "mean off", "var ratio", "reach",
                 "train", "eval")
@@ -41,11 +54,12 @@ class TrainEvalGap:
     def _repr_html_(self) -> str: return html_table(*self.table(), self.cause)
 
 
-def _cell(value):
+def _cell(value: object) -> str:
     return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def train_eval_gap(model, xb, *, batch_size=None, modules=None, tfm=None):
+def train_eval_gap(model: nn.Module, xb: Tensor, *, batch_size: int | None = None, modules: Any = None,
+                   tfm: Callable[[Tensor], Tensor] | None = None) -> TrainEvalGap:
     """Send the same images through the model in training and in evaluation mode and say where the two part.
 
     In training mode they go in batches of `batch_size`, each from the present state: what is seen is the next training
@@ -93,7 +107,7 @@ def train_eval_gap(model, xb, *, batch_size=None, modules=None, tfm=None):
     norms, _ = norm_layers(model)
     more = {} if modules is None else choose(dict(model.named_modules()), modules, "module", "train_eval_gap")
     layers = dict.fromkeys((*norms, *more.values(), model))
-    tallies = {}
+    tallies: dict[tuple[nn.Module, int], list[dict[str, Any]]] = {}
     with undone(model) as restore:
         x = ready(model, xb, tfm, "train_eval_gap")
         if not len(x): raise ValueError("train_eval_gap got an empty batch; give it images, best many")
@@ -105,7 +119,8 @@ def train_eval_gap(model, xb, *, batch_size=None, modules=None, tfm=None):
             for m, runs in trained.items():                         # a layer that runs twice has two rows
                 for i, (run, other) in enumerate(zip(runs, evaluated.get(m, ()), strict=False)):
                     if run[0].shape == other[0].shape: tallies.setdefault((m, i), []).append(_compare(*run, *other))
-    rows, channels = Rows(), {}
+    rows = Rows()
+    channels: dict[str, dict[str, list[float]]] = {}
     for (m, _), parts in tallies.items():
         row, figures = _summed(parts)
         rows.append({"path": paths[m] or "output", "module": type(m).__name__, **row})
@@ -113,21 +128,23 @@ def train_eval_gap(model, xb, *, batch_size=None, modules=None, tfm=None):
     return TrainEvalGap(rows, _cause(rows, channels), channels)
 
 
-def _outputs(model, norms, layers, x, training):
+def _outputs(model: nn.Module, norms: Collection[nn.Module], layers: Collection[nn.Module], x: Tensor,
+             training: bool) -> dict[nn.Module, list[tuple[Tensor, Any]]]:
     """One pass in one mode: `{layer: [(output, more), ...]}`, a pair per run, the model itself last.
 
     `more` is, of a norm layer in training, its output on the same input in evaluation mode, or None; in evaluation what
     `_input_figures` says, or nothing.
     """
-    runs, still = {}, {}
+    runs: dict[nn.Module, list[tuple[Tensor, Any]]] = {}
+    still: dict[nn.Module, Tensor] = {}
 
-    def enter(m, x):
+    def enter(m: nn.Module, x: Tensor) -> None:
         if not (training and m.training): return
         m.eval()
         still[m] = m.forward(x)                                     # not m(x): no hook is to see it
         m.train()
 
-    def leave(m, x, y):
+    def leave(m: nn.Module, x: Any, y: Any) -> None:
         y = first_tensor(y)
         if y is None: return
         # A copy, and the input is looked at now: what follows may write into both.
@@ -138,18 +155,19 @@ def _outputs(model, norms, layers, x, training):
     return runs
 
 
-def _input_figures(m, x):
+def _input_figures(m: nn.Module, x: Tensor) -> dict[str, Any]:
     """What comes into the norm layer `m` in evaluation, beside what it evaluates by: numbers and `(C,)` tensors."""
-    n, own_batch = statistic_groups(m, x).shape[1], not hasattr(m, "running_moments")
-    running = running_statistics(m) if own_batch else m.running_moments(len(x))[:2]
+    n, moments = statistic_groups(m, x).shape[1], running_moments(m, len(x))
+    running = running_statistics(m) if moments is None else moments[:2]
     if running is None or running[0].shape != x.shape[1:2]: return {"values": n}
     x, dims, (mean, var), eps = wide(x), (0, *range(2, x.ndim)), map(wide, running), eps_of(m, x)
     reach = (x.transpose(1, -1) - mean).flatten(0, -2).abs().amax(0) / (var + eps).sqrt()
-    return {"values": n, "limit": math.sqrt(n - 1) if own_batch else None, "weight": x.numel(), "mean": x.mean(dims),
-            "var": x.var(dims, unbiased=False) + eps, "running": torch.stack((mean, var + eps)), "reach": reach}
+    return {"values": n, "limit": math.sqrt(n - 1) if moments is None else None, "weight": x.numel(),
+            "mean": x.mean(dims), "var": x.var(dims, unbiased=False) + eps, "running": torch.stack((mean, var + eps)),
+            "reach": reach}
 
 
-def _compare(t, f, e, figures):
+def _compare(t: Tensor, f: Tensor | None, e: Tensor, figures: dict[str, Any]) -> dict[str, Any]:
     """Sums over one run of a layer on one batch, from its outputs (see `train_eval_gap`): tensors where they lie."""
     t, e = (wide(u) if u.ndim > 1 else wide(u).view(-1, 1) for u in (t, e))
     part = {**figures, "t2": t.square().sum(), "d2": (t - e).square().sum((0, *range(2, t.ndim))),      # d2 (C,)
@@ -159,12 +177,12 @@ def _compare(t, f, e, figures):
     return part
 
 
-def _relative(d2, t2):
+def _relative(d2: Tensor, t2: Tensor) -> Tensor:
     """sqrt(d2 / t2), 0 where both are 0."""
     return torch.where(d2 == 0, d2, d2 / t2).sqrt()
 
 
-def _summed(parts):
+def _summed(parts: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, list[float]] | None]:
     """A layer's row from the figures of its batches, and its figures per channel if it has running statistics."""
     first, stacked = parts[0], {k: torch.stack([p[k] for p in parts]) for k, v in parts[0].items()
                                if isinstance(v, torch.Tensor) and k != "images"}
@@ -189,7 +207,7 @@ def _summed(parts):
     return row, {k: v.tolist() for k, v in figures.items()} if "running" in first else None
 
 
-def _cause(rows, channels):
+def _cause(rows: Rows, channels: Collection[str]) -> str:
     """In some sentences, where and why the modes part, from the figures alone."""
     if not rows: return "No layer gave tensors of one shape in both modes."
     end, most = rows[-1], max(rows, key=lambda row: row["gap"])

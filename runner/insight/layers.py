@@ -15,12 +15,15 @@ another kind with "Norm" in its class's name is reported as unknown.
 """
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils.hooks import RemovableHandle
 
 from runner.states import holds_compiled, loader_states, module_states, random_states
 
@@ -28,17 +31,19 @@ TORCH_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm
 PROTOCOL = "a method statistic_groups(x) that returns x as (statistics, values)"
 
 
-def known(m):
+def known(m: nn.Module) -> bool:
     """Whether `m` is a norm layer that can be looked at."""
     return isinstance(m, TORCH_NORMS) or hasattr(m, "statistic_groups")
 
 
-def norm_layers(model):
+def norm_layers(model: nn.Module) -> tuple[dict[nn.Module, str], dict[nn.Module, str]]:
     """The norm layers of `model`, `{module: path}`, and in the same form those that are unknown.
 
     What lies within a norm layer is its own affair. Not unknown are modules that hold a norm layer, and torch's own.
     """
-    norms, strange, within = {}, {}, set()
+    norms: dict[nn.Module, str] = {}
+    strange: dict[nn.Module, str] = {}
+    within: set[nn.Module] = set()
     for path, m in model.named_modules():
         if m in within: continue
         if known(m):
@@ -49,41 +54,49 @@ def norm_layers(model):
     return norms, strange
 
 
-def statistic_groups(m, x):
+def statistic_groups(m: nn.Module, x: Tensor) -> Tensor:
     """`x`, the input of the norm layer `m`, as `(statistics, values)`: the protocol for torch's norms too.
 
     Of `nn.SyncBatchNorm` they are the values of this process. Shapes: `x` `(N, C, *spatial)`, for `nn.LayerNorm` and
     `nn.RMSNorm` `(*, *normalized_shape)`.
     """
-    if hasattr(m, "statistic_groups"): return m.statistic_groups(x)
+    own: Callable[[Tensor], Tensor] | None = getattr(m, "statistic_groups", None)
+    if own is not None: return own(x)
     if isinstance(m, _BatchNorm): return x.transpose(0, 1).flatten(1)
     if isinstance(m, nn.GroupNorm): return x.reshape(len(x) * m.num_groups, -1)
     if isinstance(m, _InstanceNorm):
         return x.flatten(1) if x.ndim == m._get_no_batch_dim() else x.flatten(0, 1).flatten(1)
+    assert isinstance(m, (nn.LayerNorm, nn.RMSNorm))
     return x.reshape(-1, math.prod(m.normalized_shape))
 
 
-def shared(m, x):
+def shared(m: nn.Module, x: Tensor) -> bool:
     """Whether the images of a batch share the statistics of the norm layer `m`: they do if two have as many as one."""
     if not hasattr(m, "statistic_groups"): return isinstance(m, _BatchNorm)
     one = x[:1]
-    return len(m.statistic_groups(torch.cat((one, one)))) == len(m.statistic_groups(one))
+    return len(statistic_groups(m, torch.cat((one, one)))) == len(statistic_groups(m, one))
 
 
-def running_statistics(m):
+def running_moments(m: nn.Module, b: int) -> tuple[Tensor, Tensor, float | None] | None:
+    """What `m` has under this name in the protocol, at batches of `b`; None if its training is by the batch alone."""
+    own: Callable[[int], tuple[Tensor, Tensor, float | None]] | None = getattr(m, "running_moments", None)
+    return None if own is None else own(b)
+
+
+def running_statistics(m: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Copies of the running mean and variance that the layer `m` evaluates by, `(C,)` each, or None if it has none."""
     mean, var = (getattr(m, name, None) for name in ("running_mean", "running_var"))
     return None if mean is None or var is None else (mean.clone(), var.clone())
 
 
-def eps_of(m, x):
+def eps_of(m: nn.Module, x: Tensor) -> float:
     """What the norm layer `m` adds to the variance of `x`."""
     eps = getattr(m, "eps", 0.0)
     return torch.finfo(x.dtype).eps if eps is None else eps         # None: nn.RMSNorm's own way
 
 
 @contextmanager
-def undone(model, *loaders):
+def undone(model: nn.Module, *loaders: object) -> Iterator[Callable[[], None]]:
     """What happens to `model`, the loaders and the random states is undone at the end, and whenever the function that
     this yields is called (see `module_states`). Nothing is recorded for gradients, and what is compiled runs eagerly:
     it would pass hooks by.
@@ -94,7 +107,7 @@ def undone(model, *loaders):
     compiled = holds_compiled(model)
     parts = module_states(model), loader_states(*loaders), random_states()
 
-    def restore():
+    def restore() -> None:
         for part in parts: part()
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager") if compiled else nullcontext(): yield restore
@@ -102,11 +115,12 @@ def undone(model, *loaders):
 
 
 @contextmanager
-def hooked(modules, before=None, after=None):
+def hooked(modules: Iterable[nn.Module], before: Callable[[nn.Module, Any], None] | None = None,
+           after: Callable[[nn.Module, Any, Any], None] | None = None) -> Iterator[None]:
     """`before(module, input)` and `after(module, input, output)` at every run of `modules`, until the block is left."""
-    handles = []
+    handles: list[RemovableHandle] = []
 
-    def given(args, kwargs): return next(iter((*args, *kwargs.values())), None)
+    def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: return next(iter((*args, *kwargs.values())), None)
     try:
         for m in modules:
             if before: handles.append(m.register_forward_pre_hook(
@@ -118,7 +132,7 @@ def hooked(modules, before=None, after=None):
         for handle in handles: handle.remove()
 
 
-def ready(model, xb, tfm, caller):
+def ready(model: nn.Module, xb: object, tfm: Callable[[Tensor], Tensor] | None, caller: str) -> Tensor:
     """The batch as the model gets it: on the model's device, then transformed."""
     if not isinstance(xb, torch.Tensor):
         raise TypeError(f"{caller} got a batch of {type(xb).__name__}; it needs a tensor xb of images: wrap what gives "
@@ -127,6 +141,6 @@ def ready(model, xb, tfm, caller):
     return xb if tfm is None else tfm(xb)
 
 
-def wide(t):
+def wide(t: Tensor) -> Tensor:
     """`t` without a graph in float64, in which no square overflows (float32 on MPS, which lacks it)."""
     return t.detach().to(torch.float32 if t.device.type == "mps" else torch.float64)

@@ -9,37 +9,43 @@ left beyond it, and triangles at its edge mark them.
 """
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
+from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes as Axes
+from matplotlib.figure import Figure, SubFigure
 
 from runner.events import listify
 from runner.insight import drawing as draw
-from runner.insight.drawing import COLOURS, MARKERS, STYLES, rebin
+from runner.insight.drawing import COLOURS, MARKERS, STYLES, Values, rebin
 from runner.smoothing import smoothed
 
+Run = tuple[Sequence[float], Values]        # steps, values
 
-def _axes(ax):
+
+def _axes(ax: Axes | None) -> Axes:
     if ax is None: _, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
-def _panels(axes, n, what):
+def _panels(axes: Axes | Iterable[Axes] | None, n: int, what: str) -> list[Axes]:
     """`axes` as a list of `n`, or as many new ones: 2 in a row, 3 of more than 4, 6 of more than 12."""
     if axes is None:
         ncols = min(n, 2 if n <= 4 else 3 if n <= 12 else 6)
-        _, axes = figure(ncols, -(-n // ncols), width=4.6, height=2.9) if n else (None, [])
-        for ax in axes[n:]: ax.remove()
-        axes = axes[:n]
-    axes = listify(getattr(axes, "flat", axes))     # flat: of the array that plt.subplots returns
-    if len(axes) != n: raise ValueError(f"got {len(axes)} axes; {what} needs {n}: pass as many, or None for new ones")
-    return [_axes(ax) for ax in axes]
+        new = figure(ncols, -(-n // ncols), width=4.6, height=2.9)[1] if n else []
+        for ax in new[n:]: ax.remove()
+        axes = new[:n]
+    found = listify(getattr(axes, "flat", axes))    # flat: of the array that plt.subplots returns
+    if len(found) != n: raise ValueError(f"got {len(found)} axes; {what} needs {n}: pass as many, or None for new ones")
+    return [_axes(ax) for ax in found]
 
 
-def series_style(i, n=0):
+def series_style(i: int, n: int = 0) -> dict[str, Any]:
     """Colour and line style of the `i`-th series: neighbours differ in both, and 28 pass before a pair comes again.
 
     Of `n` ordered ones, more than there are colours: a place on the scale.
@@ -48,7 +54,8 @@ def series_style(i, n=0):
     return {"color": plt.get_cmap("viridis")(0.9 * i / (n - 1)), "linestyle": "-"}      # above 0.9 it is too light
 
 
-def plot_line(ys, xs=None, ax=None, *, xscale="linear", yscale="linear", xlabel="", ylabel=""):
+def plot_line(ys: Values, xs: Sequence[float] | None = None, ax: Axes | None = None, *, xscale: str = "linear",
+              yscale: str = "linear", xlabel: str = "", ylabel: str = "") -> Axes:
     """One line: `ys` against `xs`, or against their index."""
     ax = _axes(ax)
     draw.line(ax, range(len(ys)) if xs is None else xs, ys, color=COLOURS[0])
@@ -56,15 +63,16 @@ def plot_line(ys, xs=None, ax=None, *, xscale="linear", yscale="linear", xlabel=
     return ax
 
 
-def mark(ax, x, label):
+def mark(ax: Axes, x: float, label: str) -> Axes:
     """A labelled vertical line at `x`."""
     ax.axvline(x, color=COLOURS[1], linestyle="--", linewidth=1, label=label)
     ax.legend(frameon=False)
     return ax
 
 
-def plot_lines(series, ax=None, *, yscale="linear", ylim=None, xlabel="", ylabel="", title="", ordered=False,
-               smooth=1, named=12):
+def plot_lines(series: Mapping[str, Run], ax: Axes | None = None, *, yscale: str = "linear",
+               ylim: tuple[float, float] | None = None, xlabel: str = "", ylabel: str = "", title: str = "",
+               ordered: bool = False, smooth: int = 1, named: int = 12) -> Axes:
     """Several lines, the legend beside them; `series` maps each name to `(xs, ys)`.
 
     `ordered` says that their order means something, as that of layers does: many of them are coloured by it. `smooth`
@@ -84,7 +92,9 @@ def plot_lines(series, ax=None, *, yscale="linear", ylim=None, xlabel="", ylabel
     return ax
 
 
-def plot_groups(groups, ax=None, *, reference=None, reference_label="published", xlabel="", title=""):
+def plot_groups(groups: Mapping[str, Values], ax: Axes | None = None, *,
+                reference: Mapping[str, float | Sequence[float]] | None = None, reference_label: str = "published",
+                xlabel: str = "", title: str = "") -> Axes:
     """One row of dots per group, with a bar at their mean; `groups` maps each name to a list of values.
 
     `reference` maps names to values (or lists of them) from elsewhere, drawn as hollow diamonds. The mean is
@@ -118,7 +128,8 @@ def plot_groups(groups, ax=None, *, reference=None, reference_label="published",
     return ax
 
 
-def plot_ratios(rows, ax=None, *, title=""):
+def plot_ratios(rows: Sequence[tuple[str, float, Sequence[float], float | None]], ax: Axes | None = None, *,
+                title: str = "") -> Axes:
     """One row per ratio; `rows` are `(name, ratio, (low, high), target or None)`.
 
     A dot with a bar from `low` to `high`, the target as a tick that should lie right of the dot, and a line at 1.
@@ -142,7 +153,9 @@ def plot_ratios(rows, ax=None, *, title=""):
 
 # --- a training run -----------------------------------------------------------------------------------------------
 
-def plot_losses(losses, steps=None, ax=None, *, valid=None, ends=None, smooth=None, yscale="linear"):
+def plot_losses(losses: Values, steps: Sequence[float] | None = None, ax: Axes | None = None, *,
+                valid: Values | None = None, ends: Sequence[float] | None = None, smooth: int | None = None,
+                yscale: str = "linear") -> Axes:
     """Training loss against the step, raw and its mean over `smooth` neighbours (None: 4 % of them; 1: raw only).
 
     `valid` are validation losses, one per epoch, drawn at the steps `ends` (None: epochs of one length).
@@ -160,14 +173,16 @@ def plot_losses(losses, steps=None, ax=None, *, valid=None, ends=None, smooth=No
     return ax
 
 
-def plot_rates(rates, steps=None, ax=None, *, yscale="linear"):
+def plot_rates(rates: Sequence[Values], steps: Sequence[float] | None = None, ax: Axes | None = None, *,
+               yscale: str = "linear") -> Axes:
     """Learning rate against the step; `rates` is one list per parameter group, as `Recorder.lrs`."""
     if len(rates) == 1: return plot_line(rates[0], steps, ax, yscale=yscale, xlabel="step", ylabel="learning rate")
     return plot_lines({f"group {i}": (range(len(lrs)) if steps is None else steps, lrs) for i, lrs in enumerate(rates)},
                       ax, yscale=yscale, xlabel="step", ylabel="learning rate")
 
 
-def plot_lr_find(lrs, losses, suggestion=None, ax=None, *, width=None):
+def plot_lr_find(lrs: Sequence[float], losses: Values, suggestion: float | None = None, ax: Axes | None = None, *,
+                 width: int | None = None) -> Axes:
     """Loss against rate (log axis), raw and its mean over `width` neighbours (None: an eighth), the suggestion marked.
 
     A search ends where the loss explodes: the axis ends at the highest loss before the lowest mean.
@@ -183,19 +198,21 @@ def plot_lr_find(lrs, losses, suggestion=None, ax=None, *, width=None):
     return ax if suggestion is None else mark(ax, suggestion, f"suggestion {suggestion:.2g}")
 
 
-def plot_runs(runs, ax=None, *, smooth=1, band=False, yscale="linear", xlabel="step", ylabel="", title=""):
+def plot_runs(runs: Mapping[str, Run | Sequence[Run]], ax: Axes | None = None, *, smooth: int = 1, band: bool = False,
+              yscale: str = "linear", xlabel: str = "step", ylabel: str = "", title: str = "") -> Axes:
     """Several runs in one picture; `runs` maps each name to `(steps, values)`, or to a list of such, one per seed.
 
     Thin lines, one per seed; with `band` their median, and what lies between the smallest and the largest shaded, at
     every step over the seeds that have a finite value there. `smooth` neighbours are averaged first.
     """
     ax = _axes(ax)
+    run: Any        # one or several, which the first number tells
     for i, (name, run) in enumerate(runs.items()):
         seeds = [run] if not run or not run[0] or isinstance(run[0][0], Real) else run
         seeds = [(xs, smoothed(draw.gaps(ys), smooth)) for xs, ys in seeds]
         style = series_style(i)
         if band:
-            at = {}
+            at: dict[float, list[float]] = {}
             for xs, ys in seeds:
                 for x, y in zip(xs, ys, strict=True): at.setdefault(x, []).append(y)
             xs = sorted(at)
@@ -212,7 +229,9 @@ def plot_runs(runs, ax=None, *, smooth=1, band=False, yscale="linear", xlabel="s
 
 # --- inside a network: one line or one panel per layer ------------------------------------------------------------
 
-def plot_means_stds(series, axes=None, *, first=10, yscale="linear", smooth=1):
+def plot_means_stds(series: Mapping[str, tuple[Sequence[float], Values, Values]],
+                    axes: Axes | Iterable[Axes] | None = None, *, first: int = 10, yscale: str = "linear",
+                    smooth: int = 1) -> list[Axes]:
     """The lesson's figure: mean and std of every layer's activations; `series` maps a path to `(steps, means, stds)`.
 
     Four panels: means and stds over the `first` steps that were measured, then over all, these with the mean over
@@ -227,13 +246,14 @@ def plot_means_stds(series, axes=None, *, first=10, yscale="linear", smooth=1):
     return axes
 
 
-def plot_shares(series, ax=None, *, ylabel="share", title="", smooth=1):
+def plot_shares(series: Mapping[str, Run], ax: Axes | None = None, *, ylabel: str = "share", title: str = "",
+                smooth: int = 1) -> Axes:
     """Shares, 0 to 1, against the step, one line per layer; `series` maps a path to `(steps, shares)`."""
     return plot_lines(series, ax, ylim=(-0.03, 1.03), xlabel="step", ylabel=ylabel, title=title, ordered=True,
                       smooth=smooth)
 
 
-def plot_update_ratios(series, ax=None, *, title="", smooth=1):
+def plot_update_ratios(series: Mapping[str, Run], ax: Axes | None = None, *, title: str = "", smooth: int = 1) -> Axes:
     """log10 of update to weight against the step; `series` maps a parameter's name to `(steps, ratios)`.
 
     A ratio is the size of a step's change over the size of the parameter, both as a norm or both as a std. The guide
@@ -247,7 +267,8 @@ def plot_update_ratios(series, ax=None, *, title="", smooth=1):
     return ax
 
 
-def plot_channels(series, axes=None, *, ylabel="value per channel"):
+def plot_channels(series: Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]], Sequence[Sequence[float]]]],
+                  axes: Axes | Iterable[Axes] | None = None, *, ylabel: str = "value per channel") -> list[Axes]:
     """A norm's running statistics against the batch's, one panel per layer.
 
     `series` maps a path to `(steps, batch, running)`, the latter two one list per step of one value per channel. Drawn
@@ -270,7 +291,9 @@ def plot_channels(series, axes=None, *, ylabel="value per channel"):
     return axes
 
 
-def plot_histograms(histograms, axes=None, *, bins=60):
+def plot_histograms(
+        histograms: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[Sequence[float]]]],
+        axes: Axes | Iterable[Axes] | None = None, *, bins: int = 60) -> list[Axes]:
     """One heat map per layer: values upwards, steps to the right, the shade log(1 + count).
 
     `histograms` maps a path to `(steps, lows, highs, counts)`: of each measured step the range of its histogram, which
@@ -301,13 +324,15 @@ def plot_histograms(histograms, axes=None, *, bins=60):
 
 # --- figures ------------------------------------------------------------------------------------------------------
 
-def figure(ncols=1, nrows=1, *, width=6.0, height=4.0):
+def figure(ncols: int = 1, nrows: int = 1, *, width: float = 6.0,
+           height: float = 4.0) -> tuple[Figure, list[Axes]]:
     """A new figure with panels of `width` by `height` inches: `(fig, axes)`, `axes` a list, row by row."""
     fig, axes = plt.subplots(nrows, ncols, figsize=(width * ncols, height * nrows), squeeze=False, layout="constrained")
     return fig, list(axes.flat)
 
 
-def save(fig, path):
-    """Write `fig` to `path` as its suffix says and close it."""
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+def save(fig: Figure | SubFigure, path: str | Path) -> None:
+    """Write `fig`, or the whole of which it is a part, to `path` as its suffix says and close it."""
+    whole = fig.figure if isinstance(fig, SubFigure) else fig
+    whole.savefig(path, dpi=120)
+    plt.close(whole)

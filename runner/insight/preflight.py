@@ -1,10 +1,12 @@
 """`preflight`: what norm layers rest on, said before training."""
 
 import math
+from collections.abc import Callable, Collection, Iterable, Sized
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.data import BatchSampler
 
@@ -14,6 +16,7 @@ from runner.insight.layers import (
     hooked,
     norm_layers,
     ready,
+    running_moments,
     running_statistics,
     shared,
     statistic_groups,
@@ -47,12 +50,12 @@ class Finding:
     level: str
     text: str
     batch: int | None = None
-    map: tuple = ()
+    map: tuple[int, ...] = ()
     statistics: int | None = None
     values: int | None = None
     last: bool = False
 
-    def __str__(self):
+    def __str__(self) -> str:
         where = f"{self.path} {self.module}".lstrip()
         if self.batch is not None: where += f", {'last batch of' if self.last else 'batch'} {self.batch}"
         if len(self.map) == 1: where += f", length {self.map[0]}"
@@ -67,10 +70,10 @@ class Preflight:
     In a notebook it is a table.
     """
 
-    findings: list = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
     @property
-    def ok(self): return all(f.level != "fail" for f in self.findings)
+    def ok(self) -> bool: return all(f.level != "fail" for f in self.findings)
 
     def __str__(self) -> str: return "\n".join(map(str, (*self.findings, self.summary())))
 
@@ -90,7 +93,8 @@ class Preflight:
             for f in self.findings], self.summary())
 
 
-def preflight(model, xb, *, tfm=None):
+def preflight(model: nn.Module, xb: Tensor | Iterable[Any], *,
+              tfm: Callable[[Tensor], Tensor] | None = None) -> Preflight:
     """Say of every norm layer, before training, how many values its statistics rest on and what follows.
 
     One batch goes through the model in training mode, without gradients; everything that this changes is put back
@@ -139,13 +143,13 @@ def preflight(model, xb, *, tfm=None):
     return Preflight(findings)
 
 
-def _worse(f, than):
+def _worse(f: Finding, than: Finding) -> bool:
     """Whether the finding `f` is worse than the other one; one failure is worse than another if it has fewer values."""
     return (LEVELS.index(f.level), -(f.values or 0)) > (LEVELS.index(than.level), -(than.values or 0)) and (
         f.level == "fail" or f.level != than.level)
 
 
-def _first_batch(data):
+def _first_batch(data: Tensor | Iterable[Any]) -> tuple[Any, int]:
     """The first batch of `data`, and the size of a smaller last one as far as that can be known (else 0)."""
     if isinstance(data, torch.Tensor): return data, 0
     try: xb = next(iter(data))
@@ -154,27 +158,31 @@ def _first_batch(data):
     # The loaders of `get_dls` have the batch sampler as their sampler.
     samplers = getattr(data, "batch_sampler", None), getattr(data, "sampler", None)
     sampler = next((s for s in samplers if isinstance(s, BatchSampler)), None)
-    if sampler is None or sampler.drop_last or not hasattr(sampler.sampler, "__len__"): return xb, 0
+    if sampler is None or sampler.drop_last or not isinstance(sampler.sampler, Sized): return xb, 0
     return xb, len(sampler.sampler) % sampler.batch_size
 
 
-def _survey(model, norms, strange, frozen, x):
+def _survey(model: nn.Module, norms: dict[nn.Module, str], strange: dict[nn.Module, str], frozen: Collection[nn.Module],
+            x: Tensor) -> list[Finding]:
     """Run `x` through `model` and judge every norm layer on the way: a list of `Finding`s."""
-    found, inside, bias, images = [], [], (None, None), len(x)
+    found: list[Finding] = []
+    inside: list[tuple[nn.Module, Any, tuple[Tensor, Tensor] | None]] = []
+    bias: tuple[nn.Module, Tensor] | None = None
+    images = len(x)
     paths = {m: path for path, m in model.named_modules()}
 
-    def enter(m, x): inside.append((m, x, running_statistics(m)))
+    def enter(m: nn.Module, x: Any) -> None: inside.append((m, x, running_statistics(m)))
 
-    def leave(m, x, y):
+    def leave(m: nn.Module, x: Any, y: Any) -> None:
         *_, before = inside.pop()
         f = Finding(paths[m], type(m).__name__, "warn", f"unknown norm: give its class {PROTOCOL}", images,
                     tuple(getattr(x, "shape", ()))[2:])
         if m in norms:
-            level, text = _judge(m, x, before, m in frozen, paths.get(bias[0]) if bias[1] is x else None)
+            level, text = _judge(m, x, before, m in frozen, paths.get(bias[0]) if bias and bias[1] is x else None)
             f = replace(f, level=level, text=text, **_shape(m, x))
         if f not in found: found.append(f)
 
-    def keep(m, x, y):
+    def keep(m: nn.Module, x: Tensor, y: Tensor) -> None:
         nonlocal bias
         if m.bias is not None and (isinstance(m, _ConvNd) or x.ndim == 2): bias = m, y
     linear = [m for m in model.modules() if isinstance(m, (_ConvNd, nn.Linear))]
@@ -182,7 +190,8 @@ def _survey(model, norms, strange, frozen, x):
     with hooked((*norms, *strange), enter, leave), hooked(linear, after=keep):
         try: model(x)
         except ValueError as e:
-            m, x, _ = inside[-1] if inside else (None, None, None)
+            if not inside: raise
+            m, x, _ = inside[-1]
             if m not in norms or _shape(m, x)["values"] > 1: raise
             text = f"1 value per statistic: it refuses to train ({e})"
             found.append(Finding(paths[m], type(m).__name__, "fail", text, images, **_shape(m, x)))
@@ -192,20 +201,21 @@ def _survey(model, norms, strange, frozen, x):
                     if path not in ran]
 
 
-def _shape(m, x):
+def _shape(m: nn.Module, x: Tensor) -> dict[str, Any]:
     """The entries of a `Finding` on the input of a norm layer."""
     # What torch's LayerNorm and RMSNorm get is not channels and a map.
     positions = () if isinstance(m, (nn.LayerNorm, nn.RMSNorm)) else tuple(x.shape[2:])
     return dict(zip(("map", "statistics", "values"), (positions, *statistic_groups(m, x).shape), strict=True))
 
 
-def _error(n):
+def _error(n: float) -> str:
     """In words, by how much a variance over `n` values is off; empty if that is little."""
     error = math.sqrt(2 / (n - 1)) if n > 1 else math.inf
     return f"the variance has a standard error of {100 * error:.0f} %" if error > NOISY else ""
 
 
-def _judge(m, x, before, was_frozen, biased):
+def _judge(m: nn.Module, x: Tensor, before: tuple[Tensor, Tensor] | None, was_frozen: bool,
+           biased: str | None) -> tuple[str, str]:
     """Level and text for the norm layer `m`, which has just run on `x` with running statistics `before` it.
 
     `was_frozen`: whether it was in evaluation mode in a model in training mode; `biased`: the path of the layer that
@@ -214,20 +224,19 @@ def _judge(m, x, before, was_frozen, biased):
     if not m.training and before: return "ok", "in evaluation mode in training too: its running statistics stay"
     groups, eps = wide(statistic_groups(m, x)), eps_of(m, x)
     n, common, rms = groups.shape[1], shared(m, x), isinstance(m, nn.RMSNorm)
-    running = m.running_moments(len(x)) if hasattr(m, "running_moments") else None
+    running, after = running_moments(m, len(x)), running_statistics(m)
     var = running[1] if running else groups.square().mean(1) if rms else groups.var(1, unbiased=False)
     live = var[var > 0]                                             # a ReLU leaves channels without any value
     median = live.median().item() if len(live) else 0.0
     if running: remarks = [_past_batches(n, len(x), running[2])]
     else: remarks = [_one_batch(n, common, rms, eps < median)]
 
-    def remark(level, text): remarks.append((level, text))
-    if running and before and (held := int((var > getattr(m, "unclamped_var", m.running_var)).sum())):
+    def remark(level: str, text: str) -> None: remarks.append((level, text))
+    if running and after and (held := int((var > getattr(m, "unclamped_var", after[1])).sum())):
         remark("ok", f"a clamp holds the variance of {held} of {len(var)} channels")
     if n > 1 and eps > median:
         remark("warn", f"eps {eps:g} is above the variance (median {median:.2g}): the input is hardly scaled")
-    after = running_statistics(m)
-    if after and all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+    if before and after and all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
         remark("warn", "the running statistics don't move in training (momentum 0?), and evaluation uses them")
     elif after and not common:
         remark("warn", "evaluation normalises by running statistics and training by each image's own")
@@ -241,7 +250,7 @@ def _judge(m, x, before, was_frozen, biased):
     return max(levels, key=LEVELS.index), "; ".join(texts)
 
 
-def _past_batches(n, b, images):
+def _past_batches(n: int, b: int, images: float | None) -> tuple[str, str]:
     """Level and text for `n` values of a batch of `b` images, averaged over `images` (None: not known how many)."""
     text = f"{n} value{'s' * (n > 1)} of this batch, averaged with "
     if images is None: return "ok", f"{text}earlier batches"
@@ -249,7 +258,7 @@ def _past_batches(n, b, images):
     return "warn" if noise else "ok", f"{text}about {images:.0f} images" + f": {noise}" * bool(noise)
 
 
-def _one_batch(n, common, rms, scaled):
+def _one_batch(n: int, common: bool, rms: bool, scaled: bool) -> tuple[str, str]:
     """Level and text for `n` values per statistic of this batch.
 
     `common`: the statistics are the batch's and not an image's; `rms`: of the second moment alone; `scaled`: the
