@@ -152,10 +152,10 @@ class Look:
 
     def training(self) -> None:
         """Train every seed, the first under observation; losses and rates."""
-        config, measured = self.config, {"every": self.config.every}
-        self.activations, self.gradients = ActivationStats(**measured), GradientStats(**measured)
-        self.parameters = ParameterStats("*.weight", **measured)
-        self.norms = NormStats(**measured) if NORMS[config.norm] else None
+        config, every = self.config, self.config.every
+        self.activations, self.gradients = ActivationStats(every=every), GradientStats(every=every)
+        self.parameters = ParameterStats("*.weight", every=every)
+        self.norms = NormStats(every=every) if NORMS[config.norm] else None
         self.guard = TerminateOnNonFinite(self.folder.path / "diverged.pt")
         looking = [cb for cb in (self.activations, self.gradients, self.parameters, self.norms, self.guard) if cb]
         self.rows: list[Row] = []

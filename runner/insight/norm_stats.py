@@ -1,14 +1,27 @@
 """`NormStats`: what norm layers normalise by, batch for batch."""
 
+from collections.abc import Iterable
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils.hooks import RemovableHandle
 
-from runner.insight.layers import PROTOCOL, eps_of, norm_layers, running_statistics, statistic_groups
+from runner.insight.layers import (
+    PROTOCOL,
+    eps_of,
+    norm_layers,
+    running_moments,
+    running_statistics,
+    statistic_groups,
+)
 from runner.insight.probe import Probe
+
+if TYPE_CHECKING:
+    from runner.insight.plots import Axes
 
 
 class NormStats(Probe):
@@ -39,47 +52,51 @@ class NormStats(Probe):
         ValueError: at the start of a fit, no norm layer, or one whose number of channels can't be told.
     """
 
-    def candidates(self, model): return {path: m for m, path in norm_layers(model)[0].items()}
+    def candidates(self, model: nn.Module) -> dict[str, nn.Module]:
+        return {path: m for m, path in norm_layers(model)[0].items()}
 
-    def usual(self, model):
+    def usual(self, model: nn.Module) -> dict[str, nn.Module]:
         found = self.candidates(model)
         if found: return found
         raise ValueError(f"NormStats found no norm layer in {type(model).__name__}; it needs one of torch's, or one "
                          f"with {PROTOCOL}")
 
-    def layout(self, path, m):
+    def layout(self, path: str, m: nn.Module) -> dict[str, int | None]:
         k, weight = _statistics_of(path, m), getattr(m, "weight", None)
         names = ("mean", "var", "running_mean", "running_var") if running_statistics(m) else ("mean", "var")
         return {**dict.fromkeys(names, k), "scale": k if weight is None else max(k, weight.numel()),
                 **({"clamped": None} if _clamps(m) else {})}
 
-    def derived(self, name, value, n): return int(value) if name == "clamped" else value
+    def derived(self, name: str, value: Any, n: int) -> Any: return int(value) if name == "clamped" else value
 
-    def attach(self):
+    def attach(self) -> None:
+        self._handles: list[RemovableHandle]
         self._handles = [m.register_forward_hook(partial(self.tap, path), with_kwargs=True)
                          for path, m in self.chosen.items()]
 
-    def detach(self):
+    def detach(self) -> None:
         for handle in self._handles: handle.remove()
 
     @torch.no_grad()
-    def tap(self, path, m, args, kwargs, output):
+    def tap(self, path: str, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The forward hook."""
         x = next(iter((*args, *kwargs.values())))
-        k, affine = self.layouts[path]["mean"], self.layouts[path]["scale"]
+        k, affine = (self.layouts[path][name] or 1 for name in ("mean", "scale"))
         groups = statistic_groups(m, x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
         var, mean = torch.var_mean(groups, 1, correction=0)                     # (K,) or (N K,)
         if isinstance(m, nn.RMSNorm): var = groups.square().mean(1)
-        running = running_statistics(m)
-        if hasattr(m, "running_moments"): used = m.running_moments(len(x))[1]
+        running, moments = running_statistics(m), running_moments(m, len(x))
+        if moments is not None: used = moments[1]
         else: used = running[1] if running and not m.training else var
         scale = (used + eps_of(m, x)).rsqrt().view(-1, k).mean(0).repeat_interleave(affine // k)
-        if getattr(m, "weight", None) is not None: scale = scale * m.weight.flatten()
-        clamped = [(used > getattr(m, "unclamped_var", running[1])).sum()] if _clamps(m) else []
+        weight: torch.Tensor | None = getattr(m, "weight", None)
+        if weight is not None: scale = scale * weight.flatten()
+        clamped = [(used > getattr(m, "unclamped_var", running[1])).sum()] if moments and running else []
         numbers = mean.view(-1, k).mean(0), var.view(-1, k).mean(0), *(running or ()), scale, *clamped
         self.take(path, torch.cat([t.reshape(-1).float() for t in numbers]), groups.shape[1])
 
-    def plot(self, name="mean", axes=None, phase="train"):
+    def plot(self, name: str = "mean", axes: "Axes | Iterable[Axes] | None" = None,
+             phase: str = "train") -> "list[Axes]":
         """The batch's `name`, "mean" or "var", and the running one over time, a panel per layer with both; the axes.
 
         Raises:
@@ -95,20 +112,20 @@ class NormStats(Probe):
                                    axes, ylabel=name)
 
 
-def _clamps(m):
+def _clamps(m: nn.Module) -> bool:
     """Whether the variance that the norm layer `m` uses can be told from the one that it keeps."""
     return hasattr(m, "running_moments") and running_statistics(m) is not None
 
 
-def _statistics_of(path, m):
+def _statistics_of(path: str, m: nn.Module) -> int:
     """How many statistics the norm layer `m` at `path` has of a batch, or else of each image."""
     if isinstance(m, (nn.LayerNorm, nn.RMSNorm)): return 1
     if isinstance(m, nn.GroupNorm): return m.num_groups
     weight = getattr(m, "weight", None)
-    channels = next((getattr(m, name) for name in ("num_features", "num_channels", "nf") if hasattr(m, name)),
-                    None if weight is None else weight.numel())
+    channels: int | None = next((getattr(m, name) for name in ("num_features", "num_channels", "nf") if hasattr(m, name)),
+                                None if weight is None else weight.numel())
     if channels is None:
         raise ValueError(f"NormStats can't tell how many channels the layer {path!r} ({type(m).__name__}) has; give it "
                          "an attribute num_features")
     if isinstance(m, (_BatchNorm, _InstanceNorm)): return channels
-    return len(m.statistic_groups(torch.empty(1, channels, 1)))     # of one image
+    return len(statistic_groups(m, torch.empty(1, channels, 1)))    # of one image

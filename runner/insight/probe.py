@@ -2,9 +2,11 @@
 
 import fnmatch
 from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from runner.events import Callback, listify
 from runner.rows import Rows
@@ -12,6 +14,8 @@ from runner.states import holds_compiled
 
 BLOCK = 256             # measured batches that lie on the device before one transfer brings them to the host
 PHASES = ("train", "valid")
+
+Thing = TypeVar("Thing")
 
 
 class Probe(Callback):
@@ -43,11 +47,13 @@ class Probe(Callback):
     """
 
     _order = 110        # after whatever changes the batch, and after what measures on a copy of the model
-    kind, possible = "module", PHASES
+    kind: str = "module"
+    possible: tuple[str, ...] = PHASES
 
-    def __init__(self, which=None, *, phases="train", every=1, first=10, max_mb=64, verbose=True):
+    def __init__(self, which: Any = None, *, phases: str | Sequence[str] = "train", every: int = 1, first: int = 10,
+                 max_mb: float = 64, verbose: bool = True) -> None:
         name = type(self).__name__
-        self.phases = tuple(listify(phases))
+        self.phases: tuple[str, ...] = tuple(listify(phases))
         if not self.phases or set(self.phases) - set(self.possible):
             raise ValueError(f"{name}: phases is {phases!r}; there is {' and '.join(map(repr, self.possible))}, one or "
                              "a list")
@@ -56,35 +62,37 @@ class Probe(Callback):
                 raise ValueError(f"{name}: {arg} is {value!r}; it must be an integer of at least {least}")
         if not max_mb > 0: raise ValueError(f"{name}: max_mb is {max_mb!r}; it must be a positive number of MB")
         self.which, self.every, self.first, self.max_mb, self.verbose = which, every, first, max_mb, verbose
-        self.chosen, self._stores, self._tags, self.measuring = {}, {}, array("q"), False
+        self.chosen: dict[str, Any] = {}            # of the kind: modules, or parameters
+        self._stores: dict[str, _Store] = {}
+        self._tags, self.measuring = array("q"), False
 
     # --- what a subclass says ---------------------------------------------------------------------------------
 
-    def candidates(self, model):
+    def candidates(self, model: nn.Module) -> dict[str, Any]:
         """All that there is to choose from: `{path: thing}`."""
         return dict(model.named_modules())
 
-    def usual(self, model):
+    def usual(self, model: nn.Module) -> dict[str, Any]:
         """What is looked at if nothing was chosen: `{path: thing}`."""
         return self.candidates(model)
 
-    def layout(self, path, thing):
+    def layout(self, path: str, thing: Any) -> dict[str, int | None]:
         """What a row of `thing` holds, in order: each name with the length of its list, None for a single number."""
         raise NotImplementedError
 
-    def attach(self):
+    def attach(self) -> None:
         """Tap the batch that begins; the taps call `take`."""
 
-    def detach(self):
+    def detach(self) -> None:
         """Take the taps off."""
 
-    def derived(self, name, values, n):
+    def derived(self, name: str, values: Any, n: int) -> Any:
         """What a row has under `name`, from the number or list that was stored; `n` is what `take` was given."""
         return values
 
     # --- measuring --------------------------------------------------------------------------------------------
 
-    def begin_fit(self):
+    def begin_fit(self) -> None:
         model = getattr(self.model, "_orig_mod", self.model)        # torch.compile's wrapper has it under this name
         self._refuse(model)
         self.chosen = self.usual(model) if self.which is None else choose(
@@ -96,18 +104,18 @@ class Probe(Callback):
         self._stores = {path: _Store(width, min(BLOCK, rows)) for path, width in widths.items()}
         self._tags, self.measuring, self.batch = array("q"), False, 0
 
-    def _plan(self, row_bytes):
+    def _plan(self, row_bytes: int) -> int:
         """Settle `stride` and `head`, this fit's `every` and `first`; returns how many batches will be measured."""
         batches = {phase: len(dl) if dl is not None else 0
                    for phase, dl in zip(PHASES, (self.data.train_dl, self.data.valid_dl), strict=True)}
         batches["train"] *= self.epochs
 
-        def measured(phase):
+        def measured(phase: str) -> int:
             n, times = batches[phase], 1 if phase == "train" else self.epochs
             first = min(self.head, n) if phase == "train" else 0
             return times * (first + len(range(-(-first // self.stride) * self.stride, n, self.stride)))
 
-        def total(): return sum(map(measured, self.phases))
+        def total() -> int: return sum(map(measured, self.phases))
         most = max(1, int(self.max_mb * 1e6 / row_bytes))
         self.stride, self.head = self.every, min(self.first, most)
         if total() > most: self.stride = max(self.stride, -(-sum(batches.values()) // most))
@@ -115,7 +123,7 @@ class Probe(Callback):
         if self.verbose: print(self._announcement(total(), row_bytes), flush=True)
         return total()
 
-    def _announcement(self, rows, row_bytes):
+    def _announcement(self, rows: int, row_bytes: int) -> str:
         things = f"{len(self.chosen)} {self.kind}{'s' * (len(self.chosen) > 1)}"
         which = "every batch" if self.stride == 1 else f"one batch in {self.stride}" + (
             f" and the first {self.head}" if self.head and "train" in self.phases else "")
@@ -123,7 +131,7 @@ class Probe(Callback):
         return (f"{type(self).__name__}: {things}, {' and '.join(self.phases)}, {which}{less}: {rows:,} batches, "
                 f"{rows * row_bytes / 1e6:.2g} MB")
 
-    def _refuse(self, model):
+    def _refuse(self, model: nn.Module) -> None:
         if getattr(self.run, "compiled_step", None) is not None:      # that of compile=True
             from runner.compiled import CompileError
             raise CompileError(f"{type(self).__name__} taps the modules in each measured batch, and a compiled step "
@@ -133,11 +141,11 @@ class Probe(Callback):
             raise ValueError(f"{type(self).__name__}: the module {scripted[0]!r} is scripted and passes taps by; use "
                              "the model as it was before torch.jit")
 
-    def begin_epoch(self): self.batch = 0
+    def begin_epoch(self) -> None: self.batch = 0
 
-    def begin_validate(self): self.batch = 0
+    def begin_validate(self) -> None: self.batch = 0
 
-    def begin_batch(self):
+    def begin_batch(self) -> None:
         run = self.run
         if run.in_train:
             if (run.n_iter % self.stride and run.n_iter >= self.head) or "train" not in self.phases: return
@@ -148,7 +156,7 @@ class Probe(Callback):
         self._stance = torch.compiler.set_stance("force_eager") if self._compiled else None
         self.attach()
 
-    def take(self, path, values, n):
+    def take(self, path: str, values: list[float] | Tensor, n: int) -> None:
         """Keep `values`, laid out as `layout` says, as the row of `path`: a list, or a 1-D tensor where it lies.
 
         `n` (at least 1) says of how many numbers they are the statistics. What is measured twice in a batch, as a
@@ -156,14 +164,14 @@ class Probe(Callback):
         """
         self._stores[path].put(values, n)
 
-    def after_batch(self):
+    def after_batch(self) -> None:
         self.batch += 1
         if self.measuring: self._let_go()
 
-    def after_fit(self):
+    def after_fit(self) -> None:
         if self.measuring: self._let_go()
 
-    def _let_go(self):
+    def _let_go(self) -> None:
         self.measuring = False
         try: self.detach()
         finally:
@@ -173,24 +181,38 @@ class Probe(Callback):
     # --- what was measured ------------------------------------------------------------------------------------
 
     @property
-    def paths(self):
+    def paths(self) -> list[str]:
         """What was looked at, in the model's order."""
         return list(self._stores)
 
     @property
-    def rows(self):
+    def rows(self) -> Rows:
         """All that was measured, as plain dicts: phase, epoch, batch (in its pass), step, module, n, then the numbers.
 
         `step` is the number of training batches done before. What did not run in a batch has no row there.
         """
-        found = []
+        found: list[tuple[int, dict[str, Any]]] = []
         for path in self._stores:
             ran, values = self._values(path, ["n", *self.layouts[path]])
             found += [(i, self._tagged(i) | {self.kind: path} | {name: column[k] for name, column in values.items()})
                       for k, i in enumerate(ran)]
         return Rows(row for _, row in sorted(found, key=lambda pair: pair[0]))  # stable: in a batch as the model has it
 
-    def series(self, path, *names, phase="train"):
+    @overload
+    def series(self, path: str, name: str, /, *, phase: str = "train") -> tuple[list[int], list[Any]]: ...
+
+    @overload
+    def series(self, path: str, name: str, second: str, /, *,
+               phase: str = "train") -> tuple[list[int], list[Any], list[Any]]: ...
+
+    @overload
+    def series(self, path: str, name: str, second: str, third: str, /, *,
+               phase: str = "train") -> tuple[list[int], list[Any], list[Any], list[Any]]: ...
+
+    @overload
+    def series(self, path: str, *names: str, phase: str = "train") -> tuple[list[Any], ...]: ...
+
+    def series(self, path: str, *names: str, phase: str = "train") -> tuple[list[Any], ...]:
         """Numbers of `path` over time: `(steps, values)`, with another list of values for each further name."""
         if path not in self._stores:
             raise KeyError(f"{type(self).__name__} did not look at {path!r}; it looked at: {', '.join(self._stores)}")
@@ -202,24 +224,24 @@ class Probe(Callback):
         kept = [(k, tags["step"]) for k, i in enumerate(ran) if (tags := self._tagged(i))["phase"] == phase]
         return [step for _, step in kept], *([values[name][k] for k, _ in kept] for name in names)
 
-    def _tagged(self, i):
+    def _tagged(self, i: int) -> dict[str, Any]:
         phase, epoch, batch, step = self._tags[4 * i:4 * i + 4]
         return {"phase": PHASES[phase], "epoch": epoch, "batch": batch, "step": step}
 
-    def _values(self, path, names):
+    def _values(self, path: str, names: Sequence[str]) -> tuple[list[int], dict[str, list[Any]]]:
         """The measured batches in which `path` ran, and for each name its values in them."""
         store, layout = self._stores[path], self.layouts[path]
         rows = store.rows()
         ran = [i for i in range(len(rows)) if store.sizes[i]]
         pieces = dict(zip(layout, rows[ran].split([k or 1 for k in layout.values()], 1), strict=True))
 
-        def column(name):
+        def column(name: str) -> list[Any]:
             if name == "n": return [store.sizes[i] for i in ran]
             values = (pieces[name][:, 0] if layout[name] is None else pieces[name]).tolist()
             return [self.derived(name, v, store.sizes[i]) for v, i in zip(values, ran, strict=True)]
         return ran, {name: column(name) for name in names}
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         """A copy takes the numbers along, and not the model."""
         return {**self.__dict__, "chosen": {}, "run": None}
 
@@ -230,20 +252,24 @@ class _Store:
     `sizes` has one entry per measured batch, 0 where the thing did not run; its row is zeros.
     """
 
-    def __init__(self, width, most):
+    def __init__(self, width: int, most: int) -> None:
         self.width, self.most = width, most
-        self.sizes, self.numbers, self.row, self.block, self.at = array("q"), array("f"), None, None, 0
+        self.sizes, self.numbers, self.at = array("q"), array("f"), 0
+        self.row: list[float] | None = None
+        self.block: Tensor | None = None
 
-    def begin(self): self.sizes.append(0)
+    def begin(self) -> None: self.sizes.append(0)
 
-    def put(self, values, n):
+    def put(self, values: list[float] | Tensor, n: int) -> None:
         self.sizes[-1] = n
-        if self.block is None and not torch.is_tensor(values): self.row = values
-        else:
-            if self.block is None: self.block = torch.zeros(self.most, self.width, device=values.device)
-            self.block[self.at].copy_(torch.as_tensor(values))
+        if self.block is None:
+            if not isinstance(values, Tensor):
+                self.row = values
+                return
+            self.block = torch.zeros(self.most, self.width, device=values.device)
+        self.block[self.at].copy_(torch.as_tensor(values))
 
-    def end(self):
+    def end(self) -> None:
         if self.block is None:
             self.numbers.extend(self.row or [0.0] * self.width)
             self.row = None
@@ -254,13 +280,13 @@ class _Store:
                 self.block.zero_()
                 self.at = 0
 
-    def rows(self):
+    def rows(self) -> Tensor:
         """All rows of finished batches, `(batches, width)`."""
         fetched = torch.tensor(self.numbers, dtype=torch.float32).view(-1, self.width)
         return fetched if self.block is None else torch.cat((fetched, self.block[:self.at].cpu()))
 
 
-def choose(things, which, kind, name):
+def choose(things: Mapping[str, Thing], which: Any, kind: str, name: str) -> dict[str, Thing]:
     """Those of `things` (path to thing) that `which` means, in their order; `Probe` says what it may be.
 
     Raises:
@@ -278,14 +304,14 @@ def choose(things, which, kind, name):
     return {path: things[path] for path in things if any(path in paths for paths in found)}
 
 
-def _means(w, path, thing):
+def _means(w: Any, path: str, thing: object) -> bool:
     if isinstance(w, str): return fnmatch.fnmatchcase(path, w)
     if isinstance(w, type): return isinstance(thing, w)
     if callable(w) and not isinstance(w, nn.Module): return bool(w(path, thing))
     return w is thing
 
 
-def first_tensor(output):
+def first_tensor(output: object) -> Tensor | None:
     """`output`, or the first floating-point tensor in it if it is a tuple, list or dict; None if there is none."""
     if torch.is_tensor(output): return output
     if isinstance(output, dict): output = list(output.values())

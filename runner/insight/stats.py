@@ -3,12 +3,19 @@
 `runner.insight.probe` is what they share, `runner.insight.describe` what is measured of a tensor.
 """
 
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from runner.insight.describe import describe
+from runner.insight.describe import Limits, describe
 from runner.insight.probe import Probe, first_tensor
+
+if TYPE_CHECKING:
+    from runner.insight.plots import Axes
 
 
 class Described(Probe):
@@ -27,9 +34,10 @@ class Described(Probe):
     (the histogram's ends) and `hist` (its counts; all 0 if the mean is not finite).
     """
 
-    near = 1e-3
+    near: float = 1e-3
 
-    def __init__(self, which=None, *, near=None, bins=40, limits="symmetric", sample=2**14, **kwargs):
+    def __init__(self, which: Any = None, *, near: float | None = None, bins: int = 40,
+                 limits: Limits | float = "symmetric", sample: int | None = 2**14, **kwargs: Any) -> None:
         super().__init__(which, **kwargs)
         name = type(self).__name__
         self.near = self.near if near is None else near
@@ -39,36 +47,37 @@ class Described(Probe):
         if sample is not None and not (isinstance(sample, int) and sample >= 1):
             raise ValueError(f"{name}: sample is {sample!r}; it must be a positive integer, or None for all values")
         self.bins, self.sample = bins, sample
-        self.limits = (-limits, limits) if isinstance(limits, (int, float)) else limits
+        self.limits: Limits = (-limits, limits) if isinstance(limits, (int, float)) else limits
         if isinstance(self.limits, str): fits = limits in ("symmetric", "range")
         else: fits = len(self.limits) == 2 and self.limits[0] < self.limits[1]
         if not fits:
             raise ValueError(f"{name}: limits is {limits!r}; it must be 'symmetric', 'range', a positive number, or "
                              "two that ascend, such as (0, 10)")
 
-    def layout(self, path, thing):
+    def layout(self, path: str, thing: Any) -> dict[str, int | None]:
         names = ("mean", "std", "min", "max", "near_zero", "non_finite", "low", "high")
         return dict.fromkeys(names) | {"hist": self.bins}
 
-    def derived(self, name, value, n):
+    def derived(self, name: str, value: Any, n: int) -> Any:
         if name == "near_zero": return 1 - value / n                # stored are counts, here of those beyond
         return value / n if name == "non_finite" else value
 
-    def describe(self, x): return describe(x, self.near, self.bins, self.limits, self.sample)
+    def describe(self, x: Tensor) -> list[float] | Tensor:
+        return describe(x, self.near, self.bins, self.limits, self.sample)
 
-    def plot(self, axes=None, first=10, phase="train"):
+    def plot(self, axes: "Axes | Iterable[Axes] | None" = None, first: int = 10, phase: str = "train") -> "list[Axes]":
         """Means and standard deviations over the first `first` steps and over all; returns the four axes."""
         from runner.insight import plots
         return plots.plot_means_stds({path: self.series(path, "mean", "std", phase=phase) for path in self.paths}, axes,
                                      first=first)
 
-    def plot_histograms(self, axes=None, phase="train"):
+    def plot_histograms(self, axes: "Axes | Iterable[Axes] | None" = None, phase: str = "train") -> "list[Axes]":
         """The histogram over time, a heat map for each path; returns the axes."""
         from runner.insight import plots
         return plots.plot_histograms({path: self.series(path, "low", "high", "hist", phase=phase)
                                       for path in self.paths}, axes)
 
-    def plot_near_zero(self, ax=None, phase="train"):
+    def plot_near_zero(self, ax: "Axes | None" = None, phase: str = "train") -> "Axes":
         """The share near zero over time, a line for each path; returns the axes."""
         from runner.insight import plots
         return plots.plot_shares({path: self.series(path, "near_zero", phase=phase) for path in self.paths}, ax,
@@ -87,17 +96,18 @@ class ActivationStats(Described):
     the linear one. Of an output that is no tensor it takes the first tensor inside.
     """
 
-    def usual(self, model):
+    def usual(self, model: nn.Module) -> dict[str, nn.Module]:
         children = {path: m for path, m in model.named_children() if next(m.parameters(), None) is not None}
         return children or {"": model}
 
-    def attach(self):
+    def attach(self) -> None:
+        self._handles: list[RemovableHandle]
         self._handles = [m.register_forward_hook(partial(self.tap, path)) for path, m in self.chosen.items()]
 
-    def detach(self):
+    def detach(self) -> None:
         for handle in self._handles: handle.remove()
 
-    def tap(self, path, module, inputs, output):
+    def tap(self, path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """The forward hook."""
         x = first_tensor(output)
         if x is not None and x.numel(): self.take(path, self.describe(x), x.numel())
@@ -112,7 +122,7 @@ class GradientStats(ActivationStats):
 
     near, possible = 2 ** -24, ("train",)
 
-    def tap(self, path, module, inputs, output):
+    def tap(self, path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         x = first_tensor(output)
         if x is not None and x.requires_grad:
             x.register_hook(lambda g: self.take(path, self.describe(g), g.numel()) if g.numel() else None)
@@ -130,36 +140,37 @@ class ParameterStats(Described):
 
     near, possible, kind = GradientStats.near, ("train",), "parameter"
 
-    def candidates(self, model): return {path: p for path, p in model.named_parameters() if p.requires_grad}
+    def candidates(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return {path: p for path, p in model.named_parameters() if p.requires_grad}
 
-    def layout(self, path, thing):
+    def layout(self, path: str, thing: Any) -> dict[str, int | None]:
         return super().layout(path, thing) | dict.fromkeys(("weight", "update", "ratio"))
 
-    def attach(self): self._before = {}
+    def attach(self) -> None: self._before: dict[str, tuple[Tensor, list[float] | Tensor]] = {}
 
-    def detach(self): self._before = {}
+    def detach(self) -> None: self._before = {}
 
-    def after_backward(self):
+    def after_backward(self) -> None:
         if not hasattr(self.run, "step"): self._look()      # a loop of somebody's own, which has events alone
 
-    def step(self, inner):
+    def step(self, inner: Callable[[], object]) -> None:
         """Look at the gradients as they are now: summed up, unscaled and clipped by those who do it further out."""
         self._look()
         inner()
 
-    def _look(self):
+    def _look(self) -> None:
         if not self.measuring: return
         self._before = {path: (p.detach().clone(), self.describe(p.grad))
                         for path, p in self.chosen.items() if p.grad is not None and p.numel()}
 
-    def after_step(self):
+    def after_step(self) -> None:
         for path, (before, described) in self._before.items():
             weight, update = (torch.linalg.vector_norm(t) for t in (before, self.chosen[path].detach() - before))
             moved = torch.stack((weight, update, update / weight))
             if isinstance(described, list): self.take(path, described + moved.tolist(), before.numel())
             else: self.take(path, torch.cat((described, moved)), before.numel())
 
-    def plot_ratios(self, ax=None):
+    def plot_ratios(self, ax: "Axes | None" = None) -> "Axes":
         """The ratio of update to weight over time, a line for each parameter; returns the axes."""
         from runner.insight import plots
         return plots.plot_update_ratios({path: self.series(path, "ratio") for path in self.paths}, ax)
