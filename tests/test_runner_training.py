@@ -4,15 +4,19 @@ import copy
 import math
 import pickle
 import random
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_runner_loop import make_learn
 from torch import nn
+from torch.optim.lr_scheduler import ExponentialLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from norms import RunningBatchNorm
 from runner import (
+    AveragedWeights,
     Callback,
     CancelBatchException,
     CancelEpochException,
@@ -29,6 +33,7 @@ from runner import (
     Recorder,
     Runner,
     TerminateOnNonFinite,
+    TorchScheduler,
     replay,
     sched_cos,
 )
@@ -65,8 +70,10 @@ def assert_close(learn, other, rtol=1e-12):
 
 
 def by_hand(learn, epochs, k=1, dtype=None, clip=None, scale=2.0 ** 16, interval=2000):
-    """torch's recipe of all three; returns the scale, the skipped steps and the norms."""
+    """torch's recipe of all; returns the scale, the skipped steps, the norms and the averages."""
     model, opt, params = learn.model, learn.opt, list(learn.model.parameters())
+    averages = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8))
+    sched = ExponentialLR(opt, 0.99)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=interval, enabled=dtype == torch.float16)
     skipped, norms, step = [], [], 0
     for _ in range(epochs):
@@ -87,11 +94,12 @@ def by_hand(learn, epochs, k=1, dtype=None, clip=None, scale=2.0 ** 16, interval
                     nn.utils.clip_grad_value_(params, limit)
             scaler.step(opt)
             scaler.update()
-            if not finite: skipped.append(step)
+            if finite: averages.update_parameters(model), sched.step()
+            else: skipped.append(step)
             step += finite
             opt.zero_grad()
         list(learn.data.valid_dl)
-    return scaler.get_scale(), skipped, norms
+    return scaler.get_scale(), skipped, norms, averages
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -104,13 +112,16 @@ def test_any_of_them_together_in_any_order_is_the_loop_by_hand_to_the_bit(seed, 
     cbs = [GradientAccumulation(k)] if k > 1 else []
     if dtype: cbs.append(MixedPrecision(dtype, init_scale=amp["scale"], growth_interval=amp["interval"]))
     if clip: cbs.append(GradientClip(**dict([clip])))
+    cbs += [AveragedWeights(0.8), TorchScheduler(partial(ExponentialLR, gamma=0.99), by="batch")]
     if rng.random() < 0.5: cbs += [TerminateOnNonFinite(), Recorder()]
     rng.shuffle(cbs)
     learns = [learner(bs * batches, bs) for _ in range(2)]
-    scale, skipped, norms = by_hand(learns[0], epochs, k, dtype, clip, **amp)
+    scale, skipped, norms, averages = by_hand(learns[0], epochs, k, dtype, clip, **amp)
     run = Runner(cbs)
     run.fit(epochs, learns[1])
     assert_same(*learns)
+    for p, q in zip(averages.module.parameters(), run.averaged_weights.averaged_model.module.parameters(), strict=True):
+        assert torch.equal(p, q)
     assert run.status == "ok"
     assert run.n_iter == epochs * -(-batches // k) - len(skipped)
     if dtype == torch.float16:
@@ -161,8 +172,9 @@ class Says(Callback):
 
 
 def grads_by_hand(learn, order, clip=math.inf):
-    """Weights after one step for each group of `order`, lists of numbers of batches, weighed by images."""
+    """Step once for each group of `order`, lists of numbers of batches, weighed by images; averages of the weights."""
     batches = list(learn.data.train_dl)
+    averages = AveragedModel(learn.model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     for group in order:
         total = sum(len(batches[i][0]) for i in group)
         for i in group:
@@ -171,6 +183,8 @@ def grads_by_hand(learn, order, clip=math.inf):
         nn.utils.clip_grad_norm_(learn.model.parameters(), clip)
         learn.opt.step()
         learn.opt.zero_grad()
+        averages.update_parameters(learn.model)
+    return averages
 
 
 @pytest.mark.parametrize(("event", "at", "what", "groups", "steps"), [
@@ -222,12 +236,14 @@ def test_any_batches_cancelled_in_any_way(seed, capsys):
     learn, twin = learner(n, bs, torch.float64), learner(n, bs, torch.float64)
     if longer: learn.data.train_dl = Longer(learn.data.train_dl)
     cbs = [Cancels(at, rng.choice([-14, 0, 300])), GradientAccumulation(k), GradientClip(clip), TerminateOnNonFinite(),
-           *[MixedPrecision("fp16", growth_interval=2)] * rng.randint(0, 1)]
+           AveragedWeights(0.5), *[MixedPrecision("fp16", growth_interval=2)] * rng.randint(0, 1)]
     rng.shuffle(cbs)
     run = Runner(cbs)
     run.fit(1, learn)
-    grads_by_hand(twin, groups, clip)
+    averages = grads_by_hand(twin, groups, clip)
     assert_close(learn, twin)
+    for p, q in zip(averages.module.parameters(), run.averaged_weights.averaged_model.module.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
     assert (run.n_iter, len(run.gradient_clip.norms)) == (len(groups), len(groups))
 
 
@@ -596,7 +612,7 @@ def test_frozen_parameters_and_several_groups_are_clipped_as_one():
         learn.model[0].bias.requires_grad_(False)
         learn.opt = torch.optim.SGD([{"params": learn.model[0].parameters()},
                                      {"params": learn.model[2].parameters(), "lr": 0.5}], lr=0.1)
-    *_, norms = by_hand_frozen(learns[0])
+    norms = by_hand_frozen(learns[0])
     run = Runner(GradientClip(0.5))
     run.fit(1, learns[1])
     assert_same(*learns)
@@ -610,7 +626,7 @@ def by_hand_frozen(learn):
         norms.append(nn.utils.clip_grad_norm_(learn.model.parameters(), 0.5).item())
         learn.opt.step()
         learn.opt.zero_grad()
-    return (norms,)
+    return norms
 
 
 def test_parameter_stats_see_what_the_optimizer_gets():
