@@ -10,7 +10,9 @@ import math
 import os
 import platform
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -22,7 +24,9 @@ from runner.insight.repeat import Repeat, flaw, norms_of, params_of, parts_of
 from runner.precision import LEAST_SCALE, precision_of
 from runner.states import generators_of, random_state, random_states
 
-EMPTY = {"tensors": ([], []), "moved": ([], [])}
+Row = dict[str, Any]            # both as the class below describes them
+Snapshot = dict[str, Any]
+EMPTY: Snapshot = {"tensors": ([], []), "moved": ([], [])}
 
 
 class TerminateOnNonFinite(Callback):
@@ -95,20 +99,22 @@ class TerminateOnNonFinite(Callback):
 
     _order = 1000   # after whatever changes the batch, the loss or the gradients
 
-    def __init__(self, path=None, *, keep=20, every=20, grads=True):
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, keep: int = 20, every: int = 20,
+                 grads: bool = True) -> None:
         for name, n in (("keep", keep), ("every", every)):
             if not isinstance(n, int) or isinstance(n, bool) or n < 1:
                 raise ValueError(f"TerminateOnNonFinite: {name} is {n!r}; it must be an integer of at least 1")
         self.path, self.keep, self.every, self.grads = path, keep, every, grads
-        self.record = None
+        self.record: dict[str, Any] | None = None
         self._clear()
 
-    def _clear(self):
-        self.rows, self.ring = deque(maxlen=self.keep), deque(maxlen=2)     # (row, its pass); snapshots
-        self.unseen = []                                                    # rows whose figures lie on the device
-        self.now = {"row": None, "batch": 0, "fresh": True}
+    def _clear(self) -> None:
+        self.rows: deque[tuple[Row, dict[str, Any]]] = deque(maxlen=self.keep)      # each row with its pass
+        self.ring: deque[Snapshot] = deque(maxlen=2)
+        self.unseen: list[Row] = []                                         # whose figures lie on the device
+        self.now: dict[str, Any] = {"row": None, "batch": 0, "fresh": True}
 
-    def begin_fit(self):
+    def begin_fit(self) -> None:
         if self.path is not None and not Path(self.path).absolute().parent.is_dir():
             raise ValueError(f"TerminateOnNonFinite: path is {os.fspath(self.path)!r} and its folder doesn't exist; "
                              "make the folder first, or give another path")
@@ -118,16 +124,16 @@ class TerminateOnNonFinite(Callback):
         self.host = all(p.device.type == "cpu" for p in params)
         self.sound = not flaw(params)
 
-    def begin_epoch(self): self._begin(self.data.train_dl)
+    def begin_epoch(self) -> None: self._begin(self.data.train_dl)
 
-    def begin_validate(self):
+    def begin_validate(self) -> None:
         self._look()
         if self.rows and self.sound and flaw(self.params):          # by the last step, whose loss nobody will see
             self.ring.append(self._snapshot())
             self._stop(self.rows[-1][0])
         self._begin(self.data.valid_dl)
 
-    def _begin(self, dl):
+    def _begin(self, dl: Any) -> None:
         """Being the last to hear of a pass, keep the random states from which its order follows."""
         self._look()
         run = self.run
@@ -138,7 +144,7 @@ class TerminateOnNonFinite(Callback):
                      "seeded": getattr(dl, "_iterator", None) is None}
         self.now.update(row=None, batch=0, fresh=True)
 
-    def begin_batch(self):
+    def begin_batch(self) -> None:
         run, now = self.run, self.now
         full = now["fresh"] or len(self.ring[-1]["steps"]) >= self.every
         if full: self._look()
@@ -150,13 +156,13 @@ class TerminateOnNonFinite(Callback):
             "in_train": run.in_train, "epoch": run.epoch, "step": run.n_iter, "batch": now["batch"], "loss": None,
             "grad_norm": None, "backward": False, "stepped": False, "cleared": False,
             "groups": [*map(dict, self.optimizer.param_groups)]}
-        random = {"torch": torch.get_rng_state()}
+        random: dict[str, Any] = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda": random["cuda"] = torch.cuda.get_rng_state_all()
         xb = run.xb.clone() if torch.is_tensor(run.xb) else run.xb  # the model may write into its input
         self.ring[-1]["steps"].append({"row": row, "xb": xb, "yb": run.yb, "random": random})
         self.rows.append((row, self.this))
 
-    def after_loss(self):
+    def after_loss(self) -> None:
         row, loss = self.now["row"], self.run.loss
         if self.host:
             row["loss"] = loss.item()
@@ -165,7 +171,7 @@ class TerminateOnNonFinite(Callback):
             row["loss"] = loss.detach()
             self.unseen.append(row)
 
-    def after_backward(self):
+    def after_backward(self) -> None:
         row = self.now["row"]
         row["backward"] = True
         if not self.grads: return
@@ -179,35 +185,35 @@ class TerminateOnNonFinite(Callback):
         elif norms and not scaler:
             row["grad_norm"] = torch.linalg.vector_norm(torch.stack([n.to(self.device) for n in norms]))
 
-    def after_step(self): self._last.update(stepped=True, cleared=True)
+    def after_step(self) -> None: self._last.update(stepped=True, cleared=True)
 
-    def zero_grad(self, inner):
+    def zero_grad(self, inner: Callable[[], object]) -> None:
         """Clear the gradients and write that down: those of a group of batches wait, those of a skipped step don't."""
         inner()
         self._last["cleared"] = True
 
     @property
-    def _last(self):
+    def _last(self) -> Row:
         """The row of this batch, or of the last one if a group of batches makes its step between two."""
         return self.now["row"] or self.rows[-1][0]
 
-    def after_cancel_batch(self):
+    def after_cancel_batch(self) -> None:
         """Learn how far a batch came that an earlier callback cancelled: this one didn't hear of its last event."""
         row = self.now["row"]
         if row is None or not row["in_train"] or row["loss"] is None: return
         if row["backward"]: row.update(stepped=True, cleared=True)
         elif any(p.grad is not None for p in self.params): self.after_backward()    # left to the next batch
 
-    def after_batch(self): self.now.update(row=None, batch=self.now["batch"] + 1)
+    def after_batch(self) -> None: self.now.update(row=None, batch=self.now["batch"] + 1)
 
-    def after_epoch(self): self._look()
+    def after_epoch(self) -> None: self._look()
 
-    def after_fit(self): self._clear()
+    def after_fit(self) -> None: self._clear()
 
     # --- while all is well ------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _snapshot(self, old=EMPTY):
+    def _snapshot(self, old: Snapshot = EMPTY) -> Snapshot:
         """A copy of what training changes, in the memory of an `old` one."""
         now = {name: t for name, (_, d, k) in self.slots.items() if (t := d[k]) is not None}
         state = {p: dict(s) for p, s in self.optimizer.state.items() if torch.is_tensor(p)}
@@ -217,7 +223,7 @@ class TerminateOnNonFinite(Callback):
                 "modes": [m.training for m in self.modules.values()], "steps": [],
                 "grads": {i: p.grad.clone() for i, p in enumerate(self.params) if p.grad is not None}}
 
-    def _look(self):
+    def _look(self) -> None:
         """Bring the losses and norms that lie on the device to the host, in one copy; stop at the first bad one."""
         waiting = [(row, k) for row in self.unseen for k in ("loss", "grad_norm") if torch.is_tensor(row[k])]
         self.unseen = []
@@ -229,7 +235,7 @@ class TerminateOnNonFinite(Callback):
 
     # --- after a failure --------------------------------------------------------------------------------------
 
-    def _stop(self, row):
+    def _stop(self, row: Row) -> NoReturn:
         """Make the record of the failure at `row`, print its report, and leave the fit."""
         run = self.run
         run.status, self.unseen = "diverged", []
@@ -238,12 +244,12 @@ class TerminateOnNonFinite(Callback):
         while steps and steps[-1]["row"] is not row: steps.pop()
         if self.host and row["in_train"] and len(steps) > 1 and not row["stepped"]:
             # Weights and optimizer are still what the step began with, the buffers and gradients no longer.
-            snap = {**self._snapshot(), "grads": None, "steps": [steps.pop()]}
+            snap: Snapshot = {**self._snapshot(), "grads": None, "steps": [steps.pop()]}
             now = dict(zip(snap["names"], snap["tensors"][1], strict=True))
             weights = {name: now[name] for name, (_, d, k) in self.slots.items() if isinstance(d[k], nn.Parameter)}
-            self.ring = [*self.ring, {**snap, "names": list(weights), "tensors": (None, list(weights.values()))}]
+            self.ring = deque([*self.ring, {**snap, "names": [*weights], "tensors": (None, [*weights.values()])}])
         self.record = record = self._record()
-        words = []
+        words: list[str] = []
         restore = random_states()
         try:
             with without_hooks(run.model, run.loss_func):
@@ -259,7 +265,7 @@ class TerminateOnNonFinite(Callback):
         if self.path is not None: torch.save(record, self.path)
         raise CancelTrainException
 
-    def _record(self):
+    def _record(self) -> dict[str, Any]:
         """All that is kept, as tensors on the host and plain values, with the indices of the batches."""
         rows = [row for row, _ in self.rows]
         found = {id(this): draw_indices(this, self.run.data, [r for r, t in self.rows if t is this], self.ring)
@@ -270,15 +276,16 @@ class TerminateOnNonFinite(Callback):
         kept = [step["row"] for snap in self.ring for step in snap["steps"]]        # some of the rows, or more
         for row in (*rows, *kept):
             for group in row["groups"]: group.pop("params", None)
-        return plain({
+        record: dict[str, Any] = plain({
             "report": "", "finding": None, "repeats": False, "rows": rows, "indices": found[id(self.rows[-1][1])][1],
             "snapshots": [self._opened(snap) for snap in self.ring], "random": self.this["random"],
             "autocast": self.precision and str(self.precision.dtype).removeprefix("torch."),
             "optimizer": type(self.run.opt).__name__, "compiled": getattr(self.run, "compiled_step", None) is not None,
             "settings": {"onednn": torch.backends.mkldnn.enabled, "threads": torch.get_num_threads()},
             "versions": {"torch": torch.__version__, "python": platform.python_version()}}, {})
+        return record
 
-    def _opened(self, snap):
+    def _opened(self, snap: Snapshot) -> dict[str, Any]:
         """A snapshot with everything under its name."""
         moved, index = iter(snap["moved"][1]), {p: i for i, p in enumerate(self.params)}
         state = {index[p]: {k: next(moved) if torch.is_tensor(v) else v for k, v in s.items()}

@@ -122,8 +122,8 @@ def _statistics_of(path: str, m: nn.Module) -> int:
     if isinstance(m, (nn.LayerNorm, nn.RMSNorm)): return 1
     if isinstance(m, nn.GroupNorm): return m.num_groups
     weight = getattr(m, "weight", None)
-    channels: int | None = next((getattr(m, name) for name in ("num_features", "num_channels", "nf") if hasattr(m, name)),
-                                None if weight is None else weight.numel())
+    names = [name for name in ("num_features", "num_channels", "nf") if hasattr(m, name)]
+    channels: int | None = getattr(m, names[0]) if names else None if weight is None else weight.numel()
     if channels is None:
         raise ValueError(f"NormStats can't tell how many channels the layer {path!r} ({type(m).__name__}) has; give it "
                          "an attribute num_features")

@@ -1,9 +1,12 @@
 """What a diverged fit leaves: copies of its tensors, the order of its batches, the line that says where it began."""
 
 import numbers
+from collections.abc import Iterable, Sequence
 from itertools import islice, pairwise
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import IterableDataset
 
@@ -11,7 +14,7 @@ from runner.insight.repeat import named, place
 from runner.states import generators_of, random_state, set_random_state
 
 
-def copies(tensors, before, into):
+def copies(tensors: list[Tensor], before: list[Tensor], into: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """`tensors` and copies of them: written `into` those of the tensors `before`, if they fit, or into new memory."""
     if len(tensors) == len(before) and all(a is b or (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
                                            for a, b in zip(tensors, before, strict=True)):
@@ -20,9 +23,10 @@ def copies(tensors, before, into):
     return tensors, [t.detach().clone() for t in tensors]
 
 
-def plain(o, memo):
+def plain(o: Any, memo: dict[int, tuple[Any, Any]]) -> Any:
     """`o` with its tensors on the host and its numbers Python's own; what it has twice stays one thing."""
     if id(o) in memo: return memo[id(o)][0]
+    new: Any
     if torch.is_tensor(o):
         new = o.detach().cpu()
         if new.untyped_storage().nbytes() > new.nbytes: new = new.clone()   # a batch, not all of its data set
@@ -37,7 +41,8 @@ def plain(o, memo):
     return new
 
 
-def draw_indices(this, data, rows, snapshots):
+def draw_indices(this: dict[str, Any], data: Any, rows: Sequence[dict[str, Any]],
+                 snapshots: Iterable[dict[str, Any]]) -> tuple[list[Any] | None, str]:
     """The indices of the batches of a pass, drawn anew up to the last of `rows`, or None; and a word on them.
 
     `this` is what the callback kept at the start of the pass. The loader draws a seed for its workers, then the sampler
@@ -66,10 +71,11 @@ def draw_indices(this, data, rows, snapshots):
     return indices, "drawn anew; the targets of the batches kept agree"
 
 
-def same_values(a, b): return torch.equal(a, b.cpu()) if torch.is_tensor(a) and torch.is_tensor(b) else a == b
+def same_values(a: object, b: object) -> bool:
+    return torch.equal(a, b.cpu()) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
 
 
-def report(record, words):
+def report(record: dict[str, Any], words: Iterable[str]) -> str:
     """One line: what happened when, and where it began."""
     found, row = record["finding"], record["rows"][-1]
     at = found or row

@@ -2,33 +2,41 @@
 
 import copy
 import math
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from runner.states import set_random_state
 
 LOSS = "(loss)"     # path of the loss function; no attribute can be called so
 
+Slots = dict[str, tuple[nn.Module | None, Any, Any]]    # name: (module, dict or list, key)
+
 
 class Repeat:
     """Does recorded steps again and notes, in the order of computation, every value that is not finite."""
 
-    def __init__(self, model, loss_func, opt):
+    def __init__(self, model: Any, loss_func: Any, opt: Any) -> None:
         self.model, self.loss_func, self.opt = model, loss_func, opt
         self.modules, self.slots = parts_of(model, loss_func, opt)
         self.params = params_of(opt)
         self.device = self.params[0].device
-        self.paths = {LOSS: LOSS, **{m: path for path, m in self.modules.items()}}
-        self.autocast = nullcontext
-        self.loss_name = getattr(loss_func, "__name__", type(loss_func).__name__)
+        self.paths: dict[Any, str] = {LOSS: LOSS, **{m: path for path, m in self.modules.items()}}
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.loss_name: str = getattr(loss_func, "__name__", type(loss_func).__name__)
+        self.events: list[dict[str, Any]] = []
 
-    def run(self, record):
+    def run(self, record: dict[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
         """The finding, or None, and words on what isn't as recorded."""
-        usual, words, before = set(), [], None                      # usual: not finite in a good step either, as a mask
+        usual: set[tuple[str, bool]] = set()                        # not finite in a good step either, as a mask
+        words: list[str] = []
+        before: dict[str, Any] | None = None
         if autocast := record.get("autocast"):
             self.autocast = partial(torch.autocast, self.device.type, getattr(torch, autocast))
         if record["optimizer"] != type(self.opt).__name__:
@@ -59,9 +67,10 @@ class Repeat:
         return None, [*words, "when repeated no value is to blame: a callback changes loss, gradients or weights, or "
                       "the model counts its steps or draws from another generator than torch's"]
 
-    def put(self, snap):
+    def put(self, snap: dict[str, Any]) -> None:
         """Put model, loss and optimizer back to where `snap` was taken."""
-        have = {name: tuple(t.shape) for name, (_, d, k) in self.slots.items() if (t := d[k]) is not None}
+        have: dict[str, Any] = {
+            name: tuple(t.shape) for name, (_, d, k) in self.slots.items() if (t := d[k]) is not None}
         want = {name: tuple(t.shape) for name, t in snap["tensors"].items()}
         if set(snap["modes"]) != set(self.modules):
             names = ", ".join(sorted(set(snap["modes"]) ^ set(self.modules)))
@@ -82,9 +91,12 @@ class Repeat:
             p.grad = snap["grads"][i].to(p.device, copy=True) if i in snap["grads"] else None
         self.events = []
 
-    def do(self, step):
+    def do(self, step: dict[str, Any]) -> bool:
         """Do one step as it was done; whether its loss and gradients are finite. `self.loss` is the loss, a float."""
-        row, self.stack, self.nodes, self.forward, self.norm = step["row"], [], {}, True, None
+        row, self.forward = step["row"], True
+        self.stack: list[nn.Module] = []
+        self.nodes: dict[Any, Any] = {}
+        self.norm: float | None = None
         for group, was in zip(self.opt.param_groups, row["groups"], strict=True): group.update(was)
         xb, yb = tree_map_only(torch.Tensor, lambda t: t.to(self.device, copy=True), (step["xb"], step["yb"]))
         set_random_state(step["random"])
@@ -107,31 +119,31 @@ class Repeat:
 
     # --- what is seen -----------------------------------------------------------------------------------------
 
-    def note(self, phase, m, what, tree):
+    def note(self, phase: str, m: nn.Module | str | None, what: str, tree: Any) -> None:
         """Write down that `tree`, of which the module `m` is the cause, holds a value that isn't finite, if it does."""
         if not (counts := flaw(tree)): return
         path, kind = self.paths.get(m), self.loss_name if m is LOSS else None if m is None else type(m).__name__
-        if phase == "forward" and path.startswith(LOSS): phase = "loss"
+        if phase == "forward" and path is not None and path.startswith(LOSS): phase = "loss"
         self.events.append({"phase": phase, "module": path, "class": kind, "what": what, **counts})
 
-    def note_parameters(self, phase, of=lambda p: p, what=""):
+    def note_parameters(self, phase: str, of: Callable[[Tensor], Tensor | None] = lambda p: p, what: str = "") -> None:
         for m, d, k in self.slots.values():
             if isinstance(p := d[k], nn.Parameter) or m is None:
                 name = f"parameter {k} of the optimizer" if m is None else f"the {k} of {self.label(m)}"
                 self.note(phase, m, what + name, of(p))
 
-    def first(self, usual):
+    def first(self, usual: Collection[tuple[str, bool]]) -> dict[str, Any] | None:
         """The first event that is none of the `usual` ones, or None."""
         return next((e for e in self.events if key(e) not in usual), None)
 
-    def label(self, m):
+    def label(self, m: nn.Module | str) -> str:
         if m is LOSS: return self.loss_name
         return f"{self.paths[m]} {type(m).__name__}" if self.paths[m] else f"the model, a {type(m).__name__}"
 
     @contextmanager
-    def hooked(self):
+    def hooked(self) -> Iterator[None]:
         """All modules with a hook before and one after their forward."""
-        handles = []
+        handles: list[RemovableHandle] = []
         try:
             for m in dict.fromkeys(self.modules.values()):
                 handles.append(m.register_forward_pre_hook(self.before, with_kwargs=True))
@@ -140,14 +152,14 @@ class Repeat:
         finally:
             for handle in handles: handle.remove()
 
-    def before(self, m, args, kwargs):
+    def before(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.forward: return                                 # checkpointing does it again in the backward pass
         caller = self.stack[-1] if self.stack else LOSS
         self.trace((args, kwargs), caller)
         self.note("forward", caller, f"what {self.label(caller)} hands to {self.label(m)}", (args, kwargs))
         self.stack.append(m)
 
-    def after(self, m, args, out):
+    def after(self, m: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         if not self.forward: return
         self.stack.pop()
         self.trace(out, m)
@@ -155,7 +167,7 @@ class Repeat:
         self.note("forward", m, f"the output of {self.label(m)}"
                   + f" (which has such values in its {', '.join(own)})" * bool(own), out)
 
-    def trace(self, tree, m):
+    def trace(self, tree: Any, m: nn.Module | str) -> None:
         """Watch the backward pass of the operations that led to `tree`; those without a module yet are of `m`."""
         todo = [t.grad_fn for t in tree_leaves(tree) if torch.is_tensor(t)]
         while todo:
@@ -169,33 +181,33 @@ class Repeat:
 
 # --- small parts --------------------------------------------------------------------------------------------------
 
-def parts_of(model, loss_func, opt):
+def parts_of(model: Any, loss_func: Any, opt: Any) -> tuple[dict[str, nn.Module], Slots]:
     """Modules by path, `{path: module}`, and what training changes by name, `{name: (module, dict or list, key)}`.
 
     The latter are the parameters and buffers of the model and of a loss that is a module, and what else the optimizer
     has, of no module.
     """
-    modules = {}
+    modules: dict[str, nn.Module] = {}
     if isinstance(model, nn.Module): modules.update(model.named_modules())
     if isinstance(loss_func, nn.Module):
         modules.update((f"{LOSS}.{n}" if n else LOSS, m) for n, m in loss_func.named_modules())
-    slots = {f"{path}.{k}" if path else k: (m, d, k) for path, m in modules.items()
+    slots: Slots = {f"{path}.{k}" if path else k: (m, d, k) for path, m in modules.items()
              for d in (m._parameters, m._buffers) for k in d}
     known, params = {id(d[k]) for _, d, k in slots.values()}, params_of(opt)
     slots.update((f"(optimizer).{i}", (None, params, i)) for i, p in enumerate(params) if id(p) not in known)
     return modules, slots
 
 
-def params_of(opt): return [p for group in opt.param_groups for p in group["params"]]
+def params_of(opt: Any) -> list[nn.Parameter]: return [p for group in opt.param_groups for p in group["params"]]
 
 
-def norms_of(params):
+def norms_of(params: Sequence[Tensor]) -> Sequence[Tensor]:
     """The L2 norms of the gradients, one by one."""
     grads = [g._values() if g.is_sparse else g for p in params if (g := p.grad) is not None]
     return torch._foreach_norm(grads) if grads else []
 
 
-def flaw(tree):
+def flaw(tree: Any) -> dict[str, int] | None:
     """How many values are NaN and infinite, and of how many, in the first tensor of `tree` that has some, or None."""
     for t in tree_leaves(tree):
         if not torch.is_tensor(t) or not (t.is_floating_point() or t.is_complex()): continue
@@ -205,15 +217,15 @@ def flaw(tree):
     return None
 
 
-def same_float(a, b): return a == b or (math.isnan(a) and math.isnan(b))
+def same_float(a: float, b: float) -> bool: return a == b or (math.isnan(a) and math.isnan(b))
 
 
-def key(event): return event["what"], event["nan"] > 0
+def key(event: dict[str, Any]) -> tuple[str, bool]: return event["what"], event["nan"] > 0
 
 
-def place(row): return {k: row[k] for k in ("in_train", "epoch", "step", "batch")}
+def place(row: dict[str, Any]) -> dict[str, Any]: return {k: row[k] for k in ("in_train", "epoch", "step", "batch")}
 
 
-def named(at):
+def named(at: dict[str, Any]) -> str:
     if at["in_train"]: return f"step {at['step']} (epoch {at['epoch']})"
     return f"batch {at['batch']} of the validation of epoch {at['epoch']} (after {at['step']} steps)"

@@ -2,10 +2,12 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from runner.backend import use_backend
+from runner.core import Learner
 from runner.insight.record import report
 from runner.insight.repeat import Repeat
 from runner.states import random_states
@@ -15,13 +17,13 @@ from runner.states import random_states
 class Replay:
     """What `replay` saw: the finding, the loss of its step, whether all was as recorded, and the report."""
 
-    finding: dict
+    finding: dict[str, Any] | None
     loss: float
     same: bool
     report: str
 
 
-def replay(record, learn):
+def replay(record: str | os.PathLike[str] | dict[str, Any], learn: Learner) -> Replay:
     """Put the recorded states into `learn` and repeat the steps up to the failing one: a `Replay`.
 
         from runner import replay
