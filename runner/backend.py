@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from runner.batches import first_tensor, map_tensors, size_of
 from runner.events import Callback
 from runner.states import random_states
 
@@ -61,16 +62,17 @@ class CPUBackendCallback(Callback):
     def begin_batch(self):
         if self.run.in_train:
             if not self._settled: self._settle()
-        elif self._measured and len(self.xb) >= LARGER * self._measured: use_backend(*self._before)
+        elif self._measured and size_of(self.xb) >= LARGER * self._measured: use_backend(*self._before)
 
     def _settle(self):
         """Choose by the batch at hand, the first."""
         now = self._before
         onednn = (True, False) if torch.backends.mkldnn.is_available() else (now[0],)
         settings = list(dict.fromkeys([now, *((o, t) for o in onednn for t in (now[1], 1))]))
+        xb = first_tensor(self.xb)
+        if xb is None or xb.device.type != "cpu": return self._use(*now, "the batch is no tensor on a CPU")
+        if self.iters is None: return self._use(*now, "nobody knows how many batches there are")
         steps = min(MOST, int(SHARE * self.iters * (self.epochs - self.epoch) / len(settings)))
-        device = getattr(self.xb, "device", None)
-        if device is None or device.type != "cpu": return self._use(*now, "the batch is no tensor on a CPU")
         if len(settings) == 1: return self._use(*now, "there is nothing to choose from")
         if steps < FEWEST: return self._use(*now, "too few batches to be worth a measurement")
         try: times = self._measure(settings, steps)
@@ -83,7 +85,7 @@ class CPUBackendCallback(Callback):
         else:
             fewer = [s for s in self.times if s[1] < best[1] and THREADS * self.times[s] <= self.times[best]]
             best = min(fewer, key=self.times.get, default=best)
-        self._measured = len(self.xb)
+        self._measured = size_of(self.xb)
         self._use(*best, "measured: " + ", ".join(f"{_words(*s)} {ms:.2f} ms" for s, ms in self.times.items()))
 
     def after_fit(self):
@@ -103,7 +105,7 @@ class CPUBackendCallback(Callback):
         try:
             with without_hooks(self.model, self.loss_func):
                 model, loss_func = copy.deepcopy((self.model, self.loss_func))
-            xb, yb = self.xb.clone(), self.yb
+            xb, yb = map_tensors(torch.clone, self.xb), self.yb
 
             def seconds(setting):
                 use_backend(*setting)

@@ -5,6 +5,7 @@ a leaf, and one that is no tensor stays as it is.
 """
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -96,6 +97,12 @@ def to_device(tree: T, device: torch.device) -> T:
     return _each(partial(to_device, device=device), tree)
 
 
+def part_of(tree: T, start: int, stop: int) -> T:
+    """The items from `start` to `stop` of a batch: of every tensor in it that has a row for each item."""
+    n = size_of(tree)
+    return map_tensors(lambda t: t[start:stop] if t.ndim and t.size(0) == n else t, tree)
+
+
 def size_of(tree: object) -> int:
     """How many items a batch has: the length of the first axis of the first tensor in it that has axes.
 
@@ -138,23 +145,18 @@ def length_of(loader: object) -> int | None:
 # --- pairs --------------------------------------------------------------------------------------------------------
 
 class NoPair:
-    """The only one, `NO_PAIR`, is the runner's `yb` of a batch that is no pair, until a callback says what `yb` is."""
+    """The runner's `yb` of a `batch` that is no pair, until a callback says what `yb` is."""
 
-    def __repr__(self) -> str: return "NO_PAIR"
-
-    def __reduce__(self) -> str: return "NO_PAIR"       # a copy is the same one
-
-
-NO_PAIR = NoPair()
+    def __init__(self, batch: object) -> None: self.batch = batch
 
 
 def pair(batch: Any) -> tuple[Any, Any]:
-    """`(xb, yb)` of a batch: its two parts if it is a tuple or list of two, or else the whole of it and `NO_PAIR`.
+    """`(xb, yb)` of a batch: its two parts if it is a tuple or list of two, or else the whole of it and a `NoPair`.
 
     A dict of two or a tensor of two rows is no pair, though Python would unpack it.
     """
     if isinstance(batch, (tuple, list)) and len(batch) == 2: return batch[0], batch[1]
-    return batch, NO_PAIR
+    return batch, NoPair(batch)
 
 
 def no_pair(batch: object, in_train: bool) -> TypeError:
@@ -190,10 +192,10 @@ def _parts(batch: object) -> tuple[str, str]:
 
 def described(batch: object) -> str:
     """A batch in words: its type, its keys or length, and of its entries the types and shapes."""
-    kind = _short(batch)
-    text = f"{'an' if kind[0] in 'aeioAEIO' else 'a'} {kind}"
+    text = _short(batch)
+    text = f"{'an' if text[0] in 'aeioAEIO' else 'a'} {text}"
     if isinstance(batch, Mapping) and batch:
-        return f"a {type(batch).__name__} with the keys " + _listed([f"{_key(k)} ({_short(v)})"
+        return f"{text.partition(' of length')[0]} with the keys " + _listed([f"{_key(k)} ({_short(v)})"
                                                                      for k, v in batch.items()])
     if is_dataclass(batch) and not isinstance(batch, type):
         return f"{text} with the fields " + _listed([f"{f.name} ({_short(getattr(batch, f.name, None))})"
@@ -208,7 +210,7 @@ def _short(o: object) -> str:
     return type(o).__name__ + (f" of length {len(o)}" if isinstance(o, (tuple, list, Mapping)) else "")
 
 
-def _key(key: object) -> str: return f'"{key}"' if isinstance(key, str) and key.isprintable() else repr(key)
+def _key(key: object) -> str: return json.dumps(key) if isinstance(key, str) else repr(key)
 
 
 def _listed(parts: Sequence[str]) -> str:

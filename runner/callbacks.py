@@ -2,11 +2,17 @@
 
 import torch
 
+from runner.batches import to_device
 from runner.events import Callback
 
 
 class CudaCallback(Callback):
     """Moves the model and every batch to the GPU; does nothing where there is none.
+
+        run.xb, run.yb = xb.to(device), yb.to(device)       # or whatever tensors are in them
+
+    A batch may be a nest of tuples, lists, dicts and dataclasses; of other things in it those are moved that have a
+    method `to`.
 
     Args:
         device: where to instead, anything `torch.device` takes. None means the current GPU if there is one.
@@ -31,12 +37,16 @@ class CudaCallback(Callback):
     def begin_batch(self):
         if self.device is None: return
         run = self.run
-        run.xb = run.xb.to(self.device, non_blocking=True)
-        run.yb = run.yb.to(self.device, non_blocking=True)
+        run.xb, run.yb = to_device(run.xb, self.device), to_device(run.yb, self.device)
 
 
 class BatchTransformXCallback(Callback):
-    """Replaces `xb` by `tfm(xb)` at the beginning of every batch, on the device where the batch then is."""
+    """Replaces `xb` by `tfm(xb)` at the beginning of every batch, on the device where the batch then is.
+
+        run.xb = tfm(xb)
+
+    `tfm` gets `xb` as it is: of a dict the whole dict, and it returns one.
+    """
 
     _order = 2
 

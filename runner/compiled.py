@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from runner.batches import NoPair, no_pair
 from runner.events import Callback
 
 
@@ -69,6 +70,7 @@ class CompiledStep(Callback):
     def predict(self):
         """The prediction; loss and gradients come with it."""
         run = self.run
+        if isinstance(run.yb, NoPair): raise no_pair(run.yb.batch, run.in_train)
         if not run.in_train: return type(run).predict(run)
         if run.epoch != self.at: self.begin_pass(run)
         if any(self.hooks): refuse_hooks(self.modules)

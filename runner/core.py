@@ -1,5 +1,6 @@
 """The training loop: `Learner`, `Runner` and the callback that every runner has; `runner.events` says what it calls."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from runner.batches import NoPair, length_of, no_pair, pair
 from runner.events import (
     EVENTS,
     RUNNER_ATTRS,
@@ -26,7 +28,7 @@ class TrainEvalCallback(Callback):
 
     `n_iter` is the number of steps done in this fit, one for each training batch but those that only add to the
     gradients (`GradientAccumulation`) or whose step is skipped (`MixedPrecision`); `n_epochs` is a float, what has been
-    seen of the data: `epoch + batch / iters`.
+    seen of the data: `epoch + batch / iters`. Where a loader has no length it is `epoch` until the pass is over.
     """
 
     _order = -10
@@ -44,7 +46,8 @@ class TrainEvalCallback(Callback):
         if not run.in_train: return
         self.done += 1
         if run.stepped: run.n_iter += 1
-        run.n_epochs = run.epoch + self.done / run.iters  # not summed up: 1/iters would drift
+        # Not summed up: 1/iters would drift. A loader may give more than its length.
+        if run.iters: run.n_epochs = run.epoch + min(self.done / run.iters, 1.0)
 
     def begin_validate(self):
         self.model.eval()
@@ -72,7 +75,17 @@ class Runner:
 
     Each callback is exposed under its name: `run.recorder`. During a fit the runner has `xb, yb, pred, loss` (of
     the batch), `opt, model, loss_func, data` (of the learner), `in_train`, `stepped` (whether the training batch made
-    a step), `n_epochs` (float), `n_iter`, `iters` (batches in this pass), `epoch` and `epochs`.
+    a step), `n_epochs` (float), `n_iter`, `iters` (batches in this pass; None for a loader without a length), `epoch`
+    and `epochs`.
+
+    A batch is a pair `(xb, yb)`, a tuple or list of two, each a tensor or a nest of tensors (`runner.batches`). The
+    model gets `xb` as it is; for `model(*xb)` or `model(**xb)` add
+
+        class Splat(Callback):
+            def predict(self): self.run.pred = self.model(**self.xb)
+
+    Of any other batch the whole is `xb`, and a callback has to say in `begin_batch` what `xb` and `yb` are, or to do
+    without `yb` by a `get_loss` of its own.
 
     `status` says how the last fit went: "ok" until something else is known, "diverged" if a callback that looks for it
     found a loss or a gradient that is not finite (`TerminateOnNonFinite`), "cancelled" if another callback left the
@@ -87,7 +100,7 @@ class Runner:
         if not isinstance(compile, bool): raise TypeError(f"compile is {compile!r}; it must be True or False")
         self.in_train, self.learn, self._fitting, self.status = False, None, False, "ok"
         self.logger = None  # where a row of statistics goes after each epoch; ProgressCallback sets it
-        self._answers = {event: [] for event in EVENTS}
+        self._answers, self._replaced = {event: [] for event in EVENTS}, set()
         self.cbs, always = [], [TrainEvalCallback()]
         if compile:
             from runner.compiled import CompiledStep
@@ -101,6 +114,9 @@ class Runner:
     def fit(self, epochs, learn, cbs=None):
         """Train `learn` for `epochs` epochs, each followed by a validation; `cbs` take part in this fit only.
 
+        Without a validation loader (None) there is none, nor its events. A loader is anything that can be iterated once
+        per pass, with a length or without.
+
         Whatever ends the fit, `after_fit` reaches every callback, the runner can be used again, and an exception
         is the one that was raised first. Gradients left from before are cleared at the start.
         """
@@ -109,8 +125,8 @@ class Runner:
                 self("begin_fit")
                 for self.epoch in range(epochs):
                     self.all_batches("begin_epoch", self.data.train_dl)
-                    with torch.no_grad():
-                        self.all_batches("begin_validate", self.data.valid_dl)
+                    if self.data.valid_dl is not None:
+                        with torch.no_grad(): self.all_batches("begin_validate", self.data.valid_dl)
                     self("after_epoch")
             except CancelTrainException:
                 if self.status == "ok": self.status = "cancelled"
@@ -119,10 +135,13 @@ class Runner:
     def all_batches(self, begin, dl):
         """One pass over `dl`, unless a callback returns True from the event `begin`."""
         try:
-            self.iters = 0 if dl is None else len(dl)
+            self.iters, some = length_of(dl), False
             if self(begin): return
-            if not self.iters: raise ValueError(_no_batches(begin))
-            for xb, yb in dl: self.one_batch(xb, yb)
+            for batch in () if dl is None else dl:
+                some = True
+                self.one_batch(*pair(batch))
+            if not some: raise ValueError(_no_batches(begin, dl))
+            if self.in_train: self.n_epochs = self.epoch + 1.0
         except CancelEpochException: self("after_cancel_epoch")
 
     def one_batch(self, xb, yb):
@@ -149,11 +168,13 @@ class Runner:
             except CancelBatchException: self("after_cancel_batch")
 
     def predict(self):
-        """`pred = model(xb)`."""
+        """`pred = model(xb)`; a batch that is no pair is refused, unless a callback's `get_loss` can do without."""
+        if isinstance(self.yb, NoPair) and "get_loss" not in self._replaced: raise no_pair(self.yb.batch, self.in_train)
         self.pred = self.model(self.xb)
 
     def get_loss(self):
         """`loss = loss_func(pred, yb)`."""
+        if isinstance(self.yb, NoPair): raise no_pair(self.yb.batch, self.in_train)
         self.loss = self.loss_func(self.pred, self.yb)
 
     def backward(self):
@@ -243,7 +264,7 @@ class Runner:
         finally:
             for cb in self.cbs[len(lasting):]: delattr(self, cb.name)
             self.cbs, self._fitting, self.in_train = lasting, False, False
-            self._answers = {event: [] for event in EVENTS}
+            self._answers, self._replaced = {event: [] for event in EVENTS}, set()
             for step in STEPS: self.__dict__.pop(step, None)
 
     def _take_over(self, step, ordered):
@@ -260,6 +281,7 @@ class Runner:
             raise ValueError(f"{names} take the place of the runner's {step}(), which one callback at most can do; "
                              f"leave one out, or let it wrap the step: define {step}(self, inner) and call inner() to "
                              "do what is done without it")
+        if alone: self._replaced.add(step)
         do = alone[0][1] if alone else getattr(self, step)
         for method in reversed(around): do = partial(method, do)
         if methods: setattr(self, step, do)
@@ -303,7 +325,10 @@ def _weight(e):
     return e.level if isinstance(e, CancelException) else 4
 
 
-def _no_batches(begin):
+def _no_batches(begin, dl):
     which = "training" if begin == "begin_epoch" else "validation"
+    if isinstance(dl, Iterator):
+        return (f"the {which} loader has no batches; it is an iterator ({type(dl).__name__}), which can be read once, "
+                "and each epoch needs one: give a loader, or an object whose __iter__ starts anew")
     return (f"the {which} loader has no batches; it needs at least one: give it more data than one batch if it drops "
             f"the last incomplete one, or return True from {begin} to skip this pass")

@@ -10,6 +10,7 @@ from itertools import count
 
 import torch
 
+from runner.batches import NoPair, size_of
 from runner.events import Callback, listify
 from runner.rows import Rows
 
@@ -59,8 +60,9 @@ class AvgStats:
         Raises:
             ValueError: the loss or a metric is not one number.
         """
-        n = run.xb.shape[0]
-        values = [run.loss.detach(), *(m(run.pred, run.yb) for m in self.metrics)]
+        n = size_of(run.xb if torch.is_tensor(run.xb) else (run.xb, run.yb, run.pred))
+        yb = run.xb if isinstance(run.yb, NoPair) else run.yb       # of a batch that is no pair the whole
+        values = [run.loss.detach(), *(m(run.pred, yb) for m in self.metrics)]
         if self.sums is None:
             dtype = torch.float32 if run.loss.device.type == "mps" else torch.float64
             self.sums = [torch.zeros((), dtype=dtype, device=run.loss.device) for _ in values]
@@ -82,7 +84,7 @@ class AvgStatsCallback(Callback):
 
     Without a `ProgressCallback` it prints one line per pass, as the lesson's does. `history` is a list of plain
     rows, one per epoch: `{"epoch": 0, "train_loss": ..., "train_accuracy": ..., "valid_loss": ..., "seconds": ...}`.
-    A pass that was skipped leaves NaN.
+    A pass that was skipped leaves NaN. Without a validation loader there are no such columns.
 
     Args:
         metrics: one or a list of functions `f(pred, yb)` that return one number.
@@ -105,8 +107,9 @@ class AvgStatsCallback(Callback):
         with torch.no_grad(): (self.train_stats if self.run.in_train else self.valid_stats).accumulate(self.run)
 
     def after_epoch(self):
-        row = {"epoch": self.epoch}
+        row, data = {"epoch": self.epoch}, getattr(self.run, "data", None)
         for phase, stats in (("train", self.train_stats), ("valid", self.valid_stats)):
+            if phase == "valid" and getattr(data, "valid_dl", data) is None and data is not None: continue
             row.update((f"{phase}_{name}", v) for name, v in zip(stats.names, stats.avg_stats, strict=True))
         row["seconds"] = time.perf_counter() - self.start
         self.history.append(row)

@@ -59,7 +59,8 @@ class ProgressCallback(Callback):
 
     def _begin_pass(self, what):
         if self.bars is None: return
-        self.batch, self.bar = 0, self.bar_class(range(self.iters), total=self.iters, parent=self.bars, leave=False)
+        total = self.iters or "noinfer"     # fastprogress's word for: nobody knows
+        self.batch, self.bar = 0, self.bar_class(range(0), total=total, parent=self.bars, leave=False)
         if hasattr(self.bar, "prefix"):  # the console's; a notebook's has a comment
             self.bar.prefix = f"{self.label} {what} {self.epoch + 1}/{self.epochs}".strip()
         else: self.bar.comment = f"{self.label} {what}".strip()
@@ -74,7 +75,7 @@ class ProgressCallback(Callback):
     def after_batch(self):
         if self.bar is None: return
         self.batch += 1
-        self.bar.update(self.batch)
+        if self.bar.total is None or self.batch <= self.bar.total: self.bar.update(self.batch)
 
     def _clear(self):
         """End the bar of the pass that is over, or was broken off, and wipe its line."""

@@ -95,7 +95,8 @@ class ParamScheduler(Callback):
     parameter (`run.param_scheduler_lr`), so that one runner can schedule several.
 
     Raises:
-        ValueError: at the start of a fit, a parameter that the optimizer lacks or a wrong number of schedules.
+        ValueError: at the start of a fit, a parameter that the optimizer lacks or a wrong number of schedules; at the
+            start of an epoch, a loader without a length.
     """
 
     _order = 1
@@ -117,6 +118,12 @@ class ParamScheduler(Callback):
             known = ", ".join(k for k in groups[0] if k != "params")
             raise ValueError(f"the optimizer {type(self.opt).__name__} has no parameter {self.pname!r}; choose one of: "
                              f"{known}")
+
+    def begin_epoch(self):
+        if self.run.iters is None:
+            raise ValueError(f"the training loader, a {type(self.data.train_dl).__name__}, has no length, and a "
+                             "schedule goes by the position in it: give the loader a length (__len__), or set "
+                             f"{self.pname!r} by the step (n_iter) in a callback of your own")
 
     def begin_batch(self):
         run = self.run

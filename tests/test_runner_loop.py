@@ -502,13 +502,6 @@ def test_hiding_an_attribute_of_the_runner_warns():
         Runner(Good()).fit(1, make_learn())
 
 
-def test_missing_validation_loader_may_be_skipped():
-    learn = make_learn()
-    learn.data.valid_dl = None
-    Runner(Log({"begin_validate": True})).fit(1, learn)
-    with pytest.raises(ValueError, match="the validation loader has no batches"): Runner().fit(1, learn)
-
-
 def test_empty_loader():
     learn = make_learn(n_train=3, bs=2)
     learn.data.train_dl = torch.utils.data.DataLoader(learn.data.train_ds, batch_size=8, drop_last=True)

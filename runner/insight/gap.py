@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runner.batches import first_tensor, part_of, size_of
 from runner.insight.layers import (
     eps_of,
     hooked,
@@ -17,10 +18,11 @@ from runner.insight.layers import (
     running_moments,
     running_statistics,
     statistic_groups,
+    taken,
     undone,
     wide,
 )
-from runner.insight.probe import choose, first_tensor
+from runner.insight.probe import choose
 from runner.notebook import html_table
 from runner.rows import Rows, text_table
 
@@ -86,7 +88,7 @@ def train_eval_gap(model: nn.Module, xb: Tensor, *, batch_size: int | None = Non
 
     Args:
         model: the model, in any mode.
-        xb: a batch of images, best from the validation set, and many.
+        xb: a batch of images, best from the validation set, and many: what the model gets, a tensor or a nest of them.
         batch_size: of the training mode; the size of `xb` if None. The last batch is smaller if it must be.
         modules: what to compare beside the norm layers and the output: types, patterns of paths such as "layer1.*",
             functions `f(path, module)` that say yes, or modules; one or a list.
@@ -96,7 +98,7 @@ def train_eval_gap(model: nn.Module, xb: Tensor, *, batch_size: int | None = Non
         A `TrainEvalGap`; print it. `rows` have the figures above, None or absent where a layer has none.
 
     Raises:
-        TypeError: an `xb` that is no tensor.
+        TypeError: an `xb` without a tensor.
         ValueError: an empty `xb`, layers that are not initialised, a choice of modules that finds nothing.
     """
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
@@ -110,9 +112,10 @@ def train_eval_gap(model: nn.Module, xb: Tensor, *, batch_size: int | None = Non
     tallies: dict[tuple[nn.Module, int], list[dict[str, Any]]] = {}
     with undone(model) as restore:
         x = ready(model, xb, tfm, "train_eval_gap")
-        if not len(x): raise ValueError("train_eval_gap got an empty batch; give it images, best many")
-        for chunk in x.split(batch_size or len(x)):
-            trained = _outputs(model, norms, layers, chunk, True)
+        if not (n := size_of(x)): raise ValueError("train_eval_gap got an empty batch; give it images, best many")
+        for start in range(0, n, batch_size or n):
+            chunk = part_of(x, start, start + (batch_size or n))
+            with taken(x, tfm, "train_eval_gap"): trained = _outputs(model, norms, layers, chunk, True)
             restore()
             evaluated = _outputs(model, norms, layers, chunk, False)
             restore()

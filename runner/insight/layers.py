@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.hooks import RemovableHandle
 
+from runner.batches import described, leaves, to_device
 from runner.states import holds_compiled, loader_states, module_states, random_states
 
 TORCH_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -134,11 +135,22 @@ def hooked(modules: Iterable[nn.Module], before: Callable[[nn.Module, Any], None
 
 def ready(model: nn.Module, xb: object, tfm: Callable[[Tensor], Tensor] | None, caller: str) -> Tensor:
     """The batch as the model gets it: on the model's device, then transformed."""
-    if not isinstance(xb, torch.Tensor):
+    if not any(isinstance(t, torch.Tensor) for t in leaves(xb)):
         raise TypeError(f"{caller} got a batch of {type(xb).__name__}; it needs a tensor xb of images: wrap what gives "
                         "it, as in (b['image'] for b in loader)")
-    xb = xb.to(next(iter((*model.parameters(), *model.buffers())), xb).device)
+    own = next(iter((*model.parameters(), *model.buffers())), None)
+    if own is not None: xb = to_device(xb, own.device)
     return xb if tfm is None else tfm(xb)
+
+
+@contextmanager
+def taken(x: object, tfm: object, caller: str) -> Iterator[None]:
+    """A model in this block that is at a loss with a batch `x` that is no tensor: the error names the batch too."""
+    try: yield
+    except (TypeError, AttributeError) as e:
+        if tfm is not None or isinstance(x, torch.Tensor): raise
+        raise TypeError(f"{caller}: the model doesn't take {described(x)} ({e}); say what it gets by tfm, such as "
+                        'tfm=lambda b: b["image"]') from e
 
 
 def wide(t: Tensor) -> Tensor:

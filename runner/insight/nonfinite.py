@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from runner.backend import without_hooks
+from runner.batches import NoPair, map_tensors
 from runner.events import Callback, CancelTrainException
 from runner.insight.record import copies, draw_indices, plain, report
 from runner.insight.repeat import Repeat, flaw, norms_of, params_of, parts_of
@@ -127,11 +128,14 @@ class TerminateOnNonFinite(Callback):
     def begin_epoch(self) -> None: self._begin(self.data.train_dl)
 
     def begin_validate(self) -> None:
+        self._look_at_weights()
+        self._begin(self.data.valid_dl)
+
+    def _look_at_weights(self) -> None:
         self._look()
         if self.rows and self.sound and flaw(self.params):          # by the last step, whose loss nobody will see
             self.ring.append(self._snapshot())
             self._stop(self.rows[-1][0])
-        self._begin(self.data.valid_dl)
 
     def _begin(self, dl: Any) -> None:
         """Being the last to hear of a pass, keep the random states from which its order follows."""
@@ -158,8 +162,9 @@ class TerminateOnNonFinite(Callback):
             "groups": [*map(dict, self.optimizer.param_groups)]}
         random: dict[str, Any] = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda": random["cuda"] = torch.cuda.get_rng_state_all()
-        xb = run.xb.clone() if torch.is_tensor(run.xb) else run.xb  # the model may write into its input
-        self.ring[-1]["steps"].append({"row": row, "xb": xb, "yb": run.yb, "random": random})
+        xb = map_tensors(torch.clone, run.xb)                       # the model may write into its input
+        yb = None if isinstance(run.yb, NoPair) else run.yb
+        self.ring[-1]["steps"].append({"row": row, "xb": xb, "yb": yb, "random": random})
         self.rows.append((row, self.this))
 
     def after_loss(self) -> None:
@@ -206,7 +211,9 @@ class TerminateOnNonFinite(Callback):
 
     def after_batch(self) -> None: self.now.update(row=None, batch=self.now["batch"] + 1)
 
-    def after_epoch(self) -> None: self._look()
+    def after_epoch(self) -> None:
+        if self.run.in_train: self._look_at_weights()               # there was no validation
+        else: self._look()
 
     def after_fit(self) -> None: self._clear()
 

@@ -1,8 +1,8 @@
 """`preflight`: what norm layers rest on, said before training."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sized
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sized
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.data import BatchSampler
 
+from runner.batches import part_of, size_of
 from runner.insight.layers import (
     PROTOCOL,
     eps_of,
@@ -20,6 +21,7 @@ from runner.insight.layers import (
     running_statistics,
     shared,
     statistic_groups,
+    taken,
     undone,
     wide,
 )
@@ -116,14 +118,14 @@ def preflight(model: nn.Module, xb: Tensor | Iterable[Any], *,
     Args:
         model: the model, as it is about to be trained.
         xb: a batch, or a loader of such or of pairs `(xb, yb)`, of which the first is taken. (Where it is a
-            generator, that one is gone.)
-        tfm: transform of the batch, such as `view_tfm(1, 28, 28)`.
+            generator, that one is gone.) A batch may be a nest of tensors; a tuple or list is taken for a loader.
+        tfm: transform of the batch, such as `view_tfm(1, 28, 28)`, or of a dict `lambda b: b["image"]`.
 
     Returns:
         A `Preflight`: `findings`, `ok` (no failure); print it.
 
     Raises:
-        TypeError: batches that aren't tensors.
+        TypeError: batches without a tensor.
         ValueError: an empty loader, layers that are not initialised.
     """
     model = getattr(model, "_orig_mod", model)                      # torch.compile's wrapper has it under this name
@@ -133,12 +135,12 @@ def preflight(model: nn.Module, xb: Tensor | Iterable[Any], *,
         first, rest = _first_batch(xb)
         x = ready(model, first, tfm, "preflight")
         model.train()
-        findings = _survey(model, norms, strange, frozen, x)
-        if 0 < rest < len(x):
+        with taken(x, tfm, "preflight"): findings = _survey(model, norms, strange, frozen, x)
+        if 0 < rest < size_of(x):
             restore()
             model.train()
             full = {f.path: f for f in reversed(findings)}
-            findings += [replace(f, last=True) for f in _survey(model, norms, strange, frozen, x[:rest])
+            findings += [replace(f, last=True) for f in _survey(model, norms, strange, frozen, part_of(x, 0, rest))
                          if f.batch is not None and _worse(f, full[f.path])]
     return Preflight(findings)
 
@@ -151,7 +153,8 @@ def _worse(f: Finding, than: Finding) -> bool:
 
 def _first_batch(data: Tensor | Iterable[Any]) -> tuple[Any, int]:
     """The first batch of `data`, and the size of a smaller last one as far as that can be known (else 0)."""
-    if isinstance(data, torch.Tensor): return data, 0
+    if isinstance(data, (torch.Tensor, Mapping)) or (is_dataclass(data) and not hasattr(data, "__iter__")):
+        return data, 0
     try: xb = next(iter(data))
     except StopIteration: raise ValueError("preflight got a loader without a batch; give it at least one") from None
     if isinstance(xb, (tuple, list)): xb = xb[0]
@@ -168,7 +171,7 @@ def _survey(model: nn.Module, norms: dict[nn.Module, str], strange: dict[nn.Modu
     found: list[Finding] = []
     inside: list[tuple[nn.Module, Any, tuple[Tensor, Tensor] | None]] = []
     bias: tuple[nn.Module, Tensor] | None = None
-    images = len(x)
+    images = size_of(x)
     paths = {m: path for path, m in model.named_modules()}
 
     def enter(m: nn.Module, x: Any) -> None: inside.append((m, x, running_statistics(m)))

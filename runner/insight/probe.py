@@ -8,6 +8,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from runner.batches import length_of
 from runner.events import Callback, listify
 from runner.rows import Rows
 from runner.states import holds_compiled
@@ -25,7 +26,8 @@ class Probe(Callback):
     comes to the host in one transfer. Taps are set for a measured batch alone and are gone when it ends, however it
     ends. A model out of `torch.compile` would pass taps by, so a measured batch of it runs as it was written;
     `Runner(compile=True)` is refused. The memory is known, and printed, before the first batch; where it would
-    be more than `max_mb`, fewer batches are measured, and the line says so.
+    be more than `max_mb`, fewer batches are measured, and the line says so. Loaders without a length are measured until
+    that is full.
 
     A subclass says what there is to choose from (`candidates`, `usual`), what a row holds (`layout`), how to tap a
     batch (`attach`, from which `take` is called) and how to let go of it (`detach`).
@@ -106,9 +108,14 @@ class Probe(Callback):
 
     def _plan(self, row_bytes: int) -> int:
         """Settle `stride` and `head`, this fit's `every` and `first`; returns how many batches will be measured."""
-        batches = {phase: len(dl) if dl is not None else 0
-                   for phase, dl in zip(PHASES, (self.data.train_dl, self.data.valid_dl), strict=True)}
-        batches["train"] *= self.epochs
+        loaders = zip(PHASES, (self.data.train_dl, self.data.valid_dl), strict=True)
+        lengths = {phase: length_of(dl) for phase, dl in loaders}
+        self.most = most = max(1, int(self.max_mb * 1e6 / row_bytes))
+        if any(lengths[phase] is None for phase in self.phases):
+            self.stride, self.head = self.every, self.first
+            if self.verbose: print(self._announcement(most, row_bytes, "at most "), flush=True)
+            return most
+        batches = {phase: (n or 0) * (self.epochs if phase == "train" else 1) for phase, n in lengths.items()}
 
         def measured(phase: str) -> int:
             n, times = batches[phase], 1 if phase == "train" else self.epochs
@@ -116,20 +123,19 @@ class Probe(Callback):
             return times * (first + len(range(-(-first // self.stride) * self.stride, n, self.stride)))
 
         def total() -> int: return sum(map(measured, self.phases))
-        most = max(1, int(self.max_mb * 1e6 / row_bytes))
         self.stride, self.head = self.every, min(self.first, most)
         if total() > most: self.stride = max(self.stride, -(-sum(batches.values()) // most))
         while total() > most and self.stride < max(batches.values()): self.stride += 1
         if self.verbose: print(self._announcement(total(), row_bytes), flush=True)
         return total()
 
-    def _announcement(self, rows: int, row_bytes: int) -> str:
+    def _announcement(self, rows: int, row_bytes: int, at_most: str = "") -> str:
         things = f"{len(self.chosen)} {self.kind}{'s' * (len(self.chosen) > 1)}"
         which = "every batch" if self.stride == 1 else f"one batch in {self.stride}" + (
             f" and the first {self.head}" if self.head and "train" in self.phases else "")
         less = f" (not one in {self.every}: max_mb is {self.max_mb:g})" * (self.stride > self.every)
-        return (f"{type(self).__name__}: {things}, {' and '.join(self.phases)}, {which}{less}: {rows:,} batches, "
-                f"{rows * row_bytes / 1e6:.2g} MB")
+        return (f"{type(self).__name__}: {things}, {' and '.join(self.phases)}, {which}{less}: {at_most}{rows:,} "
+                f"batches, {rows * row_bytes / 1e6:.2g} MB")
 
     def _refuse(self, model: nn.Module) -> None:
         if getattr(self.run, "compiled_step", None) is not None:      # that of compile=True
@@ -150,6 +156,7 @@ class Probe(Callback):
         if run.in_train:
             if (run.n_iter % self.stride and run.n_iter >= self.head) or "train" not in self.phases: return
         elif self.batch % self.stride or "valid" not in self.phases: return
+        if len(self._tags) >= 4 * self.most: return         # more batches than the loaders had told
         self._tags.extend((0 if run.in_train else 1, run.epoch, self.batch, run.n_iter))
         for store in self._stores.values(): store.begin()
         self.measuring = True
@@ -309,11 +316,3 @@ def _means(w: Any, path: str, thing: object) -> bool:
     if isinstance(w, type): return isinstance(thing, w)
     if callable(w) and not isinstance(w, nn.Module): return bool(w(path, thing))
     return w is thing
-
-
-def first_tensor(output: object) -> Tensor | None:
-    """`output`, or the first floating-point tensor in it if it is a tuple, list or dict; None if there is none."""
-    if torch.is_tensor(output): return output
-    if isinstance(output, dict): output = list(output.values())
-    if not isinstance(output, (list, tuple)): return None
-    return next((t for o in output if (t := first_tensor(o)) is not None and t.is_floating_point()), None)

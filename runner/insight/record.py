@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import IterableDataset
 
+from runner.batches import leaves, opened, pair
+from runner.data import BatchLoader
 from runner.insight.repeat import named, place
 from runner.states import generators_of, random_state, set_random_state
 
@@ -30,12 +31,13 @@ def plain(o: Any, memo: dict[int, tuple[Any, Any]]) -> Any:
     if torch.is_tensor(o):
         new = o.detach().cpu()
         if new.untyped_storage().nbytes() > new.nbytes: new = new.clone()   # a batch, not all of its data set
-    elif isinstance(o, dict): new = {k: plain(v, memo) for k, v in o.items()}
-    elif isinstance(o, (list, tuple)): new = type(o)(plain(v, memo) for v in o)
+    elif type(o) is dict: new = {k: plain(v, memo) for k, v in o.items()}
+    elif type(o) in (list, tuple): new = type(o)(plain(v, memo) for v in o)
     elif o is None or isinstance(o, bool): new = o
     elif isinstance(o, str): new = str(o)
     elif isinstance(o, numbers.Integral): new = int(o)
     elif isinstance(o, numbers.Real): new = float(o)
+    elif parts := opened(o): new = parts[1]([plain(v, memo) for v in parts[0]])
     else: new = o
     memo[id(o)] = new, o        # `o` itself, or its id could be another's soon
     return new
@@ -51,7 +53,7 @@ def draw_indices(this: dict[str, Any], data: Any, rows: Sequence[dict[str, Any]]
     dl = this["dl"]
     sampler = getattr(dl, "sampler", None) if getattr(dl, "batch_sampler", None) is None else dl.batch_sampler
     if sampler is None: return None, f"none: the loader, a {type(dl).__name__}, has no sampler to draw them from"
-    if isinstance(dl.dataset, IterableDataset): return None, "none: an IterableDataset has none"
+    if isinstance(getattr(dl, "dataset", None), IterableDataset): return None, "none: an IterableDataset has none"
     generators = generators_of(data.train_dl, data.valid_dl)
     now = random_state(generators)
     try:
@@ -61,9 +63,12 @@ def draw_indices(this: dict[str, Any], data: Any, rows: Sequence[dict[str, Any]]
         kept = [step for snap in snapshots for step in snap["steps"] if any(step["row"] is row for row in rows)]
         for step in kept:
             batch = indices[step["row"]["batch"]]
-            items = dl.dataset[batch] if dl.batch_sampler is None else [dl.dataset[i] for i in batch]
-            targets = dl.collate_fn(items)[1]
-            if not all(map(same_values, tree_leaves(targets), tree_leaves(step["yb"]))):
+            if isinstance(dl, BatchLoader): again = dl.fetch(batch)
+            elif dl.batch_sampler is None: again = dl.collate_fn(dl.dataset[batch])
+            else: again = dl.collate_fn([dl.dataset[i] for i in batch])
+            xb, yb = pair(again)
+            parts = list(leaves(again if xb is again else yb))      # of a batch that is no pair some are the targets
+            if not all(any(same_values(part, t) for part in parts) for t in leaves(step["yb"])):
                 return indices, ("drawn anew and not confirmed: the data set has other targets for them; a callback "
                                  "changes yb, or the loader's order doesn't follow from its generators")
     except Exception as e: return None, f"none: to draw them anew failed with {type(e).__name__}"

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from runner.batches import leaves, map_tensors
 from runner.states import set_random_state
 
 LOSS = "(loss)"     # path of the loss function; no attribute can be called so
@@ -98,7 +98,7 @@ class Repeat:
         self.nodes: dict[Any, Any] = {}
         self.norm: float | None = None
         for group, was in zip(self.opt.param_groups, row["groups"], strict=True): group.update(was)
-        xb, yb = tree_map_only(torch.Tensor, lambda t: t.to(self.device, copy=True), (step["xb"], step["yb"]))
+        xb, yb = map_tensors(lambda t: t.to(self.device, copy=True), (step["xb"], step["yb"]))
         set_random_state(step["random"])
         self.note("batch", None, "the batch", (xb, yb))
         with torch.set_grad_enabled(row["in_train"]), self.autocast():
@@ -169,7 +169,7 @@ class Repeat:
 
     def trace(self, tree: Any, m: nn.Module | str) -> None:
         """Watch the backward pass of the operations that led to `tree`; those without a module yet are of `m`."""
-        todo = [t.grad_fn for t in tree_leaves(tree) if torch.is_tensor(t)]
+        todo = [t.grad_fn for t in leaves(tree) if torch.is_tensor(t)]
         while todo:
             node = todo.pop()
             if node is None or node in self.nodes: continue
@@ -209,7 +209,7 @@ def norms_of(params: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def flaw(tree: Any) -> dict[str, int] | None:
     """How many values are NaN and infinite, and of how many, in the first tensor of `tree` that has some, or None."""
-    for t in tree_leaves(tree):
+    for t in leaves(tree):
         if not torch.is_tensor(t) or not (t.is_floating_point() or t.is_complex()): continue
         if t.is_sparse: t = t._values()
         if not torch.isfinite(t).all():

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from runner.batches import first_tensor
 from runner.insight.describe import Limits, describe
-from runner.insight.probe import Probe, first_tensor
+from runner.insight.probe import Probe
 
 if TYPE_CHECKING:
     from runner.insight.plots import Axes
