@@ -1,5 +1,6 @@
 """`AveragedWeights`: averages of the weights over training, and validation with them."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_avg_fn
 
 from runner.backend import without_hooks
-from runner.batches import size_of
+from runner.batches import leaves, size_of
 from runner.events import Callback
 from runner.states import random_states
 
@@ -19,6 +20,14 @@ Recalibrate = Callable[[nn.Module, Batches], object]
 
 class AveragedWeights(Callback):
     """Averages the weights while they are trained, and validates with the averages.
+
+        opt.step()
+        averaged_model.update_parameters(model)                 # torch's AveragedModel
+        averaged_model.module.counter.copy_(model.counter)      # integers aren't averaged
+        ...                                                     # the rest of the epoch
+        validate(averaged_model)
+
+    It is used so:
 
         averaged = AveragedWeights(decay=0.99)
         run = Runner([AvgStatsCallback(accuracy), averaged])
@@ -104,10 +113,10 @@ class AveragedWeights(Callback):
         if self.norms == "recalibrate" and not running_norms(model):
             raise ValueError(f"AveragedWeights: norms is 'recalibrate' and {type(model).__name__} has no norm with "
                              "running statistics; leave it out")
-        with without_hooks(model):
-            if self.decay is None: made = AveragedModel(model, avg_fn=mean, use_buffers=self.norms == "average")
-            else: made = AveragedModel(model, multi_avg_fn=partial(exponential, decay=self.decay),
-                                       use_buffers=self.norms == "average")
+        how: dict[str, Any] = {"avg_fn": mean} if self.decay is None else {
+            "multi_avg_fn": partial(exponential, decay=self.decay)}
+        made = AveragedModel(nn.Module(), use_buffers=self.norms == "average", **how)
+        made.module = copied(model)
         self.averaged_model = made.eval()
 
     def begin_epoch(self) -> None:
@@ -198,6 +207,12 @@ class AveragedWeights(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes the averages along, and not the model."""
         return {**self.__dict__, "run": None}
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of `model` without its hooks. What it has kept of a forward, a tensor with a graph, is copied detached."""
+    kept = [t for m in model.modules() for t in leaves(vars(m)) if isinstance(t, Tensor) and not t.is_leaf]
+    with without_hooks(model): return copy.deepcopy(model, {id(t): t.detach().clone() for t in kept})
 
 
 def tensors_of(model: nn.Module) -> list[Tensor]:

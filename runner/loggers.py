@@ -21,6 +21,10 @@ from runner.monitors import statistics_of
 class CSVLogger(Callback):
     """Writes the rows of `AvgStatsCallback` to a CSV file, each at the end of its epoch.
 
+        for epoch in range(epochs):
+            row = train_and_validate()
+            with open(path, "a") as f: csv.DictWriter(f, header).writerow(row)
+
         run = Runner([AvgStatsCallback(accuracy), CSVLogger("history.csv")])
         run.fit(5, learn)
         # epoch,train_loss,train_accuracy,valid_loss,valid_accuracy,seconds
@@ -74,6 +78,10 @@ def add_row(path: Path, row: Mapping[str, Any]) -> None:
 class TensorBoardLogger(Callback):
     """Writes what TensorBoard shows: losses and rates of the batches, the history, histograms, figures.
 
+        for i, (xb, yb) in enumerate(train_dl): writer.add_scalar("batch/loss", train(xb, yb), i)
+        for name, value in validate().items(): writer.add_scalar(f"epoch/{name}", value, epoch)
+        writer.add_figure("means", figure(), epoch)
+
         stats = ActivationStats(nn.Conv2d, every=10)
         run = Runner([AvgStatsCallback(accuracy), stats, TensorBoardLogger("runs/1", figures={"means": lambda run:
                       run.activation_stats.plot()})])
@@ -119,7 +127,7 @@ class TensorBoardLogger(Callback):
         except ImportError as e:
             raise ImportError("TensorBoardLogger needs the package tensorboard: pip install "
                               f"'runnernorms[tensorboard]' ({e})") from e
-        self.writer, self._waiting = SummaryWriter(os.fspath(self.folder)), []  # type: ignore[no-untyped-call]
+        self.writer, self._waiting = SummaryWriter(os.fspath(self.folder)), []
         self.begun, self._seen = self.batches, dict[tuple[str, str, str], int]()
 
     def after_loss(self) -> None:

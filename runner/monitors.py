@@ -76,6 +76,13 @@ def mode_of(cb: Callback, monitor: str, mode: Mode | None) -> Mode:
 class EarlyStopping(Monitor):
     """Ends the fit when a figure of the history has not improved for `patience` epochs.
 
+        for epoch in range(epochs):
+            value = train_and_validate()
+            if value < best - min_delta: best, wait = value, 0
+            elif (wait := wait + 1) == patience: break
+
+    It is used so:
+
         stop = EarlyStopping("valid_accuracy", patience=3, min_delta=0.001)
         run = Runner([AvgStatsCallback(accuracy), stop])
         run.fit(100, learn)
@@ -108,7 +115,8 @@ class EarlyStopping(Monitor):
             raise ValueError(f"EarlyStopping: patience is {patience!r}; it must be an integer of at least 1")
         if not 0 <= min_delta < math.inf:
             raise ValueError(f"EarlyStopping: min_delta is {min_delta!r}; it must be a number of at least 0")
-        self.patience, self.min_delta, self.mode = patience, min_delta, mode_of(self, monitor, mode)
+        self.patience, self.min_delta = patience, min_delta
+        self.mode: Mode = mode_of(self, monitor, mode)
         self._clear()
 
     def _clear(self) -> None:
@@ -146,6 +154,13 @@ def gain(value: float, best: float, mode: Mode) -> float:
 class KeepBest(Monitor):
     """Keeps the weights of the epoch with the best figure, and gives them back to the model at the end.
 
+        for epoch in range(epochs):
+            value = train_and_validate()
+            if value < best: best, kept = value, copy.deepcopy(model.state_dict())
+        model.load_state_dict(kept)
+
+    It is used so:
+
         keep = KeepBest("valid_accuracy", path="best.pt")
         run = Runner([AvgStatsCallback(accuracy), keep])
         run.fit(10, learn)
@@ -175,7 +190,8 @@ class KeepBest(Monitor):
     def __init__(self, monitor: str = "valid_loss", mode: Mode | None = None, *,
                  path: str | os.PathLike[str] | None = None, restore: bool = True) -> None:
         super().__init__(monitor)
-        self.mode, self.path, self.restore = mode_of(self, monitor, mode), path, restore
+        self.mode: Mode = mode_of(self, monitor, mode)
+        self.path, self.restore = path, restore
         self._clear()
 
     def _clear(self) -> None:

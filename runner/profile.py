@@ -12,6 +12,13 @@ from runner.files import require_folder
 class Profile(Callback):
     """Records what some training batches do, with torch's profiler, and writes it as a trace.
 
+        for xb, yb in islice(train_dl, 10): train(xb, yb)
+        with torch.profiler.profile() as profiler:
+            for xb, yb in islice(train_dl, 10, 20): train(xb, yb)
+        profiler.export_chrome_trace("trace.json")
+
+    It is used so:
+
         profile = Profile(steps=(10, 20), path="trace.json")
         run = Runner([profile])
         run.fit(1, learn)
@@ -58,12 +65,12 @@ class Profile(Callback):
         if not self.run.in_train: return
         if self._batch == self.stop: self._end()
         if self._batch == self.first:
-            self._profiler = torch.profiler.profile(**self.options)
-            self._profiler.start()
+            self._profiler = profiler = torch.profiler.profile(**self.options)
+            profiler.start()
         if self._profiler is not None:
             self._leave()
-            self._range = torch.profiler.record_function(f"batch {self._batch}")
-            self._range.__enter__()
+            self._range = batch = torch.profiler.record_function(f"batch {self._batch}")
+            batch.__enter__()
         self._batch += 1
 
     def begin_validate(self) -> None:

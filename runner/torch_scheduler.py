@@ -17,11 +17,18 @@ _rates: WeakKeyDictionary[Optimizer, tuple[list[float], list[float]]] = WeakKeyD
 class TorchScheduler(Monitor):
     """Sets the learning rates by a scheduler of torch: one step of it per step of the optimizer, or per epoch.
 
-        run = Runner([TorchScheduler(partial(OneCycleLR, max_lr=0.1, total_steps=5 * len(train_dl)), by="batch")])
-        run.fit(5, learn)
+        for epoch in range(epochs):
+            for xb, yb in train_dl: train(xb, yb), scheduler.step()     # by="batch"
+            loss = validate()
+            scheduler.step()                                            # or by="epoch"; or scheduler.step(loss)
 
-        run = Runner([AvgStatsCallback(), TorchScheduler(ReduceLROnPlateau, monitor="valid_loss")])
-        run.fit(5, learn)
+    It is used so:
+
+        one_cycle = TorchScheduler(partial(OneCycleLR, max_lr=0.1, total_steps=5 * len(train_dl)), by="batch")
+        Runner([one_cycle]).fit(5, learn)
+
+        plateau = TorchScheduler(partial(ReduceLROnPlateau, patience=2), monitor="valid_loss")
+        Runner([AvgStatsCallback(), plateau]).fit(5, learn)
 
     The rates are those of the loop written by hand. Only steps that the optimizer made count: with
     `GradientAccumulation` one per update, with `MixedPrecision` none for a skipped one; and an epoch without any (its
@@ -60,23 +67,23 @@ class TorchScheduler(Monitor):
                             "partial(StepLR, step_size=10), or a scheduler")
         self.make, self.by = make, by
         self.scheduler: LRScheduler | None = make if isinstance(make, LRScheduler) else None
-        self._stepped = False
+        self._stepped = self._made = False
 
     def begin_fit(self) -> None:
         opt, self._stepped = self.run.opt, False
-        if isinstance(self.make, LRScheduler): self.scheduler = self.make
+        if isinstance(self.make, LRScheduler): scheduler = self.make
         else:
             if opt in _rates: anew(opt, *_rates[opt])
-            begun = rates(opt)
-            self.scheduler = self.make(opt)
-            if not isinstance(self.scheduler, LRScheduler):
-                raise TypeError(f"TorchScheduler: {self.make!r} gave {self.scheduler!r}; it must give a scheduler of "
+            begun, scheduler = rates(opt), self.make(opt)
+            if not isinstance(scheduler, LRScheduler):
+                raise TypeError(f"TorchScheduler: {self.make!r} gave {scheduler!r}; it must give a scheduler of "
                                 "torch.optim.lr_scheduler")
-            _rates[opt] = begun, rates(opt)
-        if self.scheduler.optimizer is not opt:
+            _rates[opt], self._made = (begun, rates(opt)), True
+        self.scheduler = scheduler
+        if scheduler.optimizer is not opt:
             raise ValueError("TorchScheduler: the scheduler is of another optimizer than the learner's; make it of "
                              "learn.opt, or give what makes it, such as partial(StepLR, step_size=10)")
-        name, plateau = type(self.scheduler).__name__, isinstance(self.scheduler, ReduceLROnPlateau)
+        name, plateau = type(scheduler).__name__, isinstance(scheduler, ReduceLROnPlateau)
         if plateau and not self.monitor:
             raise ValueError(f"TorchScheduler: {name} goes by a figure of the history; give monitor='valid_loss', or "
                              "another, and by='epoch'")
@@ -100,7 +107,8 @@ class TorchScheduler(Monitor):
         elif (value := self.figure()) is not None: self.scheduler.step(value)
 
     def after_fit(self) -> None:
-        if self.run.opt in _rates: _rates[self.run.opt] = _rates[self.run.opt][0], rates(self.run.opt)
+        if self._made: _rates[self.run.opt] = _rates[self.run.opt][0], rates(self.run.opt)
+        self._made = False
 
 
 def anew(opt: Optimizer, begun: list[float], left: list[float]) -> None:

@@ -87,7 +87,8 @@ def test_private_names_of_torch_stand_in_norms_fast_alone():
 
 def test_runner_takes_no_matplotlib_and_no_fastprogress_with_it():
     code = ("import sys; from runner import *; from norms import *; import runner.progress\n"
-            "print([m for m in ('matplotlib', 'fastprogress', 'sklearn', 'torchvision') if m in sys.modules])")
+            "heavy = 'matplotlib', 'fastprogress', 'tensorboard', 'sklearn', 'torchvision'\n"
+            "print([m for m in heavy if m in sys.modules])")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

@@ -96,7 +96,7 @@ def test_averages_validation_and_training_are_those_of_the_loop_by_hand(seed):
     kind, use_buffers = draw.choice(list(KINDS)), draw.random() < 0.7
     how = {"decay": draw.choice([None, 0.0, 0.5, 0.9, 0.999]), "start": draw.choice([0, 0, 1, 3]),
            "every": draw.choice([1, 1, 2, 3]), "by": draw.choice(["batch", "epoch"])}
-    learns = [learner(kind, momentum=draw.choice([0.0])) for _ in range(3)]
+    learns = [learner(kind) for _ in range(3)]
     averaged, history = by_hand(learns[0], 3, use_buffers=use_buffers, **how)
     ours = AveragedWeights(norms="average" if use_buffers else "copy", **how)
     run = quiet(ours)
@@ -225,6 +225,21 @@ def test_values_that_arithmetic_would_lose_come_back():
     after = state(learn.model)
     assert torch.equal(before["odd"].view(torch.int32), after["odd"].view(torch.int32))
     assert torch.equal(before["big"], after["big"])
+
+
+@pytest.mark.parametrize("keep", [lambda m, x: x, lambda m, x: [x], lambda m, x: {"x": (x, 1)}])
+def test_a_model_that_keeps_what_it_computed_is_averaged_in_a_second_fit_too(keep):
+    class Keeps(nn.Linear):
+        def forward(self, x):
+            self.last = keep(self, super().forward(x))
+            return super().forward(x)
+    learn, ours = make_learn(model=nn.Sequential(Keeps(6, 3))), AveragedWeights(0.5)
+    Runner(ours).fit(1, learn)
+    learn.model.train()
+    learn.model(torch.randn(2, 6))
+    Runner(ours).fit(1, learn)
+    assert ours.averaged_model.n_averaged == 2
+    assert learn.model[0].last is not ours.averaged_model.module[0].last
 
 
 def test_tied_weights_stay_tied():
@@ -384,6 +399,20 @@ def test_terminate_on_non_finite_finds_what_it_finds_without():
         reports.append((watch.record["report"], state(learn.model)))
     assert reports[0][0] == reports[1][0]
     assert same(reports[0][1], reports[1][1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_terminate_on_non_finite_finds_what_validation_has_with_the_averages(bad):
+    learn, watch = learner(), TerminateOnNonFinite()
+    learn.data.valid_dl.dataset.x[5] = bad
+    run = quiet(AveragedWeights(0.5), watch)
+    run.fit(3, learn)
+    twin = learner()
+    Runner().fit(1, twin)
+    assert run.status == "diverged"
+    assert watch.record["repeats"]
+    assert watch.record["finding"]["what"].startswith("the batch")
+    assert same(state(learn.model), state(twin.model))
 
 
 def test_hooks_of_the_model_are_not_copied():

