@@ -176,7 +176,9 @@ class AveragedWeights(Callback):
 
     def after_cancel_epoch(self) -> None: self._put_back()
 
-    def after_epoch(self) -> None: self._put_back()
+    def after_epoch(self) -> None:
+        self._put_back()
+        self.begin_validate()       # where there is no validation, it was never called
 
     def after_cancel_train(self) -> None:
         self._put_back()

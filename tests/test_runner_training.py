@@ -159,6 +159,43 @@ def test_a_group_is_the_large_batch(n, bs, k, reduction, longer):
     assert list(dict.fromkeys(rows)) == list(dict.fromkeys(runs[0].recorder.lrs[0]))
 
 
+class Stream:
+    """A loader without a length."""
+
+    def __init__(self, dl): self.dl = dl
+
+    def __iter__(self): return iter(self.dl)
+
+
+@pytest.mark.parametrize("validates", [False, True])
+@pytest.mark.parametrize("by", ["batch", "epoch"])
+@pytest.mark.parametrize(("n", "k"), [(12, 3), (13, 4), (5, 9)])
+def test_without_a_length_or_a_validation_the_last_group_steps_all_the_same(n, k, by, validates):
+    learns = [learner(n, size, torch.float64) for size in (2 * k, 2)]
+    learns[1].data.train_dl = Stream(learns[1].data.train_dl)
+    if not validates:
+        for learn in learns: learn.data.valid_dl = None
+    Runner(GradientClip(0.5)).fit(3, learns[0])
+    run = Runner([GradientAccumulation(k), GradientClip(0.5), TerminateOnNonFinite(), AveragedWeights(0.5, by=by)])
+    run.fit(3, learns[1])
+    assert_close(*learns)
+    assert run.n_iter == 3 * math.ceil(n / (2 * k))
+    assert run.averaged_weights.averaged_model.n_averaged == (run.n_iter if by == "batch" else 3)
+
+
+def test_a_batch_of_several_tensors_is_weighed_by_its_first():
+    class Splat(Callback):
+        def predict(self): self.run.pred = self.model(self.xb["a"] + self.xb["b"])
+    learns = [learner(13, size, torch.float64) for size in (6, 2)]
+    for learn in learns:
+        inner = learn.data.train_dl
+        learn.data.train_dl = [({"a": x / 2, "b": x / 2}, y) for x, y in inner]
+        learn.data.valid_dl = None
+    Runner([Splat()]).fit(2, learns[0])
+    Runner([Splat(), GradientAccumulation(3)]).fit(2, learns[1])
+    assert_close(*learns)
+
+
 class Says(Callback):
     """Raises at some batches, counted over the fit, and writes down after which the optimizer stepped."""
 
