@@ -155,6 +155,7 @@ class TensorBoardLogger(Callback):
 
     def after_epoch(self) -> None:
         run, epoch = self.run, self.rounds
+        self._fetch()
         self.rounds += 1
         for cb in run.cbs:
             if isinstance(cb, AvgStatsCallback):

@@ -103,7 +103,7 @@ class Probe(Callback):
         self._compiled = holds_compiled(self.model)
         widths = {path: sum(k or 1 for k in layout.values()) for path, layout in self.layouts.items()}
         rows = self._plan(8 * 4 + sum(8 + 4 * width for width in widths.values()))
-        self._stores = {path: _Store(width, min(BLOCK, rows)) for path, width in widths.items()}
+        self._stores = {path: _Store(width, max(1, min(BLOCK, rows))) for path, width in widths.items()}
         self._tags, self.measuring, self.batch = array("q"), False, 0
 
     def _plan(self, row_bytes: int) -> int:
