@@ -57,7 +57,9 @@ class GradientAccumulation(Callback):
         self.waiting: list[int] = []    # numbers of images of the batches whose gradients wait for the step
         self._now = False
 
-    def begin_fit(self) -> None: self._clear()
+    def begin_fit(self) -> None:
+        require_steps(self)
+        self._clear()
 
     def begin_epoch(self) -> None:
         self._averages = averages_of(self.model, self.loss_func)
@@ -134,6 +136,14 @@ class GradientAccumulation(Callback):
     def after_fit(self) -> None:
         if self.waiting: self.run.opt.zero_grad()
         self._clear()
+
+
+def require_steps(cb: Callback) -> None:
+    """Raises TypeError in a loop of somebody's own that has events and no steps, where `cb` would do nothing."""
+    run = cb.run
+    if not hasattr(run, "step"):
+        raise TypeError(f"{type(cb).__name__} wraps steps of runner.Runner, and {type(run).__name__} has none; fit with "
+                        "a Runner, or do in the loop what the docstring shows")
 
 
 # --- a backward pass of another loss ------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 
+from runner.accumulation import require_steps
 from runner.events import Callback
 from runner.rows import Rows
 
@@ -58,7 +59,9 @@ class GradientClip(Callback):
         self._waiting: list[Tensor] = []        # norms that still lie on the device
         self._at: list[tuple[int, int]] = []    # epoch and step of each
 
-    def begin_fit(self) -> None: self._clear()
+    def begin_fit(self) -> None:
+        require_steps(self)
+        self._clear()
 
     def step(self, inner: Callable[[], None]) -> None:
         """Clip, then step."""

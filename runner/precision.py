@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from runner.accumulation import averages_of, backward_of
+from runner.accumulation import averages_of, backward_of, require_steps
 from runner.compiled import CompileError
 from runner.events import Callback
 
@@ -74,6 +74,7 @@ class MixedPrecision(Callback):
         return torch.amp.GradScaler(device_type, float(scale), growth, backoff, interval)
 
     def begin_fit(self) -> None:
+        require_steps(self)
         run = self.run
         self.skipped_steps = []
         params = [p for group in run.opt.param_groups for p in group["params"]]

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from test_runner_loop import make_learn
+from test_runner_loop import OwnRunner, make_learn
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -719,6 +719,12 @@ def test_compiled_float16_is_refused_and_the_runner_goes_on(traced):
         run.fit(1, learn, cbs=MixedPrecision("fp16"))
     run.fit(1, learn, cbs=MixedPrecision("bf16"))
     assert run.status == "ok"
+
+
+@pytest.mark.parametrize("cb", [lambda: GradientAccumulation(2), MixedPrecision, lambda: GradientClip(1.0)])
+def test_a_loop_without_steps_is_refused(cb):
+    with pytest.raises(TypeError, match=r"wraps steps of runner.Runner, and OwnRunner has none; fit with a Runner, "):
+        OwnRunner([cb()]).fit(1, learner())
 
 
 # --- copies -------------------------------------------------------------------------------------------------------
