@@ -142,8 +142,8 @@ def require_steps(cb: Callback) -> None:
     """Raises TypeError in a loop of somebody's own that has events and no steps, where `cb` would do nothing."""
     run = cb.run
     if not hasattr(run, "step"):
-        raise TypeError(f"{type(cb).__name__} wraps steps of runner.Runner, and {type(run).__name__} has none; fit with "
-                        "a Runner, or do in the loop what the docstring shows")
+        raise TypeError(f"{type(cb).__name__} wraps steps of runner.Runner, and {type(run).__name__} has none; fit "
+                        "with a Runner, or do in the loop what the docstring shows")
 
 
 # --- a backward pass of another loss ------------------------------------------------------------------------------
