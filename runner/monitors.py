@@ -198,7 +198,7 @@ class KeepBest(Monitor):
         self.best: float | None = None
         self.best_epoch: int | None = None
         self.kept: list[Tensor] | None = None
-        self._looked, self._ended = 0, False
+        self._epochs, self._looked, self._ended = 0, 0, False
 
     def begin_fit(self) -> None:
         super().begin_fit()
@@ -207,7 +207,7 @@ class KeepBest(Monitor):
 
     def after_epoch(self) -> None:
         value = self.figure()
-        self._ended = self.run.epoch + 1 == self.run.epochs
+        self._epochs, self._ended = self._epochs + 1, self.run.epoch + 1 == self.run.epochs
         if value is None: return
         self._looked += 1
         if not math.isfinite(value) or (self.best is not None and not gain(value, self.best, self.mode) > 0): return
@@ -230,9 +230,9 @@ class KeepBest(Monitor):
     def after_fit(self) -> None:
         if not self._ended: return
         if self.kept is not None and self.restore: self.apply()
-        if self.kept is None and self._looked:
-            print(f"KeepBest: {self.monitor} was not finite in any of {self._looked} epochs; nothing was kept",
-                  flush=True)
+        if self.kept is None and (self._looked or (self._epochs and self.run.status == "ok")):
+            why = f"was not finite in any of {self._looked} epochs" if self._looked else "is of a pass that was skipped"
+            print(f"KeepBest: {self.monitor} {why}; nothing was kept", flush=True)
 
     @torch.no_grad()
     def apply(self, model: nn.Module | None = None) -> None:

@@ -20,6 +20,7 @@ from runner import (
     CancelEpochException,
     EarlyStopping,
     KeepBest,
+    LR_Find,
     Recorder,
     Runner,
     TerminateOnNonFinite,
@@ -191,6 +192,22 @@ def test_keep_best_says_that_there_was_none(capsys, tmp_path):
     assert os.listdir(tmp_path) == []
     with pytest.raises(ValueError, match=r"^KeepBest has kept nothing: there was no epoch with a finite 'valid_loss' "
                                          r"yet$"): keep.apply()
+
+
+def test_keep_best_says_that_there_was_no_validation(capsys):
+    class Never(Callback):
+        def begin_validate(self): return True
+    told([NAN, NAN], KeepBest(), Never())
+    assert capsys.readouterr().out == "KeepBest: valid_loss is of a pass that was skipped; nothing was kept\n"
+
+
+def test_keep_best_and_averages_beside_a_rate_finder_say_nothing(capsys):
+    keep, averaged, learn = KeepBest(), AveragedWeights(0.5), learner()
+    before = state(learn.model)
+    quiet(keep, averaged, TorchScheduler(MAKERS["step"])).fit(2, learn, cbs=LR_Find(max_iter=7))
+    assert same(state(learn.model), before)
+    assert learn.opt.param_groups[0]["lr"] == 0.3
+    assert capsys.readouterr().out == ""
 
 
 class Boom(Callback):
