@@ -4,7 +4,9 @@ import copy
 import statistics
 import time
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -18,6 +20,8 @@ FEWEST = 3      # below this many there is nothing to measure, and the settings 
 GAIN = 0.9      # another setting must take at most this much of the time of the user's own
 THREADS = 0.75  # and more threads at most this much of the time of fewer
 LARGER = 8      # batches so many times as large as the measured ones say something else
+
+Setting = tuple[bool, int]      # whether oneDNN's, on how many threads
 
 
 class CPUBackendCallback(Callback):
@@ -43,30 +47,34 @@ class CPUBackendCallback(Callback):
 
     _order = 100  # after whatever changes the batch
 
-    def __init__(self, onednn=None, threads=None):
+    def __init__(self, onednn: bool | None = None, threads: int | None = None) -> None:
         if threads is not None and not (isinstance(threads, int) and threads >= 1):
             raise ValueError(f"threads is {threads!r}; it must be a positive integer, or None to have it measured")
         self.onednn, self.threads = onednn, threads
-        self.choice, self.times, self.reason, self._before = None, {}, "no fit has begun", None
+        self.choice: dict[str, Any] | None = None
+        self.times: dict[Setting, float] = {}
+        self.reason = "no fit has begun"
+        self._before: Setting | None = None         # the user's own
+        self._measured: int | None = None           # images in the measured batch
+        self._settled = False
 
-    def begin_fit(self):
-        self._before = torch.backends.mkldnn.enabled, torch.get_num_threads()
+    def begin_fit(self) -> None:
+        self._before = onednn, threads = bool(torch.backends.mkldnn.enabled), torch.get_num_threads()
         self.choice, self.times, self._settled, self._measured = None, {}, False, None
         if self.onednn is None and self.threads is None: return
-        onednn, threads = self._before
         self._use(onednn if self.onednn is None else bool(self.onednn), self.threads or threads, "as given")
 
-    def begin_epoch(self):
-        if self._measured: use_backend(**self.choice)
+    def begin_epoch(self) -> None:
+        if self._measured and self.choice: use_backend(**self.choice)
 
-    def begin_batch(self):
+    def begin_batch(self) -> None:
         if self.run.in_train:
-            if not self._settled: self._settle()
-        elif self._measured and size_of(self.xb) >= LARGER * self._measured: use_backend(*self._before)
+            if not self._settled and self._before: self._settle(self._before)
+        elif self._measured and self._before and size_of(self.xb) >= LARGER * self._measured:
+            use_backend(*self._before)
 
-    def _settle(self):
-        """Choose by the batch at hand, the first."""
-        now = self._before
+    def _settle(self, now: Setting) -> None:
+        """Choose by the batch at hand, the first; `now` is the user's own setting."""
         onednn = (True, False) if torch.backends.mkldnn.is_available() else (now[0],)
         settings = list(dict.fromkeys([now, *((o, t) for o in onednn for t in (now[1], 1))]))
         xb = first_tensor(self.xb)
@@ -80,23 +88,23 @@ class CPUBackendCallback(Callback):
         except Exception as e: return self._use(*now, f"a copy of the model failed ({type(e).__name__}: {e})")
         finally: use_backend(*now)
         self.times = {s: statistics.median(t) * 1e3 for s, t in times.items()}
-        best = min(self.times, key=self.times.get)
+        best = min(self.times, key=self.times.__getitem__)
         if self.times[best] > GAIN * self.times[now]: best = now
         else:
             fewer = [s for s in self.times if s[1] < best[1] and THREADS * self.times[s] <= self.times[best]]
-            best = min(fewer, key=self.times.get, default=best)
+            best = min(fewer, key=self.times.__getitem__, default=best)
         self._measured = size_of(self.xb)
         self._use(*best, "measured: " + ", ".join(f"{_words(*s)} {ms:.2f} ms" for s, ms in self.times.items()))
 
-    def after_fit(self):
+    def after_fit(self) -> None:
         if self._before is not None: use_backend(*self._before)
         self._before = None
 
-    def _use(self, onednn, threads, reason):
+    def _use(self, onednn: bool, threads: int, reason: str) -> None:
         self.choice, self.reason, self._settled = {"onednn": onednn, "threads": threads}, reason, True
         use_backend(onednn, threads)
 
-    def _measure(self, settings, steps):
+    def _measure(self, settings: Sequence[Setting], steps: int) -> dict[Setting, list[float]]:
         """Seconds of `steps` forward and backward passes with each of `settings`, in turn, after one uncounted each.
 
         A setting whose median is twice the best's is out of the next round.
@@ -107,13 +115,14 @@ class CPUBackendCallback(Callback):
                 model, loss_func = copy.deepcopy((self.model, self.loss_func))
             xb, yb = map_tensors(torch.clone, self.xb), self.yb
 
-            def seconds(setting):
+            def seconds(setting: Setting) -> float:
                 use_backend(*setting)
                 start = time.perf_counter()
                 loss_func(model(xb), yb).backward()
                 return time.perf_counter() - start
             for s in settings: seconds(s)
-            times, alive = {s: [] for s in settings}, settings
+            times: dict[Setting, list[float]] = {s: [] for s in settings}
+            alive = settings
             for _ in range(steps):
                 for s in alive: times[s].append(seconds(s))
                 best = min(statistics.median(times[s]) for s in alive)
@@ -122,12 +131,12 @@ class CPUBackendCallback(Callback):
         finally: restore()
 
 
-def use_backend(onednn, threads):
+def use_backend(onednn: bool, threads: int) -> None:
     torch.backends.mkldnn.set_flags(onednn)  # setting the attribute fails after `disable_global_flags`
     if torch.get_num_threads() != threads: torch.set_num_threads(threads)
 
 
-def _words(onednn, threads):
+def _words(onednn: bool, threads: int) -> str:
     return f"{'oneDNN' if onednn else 'own convolutions'} on {threads} thread{'s' * (threads > 1)}"
 
 
@@ -135,7 +144,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 @contextmanager
-def without_hooks(*tops):
+def without_hooks(*tops: object) -> Iterator[None]:
     """The modules' hooks set aside: copied along they would write into what they write into, or copy a whole run."""
     modules = [m for top in tops if isinstance(top, torch.nn.Module) for m in top.modules()]
     saved = [(m, name, m.__dict__[name]) for m in modules for name in _HOOKS if m.__dict__.get(name)]

@@ -1,14 +1,20 @@
 """`Runner(compile=True)`: prediction, loss and gradients of a training batch in one compiled graph, for the loop."""
 
 import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import FunctionType
+from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from runner.batches import NoPair, no_pair
 from runner.events import Callback
+
+# f(xb, yb) -> pred, loss, gradients
+Step = Callable[[Any, Any], tuple[Any, Tensor, list[Tensor | None]]]
 
 
 class CompileError(RuntimeError):
@@ -38,15 +44,20 @@ class CompiledStep(Callback):
     """
 
     _order = -20
-    backend, options = "inductor", {"fallback_random": True}    # or dropout would draw other numbers than without
+    backend: str | Callable[..., Any] = "inductor"
+    options: Mapping[str, Any] = {"fallback_random": True}      # or dropout would draw other numbers than without
 
-    divisor = 1.0       # what the gradients are divided by, where they are a part of a mean (GradientAccumulation)
+    divisor: float = 1.0    # what the gradients are divided by, where they are a part of a mean (GradientAccumulation)
 
-    def __init__(self): self.built, self.at, self.patch = [], None, None
+    def __init__(self) -> None:
+        self.built: list[Any] = []
+        self.at: int | None = None
+        self.patch: AbstractContextManager[Any] | None = None
+        self.grads: list[Tensor | None] | None = None
 
-    def __reduce__(self): return CompiledStep, ()               # a copy has another model and compiles anew
+    def __reduce__(self) -> tuple[Any, ...]: return CompiledStep, ()    # a copy has another model and compiles anew
 
-    def set_runner(self, run):
+    def set_runner(self, run: Any) -> None:
         """Before a fit begins.
 
         Raises:
@@ -55,23 +66,25 @@ class CompiledStep(Callback):
         require_compiler()
         super().set_runner(run)
 
-    def begin_fit(self):
+    def begin_fit(self) -> None:
         """Let the compiler follow `torch.autograd.grad` for the length of the fit."""
         self.patch = torch._dynamo.config.patch(trace_autograd_ops=True)
         self.patch.__enter__()
 
-    def after_fit(self):
+    def after_fit(self) -> None:
         self.at = None
         if self.patch is not None: self.patch.__exit__(None, None, None)
         self.patch = None
 
     # --- the three steps of the loop --------------------------------------------------------------------------
 
-    def predict(self):
+    def predict(self) -> None:
         """The prediction; loss and gradients come with it."""
         run = self.run
         if isinstance(run.yb, NoPair): raise no_pair(run.yb.batch, run.in_train)
-        if not run.in_train: return type(run).predict(run)
+        if not run.in_train:
+            type(run).predict(run)
+            return
         if run.epoch != self.at: self.begin_pass(run)
         if any(self.hooks): refuse_hooks(self.modules)
         xb, yb = run.xb, run.yb
@@ -81,20 +94,22 @@ class CompiledStep(Callback):
         self.given = pred, version(pred), yb, version(yb), loss, loss._version
         run.pred = pred
 
-    def get_loss(self):
+    def get_loss(self) -> None:
         """The loss that belongs to the prediction."""
         run = self.run
-        if not run.in_train: return type(run).get_loss(run)
+        if not run.in_train:
+            type(run).get_loss(run)
+            return
         pred, pred_version, yb, yb_version, loss, _ = self.given
         if run.pred is not pred or version(pred) != pred_version: raise changed("pred")
         if run.yb is not yb or version(yb) != yb_version: raise changed("yb")
         run.loss = loss
 
-    def backward(self):
+    def backward(self) -> None:
         """Add the gradients of the loss to the parameters'."""
         run, (*_, loss, loss_version) = self.run, self.given
         if run.loss is not loss or loss._version != loss_version: raise changed("loss")
-        grads, self.grads = self.grads, None
+        grads, self.grads = self.grads or [], None
         for p, g in zip(self.params, grads, strict=True):
             if g is None: continue
             # As autograd does: torch's fused optimizers take it for granted that the two are laid out alike.
@@ -105,7 +120,7 @@ class CompiledStep(Callback):
 
     # --- what is compiled -------------------------------------------------------------------------------------
 
-    def begin_pass(self, run):
+    def begin_pass(self, run: Any) -> None:
         """Look up what is trained, and make its function if it isn't what it was."""
         model, loss_func = run.model, run.loss_func
         tops = [t for t in (model, loss_func) if isinstance(t, nn.Module)]
@@ -117,17 +132,17 @@ class CompiledStep(Callback):
         refuse_gradient_hooks(self.modules, self.params)
         built = [model, loss_func, *self.params]
         if list(map(id, built)) != list(map(id, self.built)):
-            self.train = self.compiled(step_function(model, loss_func, self.params))
+            self.train: Step = self.compiled(step_function(model, loss_func, self.params))
             self.built = built
         self.at = run.epoch
 
-    def compiled(self, f):
+    def compiled(self, f: Any) -> Any:
         # The compiler files what it made under the code object, up to 8 times: one for each model, not for all.
         f = FunctionType(f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__)
-        options = self.options if self.backend == "inductor" else None
+        options = dict(self.options) if self.backend == "inductor" else None
         return torch.compile(f, fullgraph=True, backend=self.backend, options=options)
 
-    def reason(self, e, run):
+    def reason(self, e: Exception, run: Any) -> Exception:
         """The error for `e` of the compiler: the model's own, if it fails without a compiler too.
 
         That is tried on a copy, so that the running statistics stay as they are.
@@ -147,12 +162,12 @@ class CompiledStep(Callback):
                             "fit without compile=True")
 
 
-def step_function(model, loss_func, params):
+def step_function(model: Callable[..., Any], loss_func: Callable[..., Tensor], params: Sequence[Tensor]) -> Step:
     """The training step `f(xb, yb) -> pred, loss, gradients`, one gradient per entry of `params`.
 
     It is None for what is frozen or not used.
     """
-    def train(xb, yb):
+    def train(xb: Any, yb: Any) -> tuple[Any, Tensor, list[Tensor | None]]:
         pred = model(xb)
         loss = loss_func(pred, yb)
         live = [p for p in params if p.requires_grad]
@@ -163,14 +178,14 @@ def step_function(model, loss_func, params):
     return train
 
 
-def detached(pred):
+def detached(pred: Any) -> Any:
     """`pred`, a tensor or a nest of them, without its graph."""
     return tree_map_only(torch.Tensor, torch.Tensor.detach, pred)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
 
-def require_compiler():
+def require_compiler() -> None:
     """Raises CompileError unless a step can be compiled here."""
     import torch._dynamo
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
@@ -185,34 +200,34 @@ def require_compiler():
                            "CXX before Python starts, or fit without compile=True") from e
 
 
-def listed(o): return list(o) if isinstance(o, (list, tuple)) else [o]
+def listed(o: Any) -> list[Any]: return list(o) if isinstance(o, (list, tuple)) else [o]
 
 
-def version(o):
+def version(o: object) -> int | None:
     """A number that grows when `o` is changed in place, if it is a tensor."""
     return o._version if isinstance(o, torch.Tensor) else None
 
 
-def changed(name):
+def changed(name: str) -> CompileError:
     when = {"pred": "in after_pred", "yb": "in after_pred", "loss": "in after_loss"}[name]
     return CompileError(f"a callback changed run.{name} {when}, and a compiled step has computed loss and gradients "
                         "already; do it in the model, in the loss function or (to xb and yb) in begin_batch, or fit "
                         "without compile=True")
 
 
-def hooks_of(m):
+def hooks_of(m: nn.Module) -> tuple[dict[int, Any], ...]:
     """The four dicts of hooks that a module has."""
     return m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
 
 
-def refuse_hooks(modules):
+def refuse_hooks(modules: Mapping[str, nn.Module]) -> NoReturn:
     name, m = next((name, m) for name, m in modules.items() if any(hooks_of(m)))
     raise CompileError(f"the module {name or 'at the top'!r} ({type(m).__name__}) has a hook, and a compiled step "
                        "would not call it at each batch; take the hooks off (`hooks.remove()`), or fit without "
                        "compile=True")
 
 
-def refuse_gradient_hooks(modules, params):
+def refuse_gradient_hooks(modules: Mapping[str, nn.Module], params: Sequence[Tensor]) -> None:
     """A gradient that comes out of the graph is no event for autograd."""
     if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in params):
         raise CompileError("a parameter has a gradient hook, and a compiled step would not call it; take it off and "

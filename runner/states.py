@@ -7,12 +7,15 @@ import copy
 import random
 import sys
 from collections import deque
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 
 
-def snapshot(model, loss_func, opt, data):
+def snapshot(model: Any, loss_func: Any, opt: Any, data: Any) -> Callable[[], None]:
     """Copy all that training changes; returns a function that puts it back and clears the gradients.
 
     That is parameters and buffers of the model, of a loss that is a module and of the optimizer, the unsaved ones and
@@ -23,7 +26,7 @@ def snapshot(model, loss_func, opt, data):
     optim = copy.deepcopy(opt.state_dict())
     parts = module_states(model, loss_func), loader_states(data.train_dl, data.valid_dl), random_states()
 
-    def restore():
+    def restore() -> None:
         with torch.no_grad():
             for p, was in others: p.copy_(was)
         opt.load_state_dict(optim)
@@ -32,7 +35,7 @@ def snapshot(model, loss_func, opt, data):
     return restore
 
 
-def module_states(*tops):
+def module_states(*tops: object) -> Callable[[], None]:
     """Copy what the modules under `tops` hold (other objects are passed over); a function that puts it back.
 
     That is parameters, buffers and training modes, and the attributes that a class adds of its own: tensors among them
@@ -40,13 +43,13 @@ def module_states(*tops):
     """
     modules = [m for top in tops if isinstance(top, torch.nn.Module) for m in top.modules()]
     modes = [(m, m.training) for m in modules]
-    slots = [(s, dict(s)) for m in modules for s in (m._parameters, m._buffers)]
+    slots: list[tuple[Any, dict[str, Any]]] = [(s, dict(s)) for m in modules for s in (m._parameters, m._buffers)]
     own = [(vars(m), {k: v for k, v in vars(m).items() if k not in _TORCHS}) for m in modules]
     held = [v for _, had in (*slots, *own) for v in had.values()]
     tensors = [(t, t.detach().clone()) for t in held if torch.is_tensor(t)]
     contents = [(c, copy.copy(c)) for c in held if type(c) in (list, dict, set, deque)]
 
-    def restore():
+    def restore() -> None:
         for m, training in modes: m.training = training
         for s, had in slots:
             s.clear()
@@ -65,30 +68,30 @@ def module_states(*tops):
 _TORCHS = vars(torch.nn.Module()).keys()    # what every module has; its hooks may rightly come and go meanwhile
 
 
-def holds_compiled(model):
+def holds_compiled(model: nn.Module) -> bool:
     """Whether `model` or a part of it went through `torch.compile`, of which what is compiled passes hooks by."""
     return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
 
 
-def loader_states(*loaders):
+def loader_states(*loaders: Any) -> Callable[[], None]:
     """Copy the states of the loaders' generators and which iterator of persistent workers they hold; a function that
     puts them back.
     """
     generators = [(g, g.get_state()) for g in generators_of(*loaders)]
     iterators = [(dl, dl._iterator) for dl in loaders if hasattr(dl, "_iterator")]
 
-    def restore():
+    def restore() -> None:
         for g, state in generators: g.set_state(state)
         for dl, iterator in iterators: dl._iterator = iterator  # persistent workers would not draw their seed again
     return restore
 
 
-def random_states():
+def random_states() -> Callable[[], None]:
     """Copy the random states of torch (every device), Python and numpy (if in use); a function that puts them back."""
     return partial(set_random_state, random_state())
 
 
-def random_state(generators=()):
+def random_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
     """The random states of torch (every device), Python, numpy (if in use) and `generators`, for `set_random_state`.
 
     Tensors, tuples and numbers, which `torch.load(weights_only=True)` can read.
@@ -102,7 +105,7 @@ def random_state(generators=()):
     return state
 
 
-def set_random_state(state, generators=()):
+def set_random_state(state: dict[str, Any], generators: Sequence[torch.Generator] = ()) -> None:
     """Put back what `random_state` returned, or a part of it; `generators` are the same in the same order."""
     if "torch" in state: torch.set_rng_state(state["torch"])
     if "python" in state: random.setstate(state["python"])
@@ -111,9 +114,10 @@ def set_random_state(state, generators=()):
     for g, was in zip(generators, state.get("generators", ()), strict=True): g.set_state(was)
 
 
-def generators_of(*loaders):
+def generators_of(*loaders: object) -> list[torch.Generator]:
     """The `torch.Generator`s that the loaders and their samplers, however nested, draw from, each once."""
-    found, todo = {}, [*loaders]
+    found: dict[int, torch.Generator] = {}
+    todo = [*loaders]
     while todo:
         owner = todo.pop()
         g = getattr(owner, "generator", None)

@@ -50,7 +50,7 @@ def replay(record: str | os.PathLike[str] | dict[str, Any], learn: Learner) -> R
     if not isinstance(record, dict) or "snapshots" not in record:
         raise TypeError(f"replay got {type(record).__name__}; it needs the path of a record or the `record` of a "
                         "TerminateOnNonFinite, which is None unless the fit diverged")
-    before, restore = (torch.backends.mkldnn.enabled, torch.get_num_threads()), random_states()
+    before, restore = (bool(torch.backends.mkldnn.enabled), torch.get_num_threads()), random_states()
     try:
         use_backend(**record["settings"])
         repeat = Repeat(learn.model, learn.loss_func, learn.opt)
