@@ -20,7 +20,7 @@ class HasClasses(Protocol):
     """Data with `c` classes, such as a `DataBunch`."""
 
     @property
-    def c(self) -> int: ...
+    def c(self) -> int | None: ...
 
 
 class GeneralRelu(nn.Module):
@@ -115,7 +115,13 @@ def get_cnn_layers(data: HasClasses, nfs: Sequence[int], layer: Callable[..., nn
     """Conv layers with the channels `nfs` from one input channel, kernel 5 first and 3 after, then pool and linear.
 
     `layer(ni, nf, ks, **kwargs)` makes each; `data.c` is the number of classes.
+
+    Raises:
+        ValueError: data whose `c` is None.
     """
+    if data.c is None:
+        raise ValueError("get_cnn_layers got data whose number of classes, c, is None; give it, as in "
+                         "DataBunch(train_dl, valid_dl, 10)")
     nfs = [1, *nfs]
     return [layer(nfs[i], nfs[i + 1], 5 if i == 0 else 3, **kwargs) for i in range(len(nfs) - 1)] + [
         AvgPool(), Lambda(flatten), nn.Linear(nfs[-1], data.c)]

@@ -130,3 +130,8 @@ def test_get_learn_run_trains_with_instances_and_factories(bunch, capsys):
     assert run.recorder is recorder
     assert learn.opt.param_groups[0]["momentum"] == 0.9
     assert learn.opt.param_groups[0]["lr"] == 0.6
+
+
+def test_data_without_a_number_of_classes_is_refused():
+    with pytest.raises(ValueError, match=r"whose number of classes, c, is None; give it, as in DataBunch\(train_dl"):
+        get_cnn_model(DataBunch(None, None), [4], conv_layer)

@@ -133,8 +133,8 @@ def hooked(modules: Iterable[nn.Module], before: Callable[[nn.Module, Any], None
         for handle in handles: handle.remove()
 
 
-def ready(model: nn.Module, xb: object, tfm: Callable[[Tensor], Tensor] | None, caller: str) -> Tensor:
-    """The batch as the model gets it: on the model's device, then transformed."""
+def ready(model: nn.Module, xb: Any, tfm: Callable[[Any], Any] | None, caller: str) -> Any:
+    """The batch, a tensor or a nest of them, as the model gets it: on the model's device, then transformed."""
     if not any(isinstance(t, torch.Tensor) for t in leaves(xb)):
         raise TypeError(f"{caller} got a batch of {type(xb).__name__}; it needs a tensor xb of images: wrap what gives "
                         "it, as in (b['image'] for b in loader)")
