@@ -159,7 +159,7 @@ class RunningBatchNorm(RunningNorm):
             state["running_mean"].copy_(mean.detach().flatten())
             state["running_var"].copy_(var.detach().flatten().clamp_min(floor))
             state["unclamped_var"].copy_(var.detach().flatten())
-            state["count"].copy_(count)
+            fast.write(state["count"], count, refuse=True)
             fast.write(state["seen"], seen, refuse=True)
         return mean, var, a, floor
 

@@ -70,7 +70,13 @@ def write(buffer: Tensor, value: Tensor, refuse: bool = False) -> None:
     if _compiled():
         asked = torch.ops.runnernorms.once if refuse else torch.ops.runnernorms.repeated
         value = torch.where(asked(buffer.device), buffer, value)
+        buffer = buffer.detach()        # torch 2.11 forgets what is written to a float64 number of the module's itself
     buffer.copy_(value)
 
 
-def _compiled() -> bool: return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+def _compiled() -> bool:
+    """Whether this is traced for `torch.compile`, and not for an export, whose program knows torch's operators alone.
+
+    A compiler of torch 2.11 takes `torch.compiler.is_exporting()` for True whatever it does; so its flag is read.
+    """
+    return torch.compiler.is_compiling() and not getattr(torch.compiler, "_is_exporting_flag", False)
