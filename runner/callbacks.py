@@ -1,5 +1,8 @@
 """Small callbacks: the device and a transform of the batch."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from runner.batches import to_device
@@ -23,18 +26,18 @@ class CudaCallback(Callback):
 
     _order = -5
 
-    def __init__(self, device=None):
+    def __init__(self, device: torch.device | str | int | None = None) -> None:
         if device is None and torch.cuda.is_available(): device = "cuda"
         self.device = None if device is None else torch.device(device)
 
-    def begin_fit(self):
+    def begin_fit(self) -> None:
         if self.device is None: return
         self.model.to(self.device)
         for state in self.opt.state.values():
             for k, v in state.items():
                 if torch.is_tensor(v) and v.ndim: state[k] = v.to(self.device)  # 0-dim step counters stay
 
-    def begin_batch(self):
+    def begin_batch(self) -> None:
         if self.device is None: return
         run = self.run
         run.xb, run.yb = to_device(run.xb, self.device), to_device(run.yb, self.device)
@@ -50,13 +53,13 @@ class BatchTransformXCallback(Callback):
 
     _order = 2
 
-    def __init__(self, tfm): self.tfm = tfm
+    def __init__(self, tfm: Callable[[Any], Any]) -> None: self.tfm = tfm
 
-    def begin_batch(self):
+    def begin_batch(self) -> None:
         self.run.xb = self.tfm(self.run.xb)
 
 
-def view_tfm(*size):
+def view_tfm(*size: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """A transform that views a batch as `(batch, *size)`: `view_tfm(1, 28, 28)` for flat 784-pixel images."""
-    def _inner(x): return x.view(-1, *size)
+    def _inner(x: torch.Tensor) -> torch.Tensor: return x.view(-1, *size)
     return _inner
