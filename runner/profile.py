@@ -76,6 +76,8 @@ class Profile(Callback):
     def begin_validate(self) -> None:
         if self._batch >= self.stop: self._end()
 
+    def after_epoch(self) -> None: self.begin_validate()        # which there may be none of
+
     def after_fit(self) -> None:
         self._end()
         if not self.table:

@@ -80,6 +80,28 @@ def test_each_finds_in_company_what_it_finds_alone(seed, tmp_path):
         assert equal(alone[name], found[name]), name
 
 
+def test_without_a_validation(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "with").mkdir()
+    cbs = {name: MAKERS[name][0](tmp_path / "with") for name in MAKERS}
+    waiting = []
+
+    class Look(Callback):
+        _order = 3000
+
+        def after_epoch(self): waiting.append((len(cbs["tensorboard"]._waiting), bool(cbs["profile"].table)))
+    learn = learner("ours", lr=0.5)
+    learn.data.valid_dl = None
+    run = quiet(*cbs.values(), Look())
+    run.fit(2, learn)
+    assert waiting == [(0, True), (0, True)]
+    plain, found = fit([name for name in MAKERS if name not in ("csv", "keep")], tmp_path / "without", 2)
+    assert same(state(learn.model), state(plain.model))
+    for name, value in found.items(): assert equal(MAKERS[name][1](cbs[name], tmp_path / "with"), value), name
+    with pytest.raises(ValueError, match=r"^EarlyStopping: the history has no 'valid_loss': did you mean 'tr"):
+        quiet(EarlyStopping()).fit(2, learn)
+
+
 class Boom(Callback):
     """Raises at an event of the second epoch, or of the first if it has only that; before that, what reaches it."""
 
