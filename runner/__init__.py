@@ -34,12 +34,13 @@ from runner.insight.probe import Probe
 from runner.insight.replay import replay
 from runner.insight.stats import ActivationStats, GradientStats, ParameterStats
 from runner.loggers import CSVLogger, TensorBoardLogger
-from runner.metrics import AvgStats, AvgStatsCallback, Recorder, accuracy
+from runner.metrics import AvgStats, AvgStatsCallback, accuracy
 from runner.monitors import EarlyStopping, KeepBest
 from runner.optim import SGD
 from runner.precision import MixedPrecision
 from runner.profile import Profile
 from runner.progress import ProgressCallback
+from runner.recorder import Recorder
 from runner.rows import Rows
 from runner.schedules import (
     LR_Find,

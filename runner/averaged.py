@@ -1,6 +1,7 @@
 """`AveragedWeights`: averages of the weights over training, and validation with them."""
 
 import copy
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -43,10 +44,10 @@ class AveragedWeights(Callback):
     `averaged_model`, made anew at the start of each fit, and evaluates as a model does.
 
     Training is bit for bit the training without. The averages are copied into the model at the first batch of a
-    validation. Weights and buffers are put back when the pass is over or broken off, by whatever, before other
-    callbacks hear of it. A checkpoint that a callback writes in `after_epoch` so has the trained weights, and
-    `averaged_model` the averages; only `KeepBest` keeps what was validated. A batch without a step of the optimizer
-    (`GradientAccumulation`, `MixedPrecision` that skips one) isn't averaged twice.
+    validation, in `Runner.evaluate` and `predict` too. Weights and buffers are put back when the pass is over or broken
+    off, by whatever, before other callbacks hear of it. A checkpoint that a callback writes in `after_epoch` so has the
+    trained weights, and `averaged_model` the averages; only `KeepBest` keeps what was validated. A batch without a step
+    of the optimizer (`GradientAccumulation`, `MixedPrecision` that skips one) isn't averaged twice.
 
     Of the buffers, integers (counters) are copied from the model. The others, which for batch norms are the running
     mean and variance, are treated as `norms` says:
@@ -91,6 +92,7 @@ class AveragedWeights(Callback):
         self.decay, self.start, self.by, self.every = decay, start, by, every
         self.norms, self.n_images = norms, n_images
         self.averaged_model: AveragedModel | None = None
+        self._of: weakref.ref[nn.Module] | None = None      # the model
         self.validated = False                              # whether this epoch's validation had the averages
         self._clear()
 
@@ -107,9 +109,12 @@ class AveragedWeights(Callback):
     # --- averaging --------------------------------------------------------------------------------------------
 
     def begin_fit(self) -> None:
-        self._clear()
-        self.validated = False
         model = self.run.model
+        if getattr(self.run, "evaluating", False):          # with the averages of the last fit, if it was this model's
+            if self._of is None or self._of() is not model: self.averaged_model = None
+            return
+        self._clear()
+        self.validated, self._of = False, weakref.ref(model)
         if self.norms == "recalibrate" and not running_norms(model):
             raise ValueError(f"AveragedWeights: norms is 'recalibrate' and {type(model).__name__} has no norm with "
                              "running statistics; leave it out")
@@ -208,7 +213,7 @@ class AveragedWeights(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes the averages along, and not the model."""
-        return {**self.__dict__, "run": None}
+        return {**self.__dict__, "run": None, "_of": None}
 
 
 def copied(model: nn.Module) -> nn.Module:

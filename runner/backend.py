@@ -46,6 +46,7 @@ class CPUBackendCallback(Callback):
     """
 
     _order = 100  # after whatever changes the batch
+    fit_only = True
 
     def __init__(self, onednn: bool | None = None, threads: int | None = None) -> None:
         if threads is not None and not (isinstance(threads, int) and threads >= 1):

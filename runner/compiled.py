@@ -44,6 +44,7 @@ class CompiledStep(Callback):
     """
 
     _order = -20
+    fit_only = True     # evaluation isn't compiled
     backend: str | Callable[..., Any] = "inductor"
     options: Mapping[str, Any] = {"fallback_random": True}      # or dropout would draw other numbers than without
 

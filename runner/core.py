@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -99,6 +99,7 @@ class Runner:
     def __init__(self, cbs=None, cb_funcs=None, *, compile=False):
         if not isinstance(compile, bool): raise TypeError(f"compile is {compile!r}; it must be True or False")
         self.in_train, self.learn, self._fitting, self.status = False, None, False, "ok"
+        self.reset_history = self.evaluating = False
         self.logger = None  # where a row of statistics goes after each epoch; ProgressCallback sets it
         self._answers, self._replaced = {event: [] for event in EVENTS}, set()
         self.cbs, always = [], [TrainEvalCallback()]
@@ -111,15 +112,19 @@ class Runner:
 
     # --- the loop ---------------------------------------------------------------------------------------------
 
-    def fit(self, epochs, learn, cbs=None):
+    def fit(self, epochs, learn, cbs=None, *, reset_history: bool = False):
         """Train `learn` for `epochs` epochs, each followed by a validation; `cbs` take part in this fit only.
 
         Without a validation loader (None) there is none, nor its events. A loader is anything that can be iterated once
         per pass, with a length or without.
 
+        Histories (`run.recorder`, `run.avg_stats.history`) go on from the fit before, with epochs and steps counted
+        on, unless `reset_history`; `epoch` and `n_iter` start at 0 in each fit.
+
         Whatever ends the fit, `after_fit` reaches every callback, the runner can be used again, and an exception
         is the one that was raised first. Gradients left from before are cleared at the start.
         """
+        self.reset_history = reset_history
         with self._callbacks(epochs, learn, cbs), _Always(self, "after_fit"):
             try:
                 self("begin_fit")
@@ -132,11 +137,27 @@ class Runner:
                 if self.status == "ok": self.status = "cancelled"
                 self("after_cancel_train")
 
-    def all_batches(self, begin, dl):
-        """One pass over `dl`, unless a callback returns True from the event `begin`."""
+    def evaluate(self, learn: "Learner", dl: Any = None, cbs: Any = None, *, metrics: Any = None) -> dict[str, float]:
+        """The mean loss of `learn` over a loader, and the metrics: floats by name, `{"loss": 0.1, "accuracy": 0.9}`.
+
+        It goes through the runner's callbacks, of which those with `fit_only` (histories, schedules, progress) stay
+        out: `begin_fit`, `begin_validate`, the batches with `in_train` False, `after_fit`. A skipped validation is not
+        skipped here. Afterwards all is as it was: the attributes of the runner and its callbacks, rates,
+        training modes, random states.
+
+        Args:
+            dl: the loader; None for the learner's `valid_dl`.
+            cbs: callbacks for this pass only.
+            metrics: as in `AvgStatsCallback`; None for those of the runner's `AvgStatsCallback`, if it has one.
+        """
+        from runner.evaluation import evaluate
+        return evaluate(self, learn, dl, cbs, metrics)
+
+    def all_batches(self, begin, dl, skip=True):
+        """One pass over `dl`, unless a callback returns True from the event `begin` (and `skip` lets it)."""
         try:
             self.iters, some = length_of(dl), False
-            if self(begin): return
+            if self(begin) and skip: return
             for batch in () if dl is None else dl:
                 some = True
                 self.one_batch(*pair(batch))
@@ -167,10 +188,30 @@ class Runner:
                 finally: self.zero_grad()
             except CancelBatchException: self("after_cancel_batch")
 
-    def predict(self):
-        """`pred = model(xb)`; a batch that is no pair is refused, unless a callback's `get_loss` can do without."""
+    @overload
+    def predict(self) -> None: ...
+
+    @overload
+    def predict(self, learn: "Learner", dl: Any = None, cbs: Any = None) -> tuple[Any, Any]: ...
+
+    def predict(self, learn: "Learner | None" = None, dl: Any = None, cbs: Any = None) -> tuple[Any, Any] | None:
+        """Without a learner the step of a batch: `pred = model(xb)`. With one, all of a loader: `(preds, targets)`.
+
+            preds, targets = run.predict(learn, test_dl)
+
+        These lie on the CPU, the batches end to end in the loader's order, nests of tensors leaf by leaf; targets are
+        None where the loader has none. The pass goes as in `evaluate`, each batch up to `after_pred`: no loss is
+        computed. `dl` and `cbs` are as there.
+
+        As a step it refuses a batch that is no pair, unless a callback's `get_loss` can do without.
+        """
+        if learn is not None:
+            from runner.evaluation import predict
+            return predict(self, learn, dl, cbs)
+        if dl is not None or cbs is not None: raise TypeError("predict needs the learner too: run.predict(learn, dl)")
         if isinstance(self.yb, NoPair) and "get_loss" not in self._replaced: raise no_pair(self.yb.batch, self.in_train)
         self.pred = self.model(self.xb)
+        return None
 
     def get_loss(self):
         """`loss = loss_func(pred, yb)`."""
@@ -200,6 +241,13 @@ class Runner:
         """Print the loop, each event with the callbacks that answer it, in order; `cbs` as in `fit`."""
         from runner.insight.explain import explanation
         print(explanation([*self.cbs, *listify(cbs)]))
+
+    def __repr__(self) -> str:
+        return f"<Runner, {self.status}: {', '.join(type(cb).__name__ for cb in self.cbs)}>"
+
+    def _repr_html_(self) -> str:
+        from runner.insight.explain import table
+        return table(self.cbs, f"status: {self.status}")
 
     # --- the learner's parts ----------------------------------------------------------------------------------
 
@@ -237,26 +285,35 @@ class Runner:
         setattr(self, cb.name, cb)
 
     @contextmanager
-    def _callbacks(self, epochs, learn, cbs):
+    def validating(self, learn, cbs=None):
+        """For the length of a validation outside a fit, by those of the callbacks that are not `fit_only`."""
+        self.evaluating = True
+        with self._callbacks(1, learn, cbs, fit=False), _Always(self, "after_fit"):
+            self("begin_fit")
+            yield
+
+    @contextmanager
+    def _callbacks(self, epochs, learn, cbs, fit=True):
         """Settle who answers which event for the length of a fit, with the temporary `cbs` among them."""
         if self._fitting:
-            raise RuntimeError("this runner is already fitting; a callback that trains something needs a Runner "
-                               "of its own")
+            raise RuntimeError("this runner is already fitting; a callback that trains or evaluates something needs a "
+                               "Runner of its own")
         if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
             raise ValueError(f"epochs is {epochs!r}; it must be an integer of at least 0")
         lasting = list(self.cbs)
         try:
             for cb in listify(cbs):
                 self._expose(cb)
-                self.cbs.append(cb)
-            ordered = sorted(self.cbs, key=lambda cb: cb._order)
+                self.cbs = [*self.cbs, cb]
+            ordered = sorted((cb for cb in self.cbs if fit or not getattr(cb, "fit_only", False)),
+                             key=lambda cb: cb._order)
             self.learn, self.epochs, self.epoch, self._fitting, self.status = learn, epochs, 0, True, "ok"
             for cb in ordered: cb.set_runner(self)
             # Looked up once here and not at each of 25,000 batches. A callback with a `__call__` of its own gets
             # every event's name, as one of the lesson does.
             self._answers = {e: [a for cb in ordered if (a := _answer(cb, e)) is not None] for e in EVENTS}
             for step in STEPS: self._take_over(step, ordered)
-            self.opt.zero_grad()
+            if fit: self.opt.zero_grad()
             yield
         except BaseException:
             self.status = "failed"

@@ -88,11 +88,16 @@ class Callback:
     True from `begin_epoch` or `begin_validate` skips that pass. `name` (the class name in snake case without
     "Callback") is the attribute under which the runner exposes it.
 
+    Two marks of a class: `fit_only = True` keeps it out of `Runner.evaluate` and `Runner.predict`, as what keeps a
+    history needs it; `undoes_fit = True` says that it puts back at the end what the fit has changed, as `LR_Find` does,
+    and so no history goes on from that fit.
+
     Raises:
         TypeError: at the definition of a subclass with a method whose name is almost an event's or a step's.
     """
 
     _order = 0
+    fit_only = undoes_fit = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -44,6 +44,7 @@ class CSVLogger(Callback):
     """
 
     _order = 100        # after whoever adds to the row
+    fit_only = True
 
     def __init__(self, path: str | os.PathLike[str] = "history.csv", append: bool = True) -> None:
         self.path, self.append = Path(path), append
@@ -110,6 +111,7 @@ class TensorBoardLogger(Callback):
     """
 
     _order = 120        # after the callbacks of which it writes the numbers
+    fit_only = True
 
     def __init__(self, folder: str | os.PathLike[str] = "runs", every: int = 1, *,
                  figures: Mapping[str, Callable[[Any], Any]] | None = None, histograms: int = 20) -> None:

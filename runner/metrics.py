@@ -1,60 +1,154 @@
-"""Metrics and what records them: `accuracy`, `AvgStats`, `AvgStatsCallback`, `Recorder`.
+"""Metrics and their averages: `accuracy`, `AvgStats`, `AvgStatsCallback`.
 
 Nothing here brings a number to the host inside a batch: sums stay on the device until they are asked for.
 """
 
+import copy
+import math
 import numbers
 import time
-from bisect import bisect_right
-from itertools import count
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from runner.batches import NoPair, size_of
-from runner.events import Callback, listify
+from runner.batches import NoPair, map_tensors, size_of
+from runner.console import say
+from runner.events import camel2snake, listify
+from runner.history import History
 from runner.rows import Rows
 
 
-def accuracy(out, yb):
-    """Share of rows of `out` `(N, C)` whose largest entry is at the label `yb` `(N,)`, a 0-dim tensor in 0 to 1."""
-    return (out.argmax(dim=1) == yb).float().mean()
+def accuracy(out: Tensor, yb: Tensor) -> Tensor:
+    """Share of rows of `out` `(N, C)` whose largest entry is at the label `yb` `(N,)`, a 0-dim tensor in 0 to 1.
+
+    Outputs `(N, C, L)` have labels `(N, L)`, and so on, as for `F.cross_entropy`.
+
+    Raises:
+        ValueError: labels of another shape, or no integers; fewer than two classes.
+        TypeError: something that is no tensor.
+    """
+    for name, t in (("predictions", out), ("labels", yb)):
+        if not isinstance(t, Tensor): raise TypeError(f"accuracy got {name} of type {type(t).__name__}; it needs "
+                                                      "tensors: write a metric f(pred, yb) that takes yours apart")
+    if out.ndim < 2 or out.shape[1] < 2:
+        raise ValueError(f"accuracy got predictions of shape {tuple(out.shape)}; it needs one score for each of at "
+                         "least two classes along axis 1, (N, C): with a single score per item write a metric of your "
+                         "own, such as ((pred > 0).flatten() == (yb > 0.5).flatten()).float().mean()")
+    shape = out.shape[:1] + out.shape[2:]
+    whole = not (yb.is_floating_point() or yb.is_complex())
+    if yb.shape == shape and whole: return (out.argmax(dim=1) == yb).float().mean()
+    if yb.shape == out.shape: mend = "yb.argmax(1), if these are probabilities or one-hot"
+    else:
+        steps = [".squeeze(1)"] if yb.shape == (*shape[:1], 1, *shape[1:]) else [".flatten()"] * (
+            yb.shape != shape and len(shape) == 1 and yb.numel() == shape[0])
+        mend = f"yb{''.join(steps)}{'' if whole else '.long()'}" if steps or yb.shape == shape else ""
+    raise ValueError(f"accuracy got labels of shape {tuple(yb.shape)} and {yb.dtype} for predictions of shape "
+                     f"{tuple(out.shape)}; it needs the number of a class for each, of shape {tuple(shape)} and an "
+                     f"integer type" + (f": use {mend}" if mend else ": give the loader, or a metric of your own, "
+                                                                     "labels of that shape"))
+
+
+def has_state(metric: object) -> bool:
+    """Whether `metric` is an object with `update`, `compute` and `reset`, as those of torchmetrics.
+
+    Raises:
+        TypeError: the class of such an object.
+    """
+    if not all(callable(getattr(metric, name, None)) for name in ("update", "compute", "reset")): return False
+    if isinstance(metric, type):
+        raise TypeError(f"the metric {metric.__name__} is a class; give an object of it: {metric.__name__}()")
+    return True
+
+
+def name_of(metric: Any) -> str:
+    """Its `name`; or else a function's own (that of a partial's function), or its class's in snake case."""
+    if isinstance(name := getattr(metric, "name", None), str): return name
+    if has_state(metric): return str(camel2snake(type(metric).__name__))
+    name = getattr(getattr(metric, "func", metric), "__name__", type(metric).__name__)  # `func`: of a partial
+    return str(name)
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """`names`, where one comes again with "_2" after it, then "_3"."""
+    found: list[str] = []
+    for name in names:
+        k, new = 1, name
+        while new in found: new = f"{name}_{(k := k + 1)}"
+        found.append(new)
+    return found
 
 
 class AvgStats:
-    """Averages of the loss and of metrics over the images of a pass, each batch weighted by its size.
+    """Averages of the loss and of metrics over the items of a pass, each batch weighted by its size.
 
         avg = sum_batches(value * batch size) / sum_batches(batch size)
 
+    A metric with state is not averaged. It sees every batch and is asked once, at the end:
+
+        metric.reset()                                          # at the start of the pass
+        for each batch: metric.update(pred, yb)                 # without a graph
+        value = metric.compute()                                # a number, or a dict of numbers
+
     Args:
-        metrics: functions `f(pred, yb)` that return one number, the mean over the batch.
+        metrics: functions `f(pred, yb)` that return one number, the mean over the batch, and objects with `update`,
+            `compute` and `reset`. Of these it takes copies, which move to the loss's device if they have a method `to`.
         in_train: whether this is the training pass; it only names the result.
 
-    `names` are "loss" and the metrics' names, a second metric of one name with "_2" after it.
+    `names` are "loss" and the metrics' names, a second metric of one name with "_2" after it; in the place of a metric
+    that computes a dict stand its keys.
     The sums are float64 (float32 on MPS, which lacks the other): 25,000 float32 additions would lose four digits.
     """
 
-    def __init__(self, metrics, in_train):
-        self.metrics, self.in_train = listify(metrics), in_train
-        self.names = ["loss"]
-        for m in self.metrics:
-            name = getattr(getattr(m, "func", m), "__name__", type(m).__name__)     # `func`: of a partial
-            self.names.append(next(n for k in count(1) if (n := name if k == 1 else f"{name}_{k}") not in self.names))
+    def __init__(self, metrics: Any, in_train: bool) -> None:
+        metrics = [metrics] if has_state(metrics) else listify(metrics)     # a collection of them can be iterated
+        self.metrics: list[Any] = [copy.deepcopy(m) if has_state(m) else m for m in metrics]
+        self.in_train = in_train
+        self._functions = [(m, name_of(m)) for m in self.metrics if not has_state(m)]
+        self._objects = [m for m in self.metrics if has_state(m)]
+        self._columns = [[name_of(m)] for m in self.metrics]                # of each metric
+        self.names = distinct(["loss", *(name for columns in self._columns for name in columns)])
         self.reset()
 
-    def reset(self):
-        self.sums, self.count = None, 0
+    def reset(self) -> None:
+        self.sums: list[Tensor] | None = None
+        self.count = 0
+        self._avg: list[float] | None = None            # once asked for
+        for m in self._objects: m.reset()
 
     @property
-    def all_stats(self):
-        """The sums as plain floats, the loss first; this waits for the device."""
-        return [0.0] * (1 + len(self.metrics)) if self.sums is None else torch.stack(self.sums).tolist()
+    def all_stats(self) -> list[float]:
+        """The sums as plain floats, the loss first, then the functions; this waits for the device."""
+        sums: list[float] = [0.0] * (1 + len(self._functions)) if self.sums is None else torch.stack(self.sums).tolist()
+        return sums
 
     @property
-    def avg_stats(self):
-        """The averages as plain floats, the loss first; NaN before any batch."""
-        return [s / self.count if self.count else float("nan") for s in self.all_stats]
+    def avg_stats(self) -> list[float]:
+        """The averages, and what the metrics with state compute, as plain floats, the loss first; NaN before any batch.
 
-    def accumulate(self, run):
+        Raises:
+            ValueError: a metric computes something else than numbers.
+        """
+        if not self.count: return [math.nan] * len(self.names)
+        if self._avg is None:
+            loss, *averages = (s / self.count for s in self.all_stats)
+            left, values = iter(averages), [loss]
+            for i, m in enumerate(self.metrics):
+                found = self._computed(m) if has_state(m) else {self._columns[i][0]: next(left)}
+                self._columns[i] = list(found)
+                values += found.values()
+            self.names = distinct(["loss", *(name for columns in self._columns for name in columns)])
+            self._avg = values
+        return list(self._avg)
+
+    def _computed(self, metric: Any) -> dict[str, float]:
+        """What `metric` computes: its name, or those of a dict, with their numbers."""
+        with torch.no_grad(): value = metric.compute()
+        found = value if isinstance(value, Mapping) else {name_of(metric): value}
+        return {str(name): _number(v, name_of(metric)) for name, v in found.items()}
+
+    def accumulate(self, run: Any) -> None:
         """Take the runner's current batch in.
 
         Raises:
@@ -62,133 +156,104 @@ class AvgStats:
         """
         n = size_of(run.xb if torch.is_tensor(run.xb) else (run.xb, run.yb, run.pred))
         yb = run.xb if isinstance(run.yb, NoPair) else run.yb       # of a batch that is no pair the whole
-        values = [run.loss.detach(), *(m(run.pred, yb) for m in self.metrics)]
+        loss = run.loss.detach()
+        values = [loss, *(m(run.pred, yb) for m, _ in self._functions)]
         if self.sums is None:
-            dtype = torch.float32 if run.loss.device.type == "mps" else torch.float64
-            self.sums = [torch.zeros((), dtype=dtype, device=run.loss.device) for _ in values]
+            dtype = torch.float32 if loss.device.type == "mps" else torch.float64
+            self.sums = [torch.zeros((), dtype=dtype, device=loss.device) for _ in values]
+            for m in self._objects:
+                if callable(getattr(m, "to", None)): m.to(loss.device)
         for i, v in enumerate(values):
             if torch.is_tensor(v): fault = f"a tensor of shape {tuple(v.shape)}" if v.ndim else None
             else: fault = None if isinstance(v, numbers.Number) else f"{v!r} ({type(v).__name__})"
             if fault:
-                what = "the loss function" if i == 0 else f"the metric {self.names[i]!r}"
+                what = f"the metric {self._functions[i - 1][1]!r}" if i else "the loss function"
                 raise ValueError(f"{what} returned {fault}; it must return one number per batch: end it with .mean()")
             self.sums[i].add_(v if torch.is_tensor(v) else float(v), alpha=n)
+        if self._objects:
+            pred = map_tensors(Tensor.detach, run.pred)     # one that is kept must not keep the batch's graph
+            for m in self._objects: m.update(pred, yb)
         self.count += n
+        self._avg = None
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{'train' if self.in_train else 'valid'}: {self.avg_stats}" if self.count else ""
 
 
-class AvgStatsCallback(Callback):
+def _number(value: Any, name: str) -> float:
+    """What the metric `name` computed, one number of any kind, as a float."""
+    if isinstance(value, numbers.Number) or getattr(value, "ndim", None) == 0: return float(value)
+    got = f"a tensor of shape {tuple(value.shape)}" if torch.is_tensor(value) else f"{value!r} ({type(value).__name__})"
+    raise ValueError(f"the metric {name!r} computed {got}; compute() must return one number, or a dict of numbers")
+
+
+class AvgStatsCallback(History):
     """Averages loss and metrics over each pass and reports them after each epoch.
 
-    Without a `ProgressCallback` it prints one line per pass, as the lesson's does. `history` is a list of plain
-    rows, one per epoch: `{"epoch": 0, "train_loss": ..., "train_accuracy": ..., "valid_loss": ..., "seconds": ...}`.
-    A pass that was skipped leaves NaN. Without a validation loader there are no such columns.
+        stats.reset()                                                   # begin_epoch, for either pass
+        stats.accumulate(run)                                           # after_loss
+        history.append({"epoch": epoch, "train_loss": ..., ...})        # after_epoch
+
+    Without a `ProgressCallback` it prints one line per pass, as the lesson's does. `history` is `Rows`, one per epoch:
+    `{"epoch": 0, "train_loss": ..., "train_accuracy": ..., "valid_loss": ..., "seconds": ...}`. A second fit goes on in
+    it, unless by `fit(..., reset_history=True)`. A pass that was skipped leaves NaN; without a validation loader there
+    are no columns of validation.
+
+        history = run.avg_stats.history
+        history["valid_loss"], history.to_csv("history.csv"), history.plot("epoch", "valid_loss")
 
     Args:
-        metrics: one or a list of functions `f(pred, yb)` that return one number.
+        metrics: one or a list of functions `f(pred, yb)` that return one number, or of objects with `update(pred, yb)`,
+            `compute()` and `reset()`, as those of torchmetrics (see `AvgStats`).
+        quiet: print nothing.
     """
 
-    def __init__(self, metrics=None):
-        metrics = listify(metrics)  # once: a generator can be read only once
+    def __init__(self, metrics: Any = None, *, quiet: bool = False) -> None:
+        metrics = [metrics] if has_state(metrics) else listify(metrics)  # once: a generator can be read only once
         self.train_stats, self.valid_stats = AvgStats(metrics, True), AvgStats(metrics, False)
-        self.history = []
+        self.metrics, self.quiet = metrics, quiet
+        super().__init__()
 
-    def begin_fit(self):
-        self.history = []
+    def clear(self) -> None:
+        self.history = Rows()
+        self._start: float | None = None
 
-    def begin_epoch(self):
+    def mark(self) -> int: return len(self.history)
+
+    def cut(self, mark: int) -> None: self.history = self.history[:mark]
+
+    def begin_epoch(self) -> None:
+        super().begin_epoch()
+        self._fresh()
+
+    def _fresh(self) -> None:
         self.train_stats.reset()
         self.valid_stats.reset()
-        self.start = time.perf_counter()
+        self._start = time.perf_counter()
 
-    def after_loss(self):
+    def after_loss(self) -> None:
         with torch.no_grad(): (self.train_stats if self.run.in_train else self.valid_stats).accumulate(self.run)
 
-    def after_epoch(self):
-        row, data = {"epoch": self.epoch}, getattr(self.run, "data", None)
-        for phase, stats in (("train", self.train_stats), ("valid", self.valid_stats)):
-            if phase == "valid" and getattr(data, "valid_dl", data) is None and data is not None: continue
-            row.update((f"{phase}_{name}", v) for name, v in zip(stats.names, stats.avg_stats, strict=True))
-        row["seconds"] = time.perf_counter() - self.start
+    def _no_validation(self) -> bool:
+        """Whether there is no loader for it; a runner of one's own may have no `data` at all."""
+        data = getattr(self.run, "data", None)
+        return data is not None and getattr(data, "valid_dl", data) is None
+
+    def after_epoch(self) -> None:
+        super().after_epoch()
+        if self._start is None: self._fresh()       # another callback ended the training pass before this one heard
+        row: dict[str, Any] = {"epoch": self.past_epochs + self.run.epoch}
+        passes = [("train", self.train_stats), ("valid", self.valid_stats)]
+        values = {phase: stats.avg_stats for phase, stats in passes}
+        for phase, stats in passes[:1 if self._no_validation() else 2]:
+            # A skipped pass doesn't know what a metric's dict would have held; the other one may.
+            names = stats.names if stats.count else next((s.names for _, s in passes if s.count), stats.names)
+            found = values[phase] if stats.count else [math.nan] * len(names)
+            row.update((f"{phase}_{name}", v) for name, v in zip(names, found, strict=True))
+        row["seconds"] = time.perf_counter() - (self._start or 0.0)
+        self._start = None
         self.history.append(row)
         logger = getattr(self.run, "logger", None)
         if logger is not None: logger(row)
-        else: print("\n".join(filter(None, map(repr, (self.train_stats, self.valid_stats)))), flush=True)
-
-
-class Recorder(Callback):
-    """Keeps the loss and the learning rates of every training batch.
-
-    `losses` is a list of floats, `lrs` one list of floats per parameter group, `rows` both as `Rows`. A batch that was
-    cancelled before it had a loss is in none of them; one cancelled later is, though the optimizer did not step.
-    """
-
-    def __init__(self):
-        self._clear()
-
-    def _clear(self):
-        self.lrs, self._losses, self._waiting = [], [], []
-        self._steps, self._epochs = [], []      # n_iter of each loss; of each epoch (n_iter at its start, its number)
-
-    def begin_fit(self):
-        self._clear()
-        self.lrs = [[] for _ in self.opt.param_groups]
-
-    def begin_epoch(self): self._epochs.append((self.run.n_iter, self.epoch))
-
-    def after_loss(self):
-        run = self.run
-        if not run.in_train: return
-        for group, lrs in zip(run.opt.param_groups, self.lrs, strict=True): lrs.append(float(group["lr"]))
-        self._steps.append(run.n_iter)
-        self._waiting.append(run.loss.detach())
-
-    def after_epoch(self): self._fetch()
-
-    def after_fit(self): self._fetch()
-
-    def _fetch(self):
-        """Bring the losses that still lie on the device to the host, in one transfer."""
-        if self._waiting: self._losses += torch.stack(self._waiting).tolist()
-        self._waiting = []
-
-    @property
-    def losses(self):
-        self._fetch()
-        return self._losses
-
-    @property
-    def rows(self):
-        """One row per training batch, made anew at each call, as `Rows`:
-
-            {"phase": "train", "epoch": 0, "batch": 0, "step": 0, "loss": 2.3, "lr": 0.4}
-
-        `batch` counts within the epoch and `step` within the fit, from 0 and with the batches that left no row. Several
-        parameter groups have "lr_0", "lr_1", ... too, and "lr" is the last one's, as in `plot_lr`.
-        """
-        rows = Rows()
-        for step, loss, *lrs in zip(self._steps, self.losses, *self.lrs, strict=True):
-            start, epoch = self._epochs[bisect_right(self._epochs, step, key=lambda begun: begun[0]) - 1]
-            rows.append({"phase": "train", "epoch": epoch, "batch": step - start, "step": step, "loss": loss,
-                         "lr": lrs[-1]})
-            if len(lrs) > 1: rows[-1].update((f"lr_{i}", lr) for i, lr in enumerate(lrs))
-        return rows
-
-    def plot_lr(self, pgid=-1, ax=None):
-        """Learning rate of parameter group `pgid` against the step; returns the axes."""
-        from runner.insight import plots
-        return plots.plot_line(self.lrs[pgid], ax=ax, xlabel="step", ylabel="learning rate")
-
-    def plot_loss(self, skip_last=0, ax=None):
-        """Training loss against the step, without the last `skip_last`; returns the axes."""
-        from runner.insight import plots
-        return plots.plot_line(self.losses[:len(self.losses) - skip_last], ax=ax, xlabel="step", ylabel="training loss")
-
-    def plot(self, skip_last=0, pgid=-1, ax=None):
-        """Training loss against the learning rate (log axis), as after a rate finder; returns the axes."""
-        from runner.insight import plots
-        n = len(self.losses) - skip_last
-        return plots.plot_line(self.losses[:n], self.lrs[pgid][:n], ax=ax, xscale="log", xlabel="learning rate",
-                               ylabel="training loss")
+        elif not self.quiet and (lines := [*filter(None, map(repr, (self.train_stats, self.valid_stats)))]):
+            say("\n".join(lines))

@@ -29,6 +29,8 @@ class Monitor(Callback):
             history lacks.
     """
 
+    fit_only = True
+
     def __init__(self, monitor: str) -> None:
         self.monitor, self._ran = monitor, set[str]()
 
@@ -48,6 +50,11 @@ class Monitor(Callback):
                              f"{', '.join(row)}")
         phase = self.monitor.split("_")[0]
         return None if phase in ("train", "valid") and phase not in self._ran else float(row[self.monitor])
+
+    @property
+    def epoch_now(self) -> int:
+        """This epoch's number in the history, which counts on from fit to fit."""
+        return int(statistics_of(self.run, self).history[-1]["epoch"])
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes along what was found, and not the model."""
@@ -133,15 +140,15 @@ class EarlyStopping(Monitor):
         value = self.figure()
         if value is None: return
         if math.isfinite(value) and (self.best is None or gain(value, self.best, self.mode) > self.min_delta):
-            self.best, self.best_epoch, self.wait = value, self.run.epoch, 0
+            self.best, self.best_epoch, self.wait = value, self.epoch_now, 0
             return
         self.wait += 1
         if self.wait < self.patience: return
-        self.stopped_epoch = self.run.epoch
+        self.stopped_epoch = self.epoch_now
         than = "been finite" if self.best is None else f"improved on {self.best:.6g} of epoch {self.best_epoch}" + (
             f" by more than {self.min_delta:g}" if self.min_delta else "")
         self.reason = (f"EarlyStopping: {self.monitor} has not {than} for {self.wait} epochs; the fit ends after epoch "
-                       f"{self.run.epoch}, at {value:.6g}")
+                       f"{self.stopped_epoch}, at {value:.6g}")
         print(self.reason, flush=True)
         raise CancelTrainException
 
@@ -215,7 +222,7 @@ class KeepBest(Monitor):
         self.kept = [t.detach().clone() for t in tensors_of(model)]
         if self.path is not None:
             with replacing(self.path) as part: torch.save(model.state_dict(), part)
-        self.best, self.best_epoch = value, self.run.epoch
+        self.best, self.best_epoch = value, self.epoch_now
 
     def _validated(self) -> nn.Module:
         """The model, or the averages that were in its place in this epoch's validation."""

@@ -43,6 +43,7 @@ class Profile(Callback):
     """
 
     _order = -15        # its batch begins before all others hear of it
+    fit_only = True
 
     def __init__(self, steps: tuple[int, int] | range = (10, 20),
                  path: str | os.PathLike[str] | None = "trace.json", **options: Any) -> None:

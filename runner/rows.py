@@ -4,6 +4,10 @@ import csv
 import difflib
 from pathlib import Path
 
+from runner.notebook import html_table
+
+SHOWN = 10      # rows at either end of a table in a notebook
+
 
 class Rows(list):
     """A list of plain dicts, one per row, that is also read by column.
@@ -67,6 +71,19 @@ class Rows(list):
             writer.writerows(self)
         return path
 
+    def __repr__(self) -> str:
+        """How many rows of what, and the last: all of them are `list(rows)`."""
+        if not self: return "<Rows: none>"
+        return f"<Rows: {len(self)} of {', '.join(map(str, self.columns))}; the last is {self[-1]}>"
+
+    def _repr_html_(self) -> str:
+        """A table, of many rows the first and the last."""
+        names, n = self.columns, len(self)
+        at = range(n) if n <= 2 * SHOWN + 1 else [*range(SHOWN), None, *range(n - SHOWN, n)]
+        lines = [["..."] * (1 + len(names)) if i is None else [i, *(_cell(self[i].get(name, "")) for name in names)]
+                 for i in at]
+        return html_table(["", *names], lines, f"{n} row{'s' * (n != 1)}")
+
     def plot(self, x, y, ax=None, *, by=None, yscale="linear"):
         """Column `y` against column `x`, one line per value of the column `by` if given; returns the axes."""
         from runner.insight import plots
@@ -77,6 +94,9 @@ class Rows(list):
         for name, *point in self[by, x, y]:
             for column, value in zip(series.setdefault(name, ([], [])), point, strict=True): column.append(value)
         return plots.plot_lines(series, ax, xlabel=x, ylabel=y, yscale=yscale, ordered=True)
+
+
+def _cell(value: object) -> str: return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def text_table(header, rows):

@@ -100,6 +100,7 @@ class ParamScheduler(Callback):
     """
 
     _order = 1
+    fit_only = True
 
     def __init__(self, pname, sched_funcs):
         self.pname, self.sched_funcs = pname, sched_funcs
@@ -156,6 +157,7 @@ class LR_Find(Callback):
     """
 
     _order = 50
+    fit_only = undoes_fit = True
     name = "lr_find"
 
     def __init__(self, max_iter=100, min_lr=1e-6, max_lr=10):

@@ -77,7 +77,7 @@ def test_csv_appends_or_begins_anew(tmp_path):
     run.fit(2, learner())
     run.fit(1, learner())
     quiet(CSVLogger(path)).fit(1, learner())
-    assert [row["epoch"] for row in read(path)] == ["0", "1", "0", "0"]
+    assert [row["epoch"] for row in read(path)] == ["0", "1", "2", "0"]
     assert path.read_text().count("epoch") == 1
     quiet(CSVLogger(path, append=False)).fit(1, learner())
     assert [row["epoch"] for row in read(path)] == ["0"]

@@ -2,6 +2,7 @@
 
 import builtins
 import math
+import re
 import sys
 
 import matplotlib.pyplot as plt
@@ -27,6 +28,7 @@ from runner import (
     get_dls,
     plots,
 )
+from runner.progress import bar_line
 
 
 def test_accuracy_by_hand():
@@ -137,7 +139,7 @@ def test_recorder_keeps_losses_and_rates_of_training_batches():
     assert run.recorder.losses == seen
     assert run.recorder.lrs == [[0.8, 0.4, 0.2, 0.1]]
     assert all(type(v) is float for v in run.recorder.losses)
-    run.fit(1, make_learn())        # starts anew
+    run.fit(1, make_learn(), reset_history=True)
     assert len(run.recorder.losses) == 2
 
 
@@ -223,7 +225,72 @@ def test_progress_ends_cleanly_when_a_fit_breaks_off(live, capsys):
     with pytest.raises(KeyError): run.fit(1, make_learn(), cbs=Boom())
     assert run.logger is None
     run.fit(1, make_learn())
-    assert len(run.avg_stats.history) == 1
+    assert run.avg_stats.history["epoch"] == [1]        # the epoch that broke off had a number
+
+
+class Tee:
+    """Takes text and is no terminal; `flush` and `isatty` are missing."""
+
+    def __init__(self): self.text = ""
+
+    def write(self, text): self.text += text
+
+
+class Closed(Tee):
+    def isatty(self): raise ValueError("I/O operation on closed file")
+
+
+@pytest.mark.parametrize("out", [Tee(), Closed(), None])
+@pytest.mark.parametrize("cbs", [[AvgStatsCallback], [AvgStatsCallback, ProgressCallback], [ProgressCallback]])
+def test_a_standard_output_that_is_no_terminal_gets_plain_lines(out, cbs, monkeypatch):
+    if out is not None: out.text = ""
+    monkeypatch.setattr(sys, "stdout", out)
+    Runner(cb_funcs=cbs).fit(2, make_learn())
+    if out is None: return
+    assert out.text.count("\n") == (2 if ProgressCallback in cbs else 4)
+    assert "\r" not in out.text
+    assert ("epoch 2/2  " in out.text) == (ProgressCallback in cbs)
+
+
+@pytest.mark.parametrize("label", ["", "my run", "a label that is longer than such a line can ever be"])
+@pytest.mark.parametrize("width", [20, 40, 72, 200])
+@pytest.mark.parametrize("live", [True, False])
+def test_progress_fits_in_a_narrow_line(live, width, label, capsys, monkeypatch):
+    def a_metric_with_a_name_that_is_longer_than_many_lines(pred, yb): return 0.125
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: live, raising=False)
+    metrics = [accuracy, a_metric_with_a_name_that_is_longer_than_many_lines]
+    Runner([AvgStatsCallback(metrics), ProgressCallback(label)]).fit(2, make_learn(n_train=8))
+    out = capsys.readouterr().out
+    assert ("\r" in out) == live
+    drawn = [line for line in out.replace("\r", "\n").split("\n") if line.strip()]
+    if width < 100: assert max(map(len, drawn)) <= width
+    if width == 40:
+        for phase in ("train", "valid"): assert re.search(rf"\n  {phase}_a_met\S*lines 0.125\n", out)
+    assert "0.125" in out
+    for number in (0, 50, 100): assert f"{number}.00%" in out or not live
+    if width >= 40 and live: assert "50.00% [2/4" in out
+
+
+def test_what_a_bar_leaves_out():
+    def line(width): return bar_line("mine epoch 12/40", "50.00% [12500/25000 01:23<01:24]", 0.5, width, "#")
+    assert line(60) == "mine epoch 12/40 |####----| 50.00% [12500/25000 01:23<01:24]"[:60]
+    assert line(52) == "mine epoch 12/40 || 50.00% [12500/25000 01:23<01:24]"
+    assert line(49) == "mine epoch 12/40 50.00% [12500/25000 01:23<01:24]"
+    assert line(40) == "mine epoch 12/40 50.00% [12500/25000]"
+    assert line(35) == "epoch 12/40 50.00% [12500/25000]"
+    assert line(25) == "50.00% [12500/25000]"
+    assert line(10) == "50.00%"
+    assert line(3) == ""
+    assert bar_line("epoch 1/2", "[3/? 00:01<?]", 0.0, 14) == "[3/?]"      # a loader without a length
+    for width in range(120): assert len(line(width)) <= width
+
+
+def test_a_second_fit_s_progress_counts_its_own_epochs(capsys):
+    run = Runner([AvgStatsCallback(), ProgressCallback()])
+    for _ in range(2): run.fit(1, make_learn())
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["epoch 1/1"] * 2
+    assert run.avg_stats.history["epoch"] == [0, 1]
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------

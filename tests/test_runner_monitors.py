@@ -439,7 +439,7 @@ def test_a_second_fit_has_the_schedule_anew(kind):
     learn, scheduler = learner("none"), TorchScheduler(MAKERS[kind])
     run, rates = quiet(Recorder(), scheduler), []
     for _ in range(2):
-        run.fit(EPOCHS, learn)
+        run.fit(EPOCHS, learn, reset_history=True)
         rates.append(run.recorder.lrs[0])
     assert rates[0] == rates[1]
     run = quiet(Recorder())                             # another callback of the same optimizer
@@ -453,7 +453,7 @@ def test_a_second_fit_starts_from_a_rate_that_was_set_since():
     run.fit(2, learn)
     learn.opt.param_groups[0]["lr"] = 0.1
     run.fit(2, learn)
-    assert run.recorder.lrs[0][::BATCHES] == pytest.approx([0.1, 0.05])
+    assert run.recorder.lrs[0][::BATCHES] == pytest.approx([0.3, 0.15, 0.1, 0.05])
 
 
 def test_a_scheduler_goes_on_in_a_second_fit():
@@ -461,7 +461,7 @@ def test_a_scheduler_goes_on_in_a_second_fit():
     run = quiet(Recorder(), TorchScheduler(lr_scheduler.ExponentialLR(learn.opt, 0.5)))
     run.fit(1, learn)
     run.fit(1, learn)
-    assert run.recorder.lrs[0][0] == 0.15
+    assert run.recorder.lrs[0][::BATCHES] == [0.3, 0.15]
 
 
 def test_a_rate_that_is_a_tensor():
@@ -470,7 +470,7 @@ def test_a_rate_that_is_a_tensor():
     run = quiet(Recorder(), TorchScheduler(partial(lr_scheduler.ExponentialLR, gamma=0.5)))
     for _ in range(2):
         run.fit(2, learn)
-        assert run.recorder.lrs[0][::BATCHES] == [0.5, 0.25]
+        assert run.recorder.lrs[0][-2 * BATCHES::BATCHES] == [0.5, 0.25]
 
 
 @pytest.mark.parametrize(("cb", "kind", "text"), [

@@ -3,6 +3,7 @@
 import copy
 import csv
 import math
+import pickle
 
 import matplotlib.pyplot as plt
 import pytest
@@ -83,6 +84,24 @@ def test_csv_reads_back_as_it_was(tmp_path):
     assert Rows().to_csv(tmp_path / "none.csv").read_text() == "\n"
 
 
+def test_rows_in_a_console_and_in_a_notebook(rows):
+    assert repr(rows) == ("<Rows: 4 of phase, step, module, loss, valid_loss; the last is "
+                          "{'phase': 'train', 'step': 1, 'module': '0', 'loss': 1.0}>")
+    assert repr(Rows()) == "<Rows: none>"
+    html = rows._repr_html_()
+    assert html.count("<tr>") == 1 + 4
+    assert "4 rows" in html
+    assert "&lt;b&gt;" in Rows([{"<b>": "<b>"}])._repr_html_()
+    assert "<b>" not in Rows([{"<b>": "<b>"}])._repr_html_()
+    long = Rows({"step": i, "loss": 1 / 3} for i in range(1000))._repr_html_()
+    assert long.count("<tr>") == 1 + 10 + 1 + 10
+    for said in (">9<", ">990<", ">...<", ">0.333333<", "1000 rows"): assert said in long
+    assert ">10<" not in long
+    assert "0 rows" in Rows()._repr_html_()
+    twin = pickle.loads(pickle.dumps(rows))
+    assert (type(twin), twin) == (Rows, rows)
+
+
 def test_rows_draw_a_column_against_another(rows):
     _, ax = plt.subplots()
     assert rows.where(module="0").plot("step", "loss", ax, yscale="log") is ax
@@ -107,7 +126,7 @@ def test_recorder_rows():
     assert type(rec.rows) is Rows
     rec.rows.clear()
     assert rec.rows["loss"] == rec.losses       # made anew
-    run.fit(1, make_learn())
+    run.fit(1, make_learn(), reset_history=True)
     assert rec.rows["step"] == [0, 1]
 
 

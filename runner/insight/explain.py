@@ -1,8 +1,9 @@
-"""`Runner.explain`: the loop as text, each event with the callbacks that answer it."""
+"""`Runner.explain`: the loop as text, each event with the callbacks that answer it; the runner as a table."""
 
 from collections.abc import Iterable
 
-from runner.events import Callback
+from runner.events import EVENTS, STEPS, Callback
+from runner.notebook import html_table
 
 # The loop of `Runner.fit`, `all_batches` and `one_batch`: (depth, event or None, what the loop does there).
 LOOP: tuple[tuple[int, str | None, str], ...] = (
@@ -55,3 +56,13 @@ def explanation(cbs: Iterable[Callback]) -> str:
     lines = [line(*entry) for entry in LOOP]
     if always: lines.append(f"at every event: {names(always)}")
     return "\n".join(lines)
+
+
+def table(cbs, note):
+    """The callbacks in the order of their calls, as a table in HTML: name, class, `_order`, and what they answer."""
+    def answers(cb):
+        if not isinstance(cb, Callback) or type(cb).__call__ is not Callback.__call__: return "every event"
+        return ", ".join(name for name in (*EVENTS, *STEPS) if name in vars(cb) or hasattr(type(cb), name)) or "-"
+    return html_table(("name", "callback", "order", "answers"), [
+        (f"run.{cb.name}", type(cb).__name__, cb._order, answers(cb))
+        for cb in sorted(cbs, key=lambda cb: cb._order)], note)

@@ -99,6 +99,7 @@ class TerminateOnNonFinite(Callback):
     """
 
     _order = 1000   # after whatever changes the batch, the loss or the gradients
+    fit_only = True
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, keep: int = 20, every: int = 20,
                  grads: bool = True) -> None:

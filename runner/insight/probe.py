@@ -27,7 +27,7 @@ class Probe(Callback):
     ends. A model out of `torch.compile` would pass taps by, so a measured batch of it runs as it was written;
     `Runner(compile=True)` is refused. The memory is known, and printed, before the first batch; where it would
     be more than `max_mb`, fewer batches are measured, and the line says so. Loaders without a length are measured until
-    that is full.
+    that is full. A second fit starts anew, for it may have another model: copy `rows` first.
 
     A subclass says what there is to choose from (`candidates`, `usual`), what a row holds (`layout`), how to tap a
     batch (`attach`, from which `take` is called) and how to let go of it (`detach`).
@@ -49,6 +49,7 @@ class Probe(Callback):
     """
 
     _order = 110        # after whatever changes the batch, and after what measures on a copy of the model
+    fit_only = True
     kind: str = "module"
     possible: tuple[str, ...] = PHASES
 

@@ -1,0 +1,118 @@
+"""`Recorder`: the loss and the rates of every training batch."""
+
+from typing import Any
+
+import torch
+
+from runner.history import History
+from runner.rows import Rows
+
+
+class Recorder(History):
+    """Keeps the loss and the learning rates of every training batch, over all fits of its runner.
+
+        if in_train:                        # after_loss
+            losses.append(loss)
+            for group, column in zip(opt.param_groups, lrs): column.append(group["lr"])
+
+    `losses` is a list of floats, `lrs` one list of floats per parameter group, `rows` both as `Rows`. A batch that was
+    cancelled before it had a loss is in none of them; one cancelled later is, though the optimizer did not step.
+
+    The list of a group that was added later (`opt.add_param_group`) starts with the batch at which it was there, so it
+    is shorter than `losses`; `rows` has "lr_0", "lr_1", ... of the groups that there were at that batch.
+    """
+
+    def clear(self) -> None:
+        self.lrs: list[list[float]] = []
+        self._losses: list[float] = []
+        self._waiting: list[torch.Tensor] = []                  # losses on the device, after those of `_losses`
+        self._at: list[tuple[int, int, int, int]] = []          # of each loss: epoch, batch, step, number of groups
+        self._batch = 0
+
+    def mark(self) -> tuple[int, list[int]]: return len(self._at), [*map(len, self.lrs)]
+
+    def cut(self, mark: tuple[int, list[int]]) -> None:
+        n, lengths = mark
+        self._losses, self._at = self.losses[:n], self._at[:n]
+        self.lrs = [lrs[:k] for lrs, k in zip(self.lrs, lengths, strict=False)]
+
+    def begin_fit(self) -> None:
+        super().begin_fit()
+        self._follow(len(self.run.opt.param_groups))
+
+    def _follow(self, n: int) -> None:
+        while len(self.lrs) < n: self.lrs.append([])
+
+    def begin_epoch(self) -> None:
+        super().begin_epoch()
+        self._batch = 0
+
+    def after_loss(self) -> None:
+        run = self.run
+        if not run.in_train: return
+        groups = run.opt.param_groups
+        if len(groups) > len(self.lrs): self._follow(len(groups))
+        for group, lrs in zip(groups, self.lrs, strict=False): lrs.append(float(group["lr"]))
+        self._at.append((self.past_epochs + run.epoch, self._batch, self.past_steps + run.n_iter, len(groups)))
+        self._waiting.append(run.loss.detach())
+
+    def after_batch(self) -> None:
+        if self.run.in_train: self._batch += 1
+
+    def after_epoch(self) -> None:
+        super().after_epoch()
+        self._fetch()
+
+    def after_fit(self) -> None:
+        super().after_fit()
+        self._fetch()
+
+    def _fetch(self) -> None:
+        """Bring the losses that still lie on the device to the host, in one transfer."""
+        if self._waiting: self._losses += torch.stack(self._waiting).tolist()
+        self._waiting = []
+
+    @property
+    def losses(self) -> list[float]:
+        self._fetch()
+        return self._losses
+
+    @property
+    def rows(self) -> Rows:
+        """One row per training batch, made anew at each call, as `Rows`:
+
+            {"phase": "train", "epoch": 0, "batch": 0, "step": 0, "loss": 2.3, "lr": 0.4}
+
+        `batch` counts within the epoch, from 0 and with the batches that left no row; `step` is the number of steps
+        done before, in all fits. Several parameter groups have "lr_0", "lr_1", ... too, and "lr" is the last one's, as
+        in `plot_lr`.
+        """
+        rows, columns = Rows(), [*map(iter, self.lrs)]
+        for (epoch, batch, step, groups), loss in zip(self._at, self.losses, strict=True):
+            lrs = [next(column) for column in columns[:groups]]
+            rows.append({"phase": "train", "epoch": epoch, "batch": batch, "step": step, "loss": loss, "lr": lrs[-1]})
+            if groups > 1: rows[-1].update((f"lr_{i}", lr) for i, lr in enumerate(lrs))
+        return rows
+
+    def _batches_of(self, pgid: int) -> list[int]:
+        """Which of the batches had parameter group `pgid`."""
+        pgid = range(len(self.lrs))[pgid] if self.lrs else 0
+        return [i for i, (*_, groups) in enumerate(self._at) if groups > pgid]
+
+    def plot_lr(self, pgid: int = -1, ax: Any = None) -> Any:
+        """Learning rate of parameter group `pgid` against the step; returns the axes."""
+        from runner.insight import plots
+        return plots.plot_line(self.lrs[pgid], self._batches_of(pgid), ax=ax, xlabel="step", ylabel="learning rate")
+
+    def plot_loss(self, skip_last: int = 0, ax: Any = None) -> Any:
+        """Training loss against the step, without the last `skip_last`; returns the axes."""
+        from runner.insight import plots
+        return plots.plot_line(self.losses[:len(self.losses) - skip_last], ax=ax, xlabel="step", ylabel="training loss")
+
+    def plot(self, skip_last: int = 0, pgid: int = -1, ax: Any = None) -> Any:
+        """Training loss against the learning rate (log axis), as after a rate finder; returns the axes."""
+        from runner.insight import plots
+        n = len(self.losses) - skip_last
+        points = [(lr, self.losses[i]) for i, lr in zip(self._batches_of(pgid), self.lrs[pgid], strict=True) if i < n]
+        return plots.plot_line([loss for _, loss in points], [lr for lr, _ in points], ax=ax, xscale="log",
+                               xlabel="learning rate", ylabel="training loss")
