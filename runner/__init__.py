@@ -4,6 +4,7 @@
 fastprogress: `runner.plots` and a live `ProgressCallback` load them when they draw.
 """
 
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from runner.accumulation import GradientAccumulation
@@ -118,7 +119,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> ModuleType:
     """`runner.plots`, which imports matplotlib, when somebody asks for it."""
     if name != "plots": raise AttributeError(f"module 'runner' has no attribute {name!r}")
     import runner.insight.plots

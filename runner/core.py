@@ -1,11 +1,12 @@
 """The training loop: `Learner`, `Runner` and the callback that every runner has; `runner.events` says what it calls."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from typing import TYPE_CHECKING, Any, overload
+from types import TracebackType
+from typing import Any, TypeVar, overload
 
 import torch
 
@@ -22,6 +23,8 @@ from runner.events import (
     listify,
 )
 
+C = TypeVar("C")
+
 
 class TrainEvalCallback(Callback):
     """Switches the model between training and evaluation and counts; every runner has one, before the others.
@@ -33,15 +36,15 @@ class TrainEvalCallback(Callback):
 
     _order = -10
 
-    def begin_fit(self):
+    def begin_fit(self) -> None:
         self.run.n_epochs, self.run.n_iter, self.run.stepped = 0.0, 0, True
 
-    def begin_epoch(self):
+    def begin_epoch(self) -> None:
         self.run.n_epochs, self.done = float(self.epoch), 0
         self.model.train()
         self.run.in_train = True
 
-    def after_batch(self):
+    def after_batch(self) -> None:
         run = self.run
         if not run.in_train: return
         self.done += 1
@@ -49,7 +52,7 @@ class TrainEvalCallback(Callback):
         # Not summed up: 1/iters would drift. A loader may give more than its length.
         if run.iters: run.n_epochs = run.epoch + min(self.done / run.iters, 1.0)
 
-    def begin_validate(self):
+    def begin_validate(self) -> None:
         self.model.eval()
         self.run.in_train = False
 
@@ -96,12 +99,32 @@ class Runner:
         TypeError: something that is no callback, `compile` not True or False.
     """
 
-    def __init__(self, cbs=None, cb_funcs=None, *, compile=False):
+    xb: Any
+    yb: Any
+    pred: Any
+    loss: torch.Tensor
+    in_train: bool
+    stepped: bool
+    n_epochs: float
+    n_iter: int
+    iters: int | None
+    epoch: int
+    epochs: int
+    status: str
+    cbs: list[Any]
+    learn: "Learner | None"
+
+    def __init__(self, cbs: "Callback | Iterable[Any] | None" = None,
+                 cb_funcs: "Callable[[], Any] | Iterable[Callable[[], Any]] | None" = None, *, compile: bool = False,
+                 ) -> None:
         if not isinstance(compile, bool): raise TypeError(f"compile is {compile!r}; it must be True or False")
         self.in_train, self.learn, self._fitting, self.status = False, None, False, "ok"
         self.reset_history = self.evaluating = False
-        self.logger = None  # where a row of statistics goes after each epoch; ProgressCallback sets it
-        self._answers, self._replaced = {event: [] for event in EVENTS}, set()
+        # Where a row of statistics goes after each epoch; ProgressCallback sets it
+        self.logger: Callable[[dict[str, Any]], None] | None = None
+        self._answers: dict[str, list[Callable[[], Any]]] = {event: [] for event in EVENTS}
+        self._replaced: set[str] = set()
+        always: list[Callback]
         self.cbs, always = [], [TrainEvalCallback()]
         if compile:
             from runner.compiled import CompiledStep
@@ -112,7 +135,8 @@ class Runner:
 
     # --- the loop ---------------------------------------------------------------------------------------------
 
-    def fit(self, epochs, learn, cbs=None, *, reset_history: bool = False):
+    def fit(self, epochs: int, learn: "Learner", cbs: "Callback | Iterable[Any] | None" = None, *,
+            reset_history: bool = False) -> None:
         """Train `learn` for `epochs` epochs, each followed by a validation; `cbs` take part in this fit only.
 
         Without a validation loader (None) there is none, nor its events. A loader is anything that can be iterated once
@@ -153,7 +177,7 @@ class Runner:
         from runner.evaluation import evaluate
         return evaluate(self, learn, dl, cbs, metrics)
 
-    def all_batches(self, begin, dl, skip=True):
+    def all_batches(self, begin: str, dl: Iterable[Any] | None, skip: bool = True) -> None:
         """One pass over `dl`, unless a callback returns True from the event `begin` (and `skip` lets it)."""
         try:
             self.iters, some = length_of(dl), False
@@ -165,7 +189,7 @@ class Runner:
             if self.in_train: self.n_epochs = self.epoch + 1.0
         except CancelEpochException: self("after_cancel_epoch")
 
-    def one_batch(self, xb, yb):
+    def one_batch(self, xb: Any, yb: Any) -> None:
         """One batch: forward and loss; in training also backward and the optimizer's step.
 
         A batch cancelled in `after_backward` keeps its gradients, so the next one adds to them; after a step they are
@@ -213,66 +237,77 @@ class Runner:
         self.pred = self.model(self.xb)
         return None
 
-    def get_loss(self):
+    def get_loss(self) -> None:
         """`loss = loss_func(pred, yb)`."""
         if isinstance(self.yb, NoPair): raise no_pair(self.yb.batch, self.in_train)
         self.loss = self.loss_func(self.pred, self.yb)
 
-    def backward(self):
+    def backward(self) -> None:
         """`loss.backward()`."""
         self.loss.backward()
 
-    def step(self):
+    def step(self) -> None:
         """`opt.step()`."""
         self.opt.step()
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         """`opt.zero_grad()`."""
         self.opt.zero_grad()
 
-    def __call__(self, event):
+    def __call__(self, event: str) -> bool:
         """Call every callback that answers `event`, in order; True if one of them returned True."""
         skip = False
         for answer in self._answers[event]:
             if answer() is True: skip = True
         return skip
 
-    def explain(self, cbs=None):
+    def explain(self, cbs: "Callback | Iterable[Any] | None" = None) -> None:
         """Print the loop, each event with the callbacks that answer it, in order; `cbs` as in `fit`."""
         from runner.insight.explain import explanation
         print(explanation([*self.cbs, *listify(cbs)]))
+
+    def __getitem__(self, kind: type[C]) -> C:
+        """The callback of this class, or of a subclass: `run[Recorder]`, as `run.recorder` and typed.
+
+        Raises:
+            KeyError: there is none, or there are several.
+        """
+        found = [cb for cb in self.cbs if type(cb) is kind] or [cb for cb in self.cbs if isinstance(cb, kind)]
+        if len(found) == 1: return found[0]
+        there = ", ".join(type(cb).__name__ for cb in found or self.cbs)
+        what = f"has {len(found)} callbacks of class" if found else "has no callback of class"
+        raise KeyError(f"the runner {what} {getattr(kind, '__name__', kind)}: {there}; each is there by its name "
+                       "too, such as run.recorder")
 
     def __repr__(self) -> str:
         return f"<Runner, {self.status}: {', '.join(type(cb).__name__ for cb in self.cbs)}>"
 
     def _repr_html_(self) -> str:
         from runner.insight.explain import table
-        return table(self.cbs, f"status: {self.status}")
+        html: str = table(self.cbs, f"status: {self.status}")
+        return html
 
     # --- the learner's parts ----------------------------------------------------------------------------------
 
     @property
-    def model(self): return self._of_learner("model")
+    def model(self) -> Any: return self._of_learner("model")
 
     @property
-    def opt(self): return self._of_learner("opt")
+    def opt(self) -> Any: return self._of_learner("opt")
 
     @property
-    def loss_func(self): return self._of_learner("loss_func")
+    def loss_func(self) -> Any: return self._of_learner("loss_func")
 
     @property
-    def data(self): return self._of_learner("data")
+    def data(self) -> Any: return self._of_learner("data")
 
-    def _of_learner(self, name):
+    def _of_learner(self, name: str) -> Any:
         if self.learn is None: raise AttributeError(f"the runner has no {name!r} without a learner: call fit first")
         return getattr(self.learn, name)
 
-    if TYPE_CHECKING:
-        def __getattr__(self, name: str) -> Any: ...    # callbacks, each under its name
-
     # --- callbacks --------------------------------------------------------------------------------------------
 
-    def _expose(self, cb):
+    def _expose(self, cb: Any) -> None:
         """Make `cb` an attribute of the runner under its name."""
         if isinstance(cb, type) or not hasattr(cb, "set_runner"):
             raise TypeError(f"{cb!r} is no callback; `cbs` takes instances, such as Recorder(), and `cb_funcs` what "
@@ -285,7 +320,7 @@ class Runner:
         setattr(self, cb.name, cb)
 
     @contextmanager
-    def validating(self, learn, cbs=None):
+    def validating(self, learn: "Learner", cbs: "Callback | Iterable[Any] | None" = None) -> Iterator[None]:
         """For the length of a validation outside a fit, by those of the callbacks that are not `fit_only`."""
         self.evaluating = True
         with self._callbacks(1, learn, cbs, fit=False), _Always(self, "after_fit"):
@@ -293,7 +328,8 @@ class Runner:
             yield
 
     @contextmanager
-    def _callbacks(self, epochs, learn, cbs, fit=True):
+    def _callbacks(self, epochs: int, learn: "Learner", cbs: "Callback | Iterable[Any] | None", fit: bool = True,
+                   ) -> Iterator[None]:
         """Settle who answers which event for the length of a fit, with the temporary `cbs` among them."""
         if self._fitting:
             raise RuntimeError("this runner is already fitting; a callback that trains or evaluates something needs a "
@@ -324,7 +360,7 @@ class Runner:
             self._answers, self._replaced = {event: [] for event in EVENTS}, set()
             for step in STEPS: self.__dict__.pop(step, None)
 
-    def _take_over(self, step, ordered):
+    def _take_over(self, step: str, ordered: list[Any]) -> None:
         """Let the callbacks that have a method called `step` do it for the length of a fit, the first one outermost.
 
         Raises:
@@ -344,13 +380,14 @@ class Runner:
         if methods: setattr(self, step, do)
 
 
-def _answer(cb, event):
+def _answer(cb: Any, event: str) -> Callable[[], Any] | None:
     """What to call when `event` happens: the callback's own method, or None if it has none.
 
     A callback of a class that is no `Callback` and has no `__call__` is asked for a method of the event's name.
     """
     if isinstance(cb, Callback) and type(cb).__call__ is Callback.__call__: return cb.handler(event)
-    return partial(cb, event) if callable(cb) else getattr(cb, event, None)
+    found: Callable[[], Any] | None = partial(cb, event) if callable(cb) else getattr(cb, event, None)
+    return found
 
 
 class _Always:
@@ -363,26 +400,26 @@ class _Always:
 
     __slots__ = ("event", "run")
 
-    def __init__(self, run, event): self.run, self.event = run, event
+    def __init__(self, run: Runner, event: str) -> None: self.run, self.event = run, event
 
-    def __enter__(self): return self
+    def __enter__(self) -> "_Always": return self
 
-    def __exit__(self, kind, err, tb):
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
         first = err
         for answer in self.run._answers[self.event]:
             try: answer()
             except BaseException as e:
                 if first is None or _weight(e) > _weight(first): first = e
                 elif hasattr(first, "add_note"): first.add_note(f"then {self.event} raised {type(e).__name__}: {e}")
-        if first is not err: raise first
+        if first is not None and first is not err: raise first
 
 
-def _weight(e):
+def _weight(e: BaseException) -> int:
     """What an exception leaves: a cancel its level, a real error more than any."""
     return e.level if isinstance(e, CancelException) else 4
 
 
-def _no_batches(begin, dl):
+def _no_batches(begin: str, dl: Iterable[Any] | None) -> str:
     which = "training" if begin == "begin_epoch" else "validation"
     if isinstance(dl, Iterator):
         return (f"the {which} loader has no batches; it is an iterator ({type(dl).__name__}), which can be read once, "

@@ -3,7 +3,10 @@
 import difflib
 import re
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 EVENTS = (
     "begin_fit",
@@ -53,14 +56,14 @@ class CancelTrainException(CancelException):
     level = 3
 
 
-def listify(o):
+def listify(o: Any) -> list[Any]:
     """`o` as a list: None gives [], a single thing (a string too) [o], a list, tuple or generator its items."""
     if o is None: return []
     if isinstance(o, (str, dict)) or not hasattr(o, "__iter__"): return [o]
     return list(o)
 
 
-def camel2snake(name):
+def camel2snake(name: str) -> str:
     """'AvgStats' -> 'avg_stats', 'LRFinder' -> 'lr_finder'."""
     name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower()
@@ -99,6 +102,23 @@ class Callback:
     _order = 0
     fit_only = undoes_fit = False
 
+    run: Any        # the runner, of whatever class; and what of it a callback reads as its own
+    model: Any
+    opt: Any
+    loss_func: Any
+    data: Any
+    xb: Any
+    yb: Any
+    pred: Any
+    loss: torch.Tensor
+    in_train: bool
+    stepped: bool
+    n_epochs: float
+    n_iter: int
+    iters: int | None
+    epoch: int
+    epochs: int
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for method in [k for k in dir(cls) if not k.startswith("_") and callable(getattr(cls, k))]:
@@ -112,14 +132,14 @@ class Callback:
                                 f"{kind.capitalize()}s: {', '.join(known)}")
 
     @property
-    def name(self):
+    def name(self) -> str:
         return camel2snake(re.sub(r"Callback$", "", type(self).__name__) or "callback")
 
-    def set_runner(self, run):
+    def set_runner(self, run: Any) -> None:
         """Called by the runner at the start of each fit."""
         self.run = run
 
-    def __getattr__(self, name):
+    def _of_runner(self, name: str) -> Any:
         # Only reached when ordinary look-up fails. `run` itself and special names must end here, or a copy
         # or an unpickled callback, which has no `run` yet, would look for it for ever.
         run = self.__dict__.get("run")
@@ -131,17 +151,21 @@ class Callback:
             "; it has no runner yet: attributes of the runner can be read once a fit has begun" if run is None
             else ", and neither has its runner"))
 
-    def __setattr__(self, name, value):
+    if not TYPE_CHECKING: __getattr__ = _of_runner      # so that a type checker finds a misspelt name
+
+    def __setattr__(self, name: str, value: Any) -> None:
         if name in RUNNER_ATTRS:
             warnings.warn(f"{type(self).__name__} sets {name!r} on itself and hides the runner's: write "
                           f"`self.run.{name} = ...` to change it there, or choose another name", stacklevel=2)
         super().__setattr__(name, value)
 
-    def handler(self, event):
+    def handler(self, event: str) -> Callable[[], Any] | None:
         """The method that answers `event`, or None."""
-        return getattr(self, event) if event in self.__dict__ or hasattr(type(self), event) else None
+        if event not in self.__dict__ and not hasattr(type(self), event): return None
+        found: Callable[[], Any] = getattr(self, event)
+        return found
 
-    def __call__(self, event):
+    def __call__(self, event: str) -> bool:
         """Answer `event`; True if the answer was True. Override it to see every event."""
         answer = self.handler(event)
         return answer is not None and answer() is True

@@ -174,3 +174,22 @@ def test_a_runner_with_steps_taken_over_can_be_copied():
     run = Runner(Told())
     run.fit(1, make_learn())
     copy.deepcopy(run).fit(1, make_learn())
+
+
+def test_a_callback_is_found_by_its_class():
+    class Own(Recorder): pass
+    recorder, own = Recorder(), Own()
+    run = Runner([recorder, own])
+    assert run[Recorder] is recorder is run.recorder
+    assert run[Own] is own
+    with pytest.raises(KeyError, match=r"the runner has no callback of class Told: TrainEvalCallback, Recorder, Own"):
+        run[Told]
+    with pytest.raises(KeyError, match="the runner has 3 callbacks of class Callback: TrainEval"):
+        run[Callback]
+    told = Told()
+
+    class Looks(Callback):
+        def begin_fit(self): self.seen = self.run[Told]
+    looks = Looks()
+    run.fit(1, make_learn(), cbs=[told, looks])                     # for the fit, those of the fit too
+    assert looks.seen is told

@@ -83,7 +83,7 @@ def test_a_user_s_script_passes_and_each_mistake_in_it_is_found(tool, tmp_path):
     options = ["--strict", "--config-file", "", "--cache-dir", str(tmp_path / "cache")] if tool == "mypy" else []
     run = subprocess.run([sys.executable, "-m", tool, *options, *map(str, sorted(tmp_path.glob("*.py")))], cwd=tmp_path,
                          capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    if tool == "pyright" and "mistake_0.py" not in run.stdout: pytest.skip(f"pyright can't run here: {run.stderr[-300:]}")
+    if tool == "pyright" and "mistake_0.py" not in run.stdout: pytest.skip(f"pyright can't run: {run.stderr[-300:]}")
     errors = [line for line in run.stdout.splitlines() if "error:" in line]
     assert not [line for line in errors if "user.py" in line], run.stdout
     for i, name in enumerate(MISTAKES):

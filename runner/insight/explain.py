@@ -1,6 +1,7 @@
 """`Runner.explain`: the loop as text, each event with the callbacks that answer it; the runner as a table."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from runner.events import EVENTS, STEPS, Callback
 from runner.notebook import html_table
@@ -58,9 +59,9 @@ def explanation(cbs: Iterable[Callback]) -> str:
     return "\n".join(lines)
 
 
-def table(cbs, note):
+def table(cbs: Iterable[Any], note: str) -> str:
     """The callbacks in the order of their calls, as a table in HTML: name, class, `_order`, and what they answer."""
-    def answers(cb):
+    def answers(cb: Any) -> str:
         if not isinstance(cb, Callback) or type(cb).__call__ is not Callback.__call__: return "every event"
         return ", ".join(name for name in (*EVENTS, *STEPS) if name in vars(cb) or hasattr(type(cb), name)) or "-"
     return html_table(("name", "callback", "order", "answers"), [
