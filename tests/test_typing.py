@@ -73,25 +73,34 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("tool", ["mypy", "pyright"])
-def test_a_user_s_script_passes_and_each_mistake_in_it_is_found(tool, tmp_path):
+def checked(tool, tmp_path, *more):
+    """The errors that `tool` finds: in the user's script, in each of those with a mistake, elsewhere."""
     pytest.importorskip(tool)
     (tmp_path / "user.py").write_text(SCRIPT)
     for i, (name, (right, wrong)) in enumerate(MISTAKES.items()):
         assert right in SCRIPT, name
         (tmp_path / f"mistake_{i}.py").write_text(SCRIPT.replace(right, wrong, 1))
-    options = ["--strict", "--config-file", "", "--cache-dir", str(tmp_path / "cache")] if tool == "mypy" else []
-    run = subprocess.run([sys.executable, "-m", tool, *options, *map(str, sorted(tmp_path.glob("*.py")))], cwd=tmp_path,
+    run = subprocess.run([sys.executable, "-m", tool, *more, *map(str, sorted(tmp_path.glob("*.py")))], cwd=ROOT,
                          capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     if tool == "pyright" and "mistake_0.py" not in run.stdout: pytest.skip(f"pyright can't run: {run.stderr[-300:]}")
     errors = [line for line in run.stdout.splitlines() if "error:" in line]
-    assert not [line for line in errors if "user.py" in line], run.stdout
-    for i, name in enumerate(MISTAKES):
-        assert len([line for line in errors if f"mistake_{i}.py" in line]) == 1, f"{name}\n{run.stdout}"
+    found = [[line for line in errors if f"mistake_{i}.py" in line] for i in range(len(MISTAKES))]
+    return [e for e in errors if "user.py" in e], found, [e for e in errors if str(tmp_path) not in e]
 
 
-def test_the_packages_pass_mypy_strict(tmp_path):
-    pytest.importorskip("mypy")
-    run = subprocess.run([sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path)], cwd=ROOT, capture_output=True,
-                         text=True)
-    assert run.stdout.startswith("Success: no issues found"), run.stdout
+def check_mistakes(found):
+    for name, lines in zip(MISTAKES, found, strict=True): assert len(lines) == 1, (name, lines)
+
+
+def test_mypy_strict_passes_the_packages_and_a_user_s_script_and_finds_each_mistake_in_it(tmp_path):
+    user, found, elsewhere = checked("mypy", tmp_path, "--cache-dir", str(tmp_path / "cache"), "norms", "runner",
+                                     "experiments")
+    assert not elsewhere
+    assert not user
+    check_mistakes(found)
+
+
+def test_pyright_passes_a_user_s_script_and_finds_each_mistake_in_it(tmp_path):
+    user, found, _ = checked("pyright", tmp_path, "--pythonpath", sys.executable)
+    assert not user
+    check_mistakes(found)
