@@ -21,6 +21,13 @@ def alone(tmp_path_factory, monkeypatch):
     monkeypatch.delenv("NORMS_DATA_DIR", raising=False)
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked `one_route` run with the kernels only: what is compiled, exported or elsewhere has a route of its own.
+    """
+    items[:] = [item for item in items if not (item.get_closest_marker("one_route") and hasattr(item, "callspec")
+                                               and item.callspec.params.get("kernels") == "definition")]
+
+
 def no_network(root, kind):
     raise OSError("no network in the tests")
 

@@ -66,6 +66,7 @@ def test_state_dict_in_mid_training_continues_bit_for_bit(norm):
     assert all(torch.equal(a, b) for a, b in zip(norm.state_dict().values(), other.state_dict().values(), strict=True))
 
 
+@pytest.mark.one_route
 @pytest.mark.parametrize("name", NORMS)
 def test_compiles_in_one_graph_without_recompiling_and_equals_eager(name):
     torch._dynamo.reset()

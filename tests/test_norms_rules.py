@@ -150,6 +150,7 @@ def test_selective_checkpointing_and_a_function_of_one_s_own_repeat_it_too():
 
 # --- graphs that others cut ------------------------------------------------------------------------------------------
 
+@pytest.mark.one_route
 @pytest.mark.parametrize("inside", [False, True], ids=["plain", "checkpoint inside"])
 @pytest.mark.parametrize("name", NORMS)
 def test_a_compiled_step_keeps_what_it_has_read_and_the_buffers(name, inside):
@@ -165,9 +166,9 @@ def test_a_compiled_step_keeps_what_it_has_read_and_the_buffers(name, inside):
     for k, b in model.named_buffers(): assert b is buffers[k]
 
 
+@pytest.mark.one_route
 @pytest.mark.parametrize(("backend", "reentrant"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)])
-def test_a_compiled_function_that_is_repeated_counts_once_or_is_refused(backend, reentrant, kernels):
-    if kernels == "definition": pytest.skip("a compiled step takes no kernels")
+def test_a_compiled_function_that_is_repeated_counts_once_or_is_refused(backend, reentrant):
     torch._dynamo.reset()
     for name in ("batch", "running"):
         model = nn.Sequential(made(NORMS[name]), nn.Tanh(), made(NORMS[name]))
@@ -186,6 +187,7 @@ def test_a_compiled_function_that_is_repeated_counts_once_or_is_refused(backend,
         close(model.buffers(), twin.buffers(), 1e-8)
 
 
+@pytest.mark.one_route
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("name", NORMS)
@@ -252,13 +254,13 @@ def _two_ranks(rank, port, errors, make):
     finally: dist.destroy_process_group()
 
 
+@pytest.mark.one_route
 @pytest.mark.parametrize("name", ["batch", "running"])
-def test_two_forwards_under_distributed_data_parallel(name, kernels):
+def test_two_forwards_under_distributed_data_parallel(name):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     errors = mp.get_context("spawn").SimpleQueue()
-    if kernels == "definition": pytest.skip("another process has its own kernels")
     ranks = mp.spawn(_two_ranks, (port, errors, RUNNING[name]), nprocs=2, join=False)
     end = time.monotonic() + 120
     while not ranks.join(1): assert time.monotonic() < end, "no answer within two minutes"

@@ -170,6 +170,7 @@ def test_a_subclass_is_traced_too():
     assert torch.fx.symbolic_trace(nn.Sequential(Own(4)))(torch.randn(3, 4)).shape == (3, 4)
 
 
+@pytest.mark.one_route
 @pytest.mark.parametrize("name", NORMS)
 def test_onnx_of_the_evaluation_takes_any_batch(name):
     runtime = pytest.importorskip("onnxruntime")
