@@ -22,7 +22,7 @@ def alone(tmp_path_factory, monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `one_route` run with the kernels only: what is compiled, exported or elsewhere has a route of its own.
+    """Tests marked `one_route` run with the kernels only: what is compiled, exported or elsewhere has its own.
     """
     items[:] = [item for item in items if not (item.get_closest_marker("one_route") and hasattr(item, "callspec")
                                                and item.callspec.params.get("kernels") == "definition")]
