@@ -104,14 +104,14 @@ def train(model: nn.Module, images: ImageData, row: Row, device: str | torch.dev
     except ValueError as e: error = str(e)
     if convolutions: row["backend"] = {**(backend.choice or {}), "reason": backend.reason}
     arm = next(iter(row))
-    epochs = [{arm: row[arm], "seed": row["seed"], **r} for r in run.avg_stats.history]
+    epochs = [{arm: row[arm], "seed": row["seed"], **r} for r in run[AvgStatsCallback].history]
     row.update({n: epochs[-1][n] if epochs else math.nan for n in FIGURES})
     row["valid_accuracies"] = [r["valid_accuracy"] for r in epochs]
     row["seconds"] = time.perf_counter() - start
     finite = all(math.isfinite(row[n]) for n in FIGURES)
     row["status"] = "failed" if error else "ok" if finite else "diverged"
     if error: row["error"] = error
-    return epochs, row, run.recorder.losses
+    return epochs, row, run[Recorder].losses
 
 
 def check_batch_size(batch_size: int, images: ImageData) -> None:

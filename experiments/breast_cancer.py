@@ -163,7 +163,8 @@ def one_sample(seed: int, device: str) -> Found:
 def accuracy_on_the_test_samples(seed: int, device: str) -> Found:
     """(e) The trained network's share of right answers on the test samples; the curve is the loss of each step."""
     run, _, _ = train(seed, device)
-    return {next(iter(FIGURES["(e)"])): run.avg_stats.history[-1]["valid_binary_accuracy"]}, run.recorder.losses
+    accuracy = run[AvgStatsCallback].history[-1]["valid_binary_accuracy"]
+    return {next(iter(FIGURES["(e)"])): accuracy}, run[Recorder].losses
 
 
 EXERCISES: dict[str, Callable[[int, str], Found]] = dict(zip(FIGURES, (

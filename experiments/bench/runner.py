@@ -83,7 +83,7 @@ def with_runner(model: nn.Module, opt: optim.Optimizer, dl: Loader) -> Means:
     """The same epoch by the runner: the losses and the two means."""
     run = trainer()
     run.fit(1, Learner(model, opt, F.cross_entropy, DataBunch(dl, None, 10)))
-    return run.recorder.losses, [run.avg_stats.history[0][f"train_{k}"] for k in ("loss", "accuracy")]
+    return run[Recorder].losses, [run[AvgStatsCallback].history[0][f"train_{k}"] for k in ("loss", "accuracy")]
 
 
 def torchs_loader(model: nn.Module, opt: optim.Optimizer, dl: Loader) -> Means:
