@@ -40,37 +40,53 @@ def test_imports_run_one_way(package):
 
 
 def modules(package):
-    """Every file of `package` and the modules of the package that it imports, wherever in it, by their dotted names."""
-    files = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f
-             for f in (ROOT / package).rglob("*.py")}
+    """Every file of `package` and those of the package that it imports, wherever in it."""
+    paths = [f.relative_to(ROOT) for f in (ROOT / package).rglob("*.py")]
+    files = {".".join(p.with_suffix("").parts).removesuffix(".__init__"): p.as_posix() for p in paths}
     found = {}
-    for name, file in files.items():
-        found[name] = set()
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import): found[name] |= {a.name for a in node.names} & set(files)
+    for file in files.values():
+        names = set()
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if isinstance(node, ast.Import): names |= {a.name for a in node.names}
             if not isinstance(node, ast.ImportFrom): continue
             module = node.module if node.level == 0 else ".".join(filter(None, (package, node.module)))
-            if module.split(".")[0] != package: continue
-            inner = {f"{module}.{a.name}" for a in node.names} & set(files)
-            found[name] |= inner or {module}
+            names |= {inner if (inner := f"{module}.{a.name}") in files else module for a in node.names}
+        found[file] = {files[name] for name in names & set(files)}
     return found
 
 
-def in_circles(needs):
-    """What is left of `needs` (each name with those that it imports) when all that needs nothing is taken away."""
-    left = dict(needs)
-    while free := [name for name, wants in left.items() if not wants & set(left)]:
-        for name in free: del left[name]
-    return {name: sorted(wants & set(left)) for name, wants in left.items()}
+def circles(needs):
+    """A line for each of `needs` (each name with those that it imports) from which imports lead back to it."""
+    reached = {name: set(wants) for name, wants in needs.items()}
+    for middle in needs:
+        for names in reached.values():
+            if middle in names: names |= reached[middle]
+    return [f"{name} imports {want}" for name in needs for want in sorted(needs[name]) if name in reached[want]]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_two_files_import_each_other_in_a_circle(package):
-    assert not in_circles(modules(package))
+    found = circles(modules(package))
+    assert not found, "a circle:\n" + "\n".join(found)
 
 
-def test_a_circle_is_found():
-    assert in_circles({"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set()}) == {"a": ["b"], "b": ["c"], "c": ["a"]}
+def test_a_circle_is_found_and_named_without_what_hangs_on_it():
+    needs = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set(), "on top": {"a", "d"}, "self": {"self"}}
+    assert circles(needs) == ["a imports b", "b imports c", "c imports a", "self imports self"]
+
+
+@pytest.mark.parametrize("line", [
+    "import runner.core", "from runner.core import Learner", "from runner import Learner",
+    "from runner import core, Learner", "def f():\n    from runner import core",
+    "if TYPE_CHECKING:\n    from runner.core import Learner"])
+def test_imports_count_wherever_they_stand(line, tmp_path, monkeypatch):
+    (tmp_path / "runner").mkdir()
+    files = {"__init__": "from runner.core import Learner", "core": "import runner.low", "low": line}
+    for name, text in files.items(): (tmp_path / "runner" / f"{name}.py").write_text(text)
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+    found = circles(modules("runner"))
+    assert "runner/core.py imports runner/low.py" in found
+    assert ("runner/low.py imports runner/__init__.py" in found) == ("Learner" in line and "runner.core" not in line)
 
 
 PRIVATE = re.compile(r"torch(?:\.\w+)*\._[a-zA-Z]\w*|forward_ad\._\w+|checkpoint, \"_")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.batches import first_tensor, part_of, size_of
+from runner.insight.choice import choose
 from runner.insight.layers import (
     eps_of,
     hooked,
@@ -22,7 +23,6 @@ from runner.insight.layers import (
     undone,
     wide,
 )
-from runner.insight.probe import choose
 from runner.notebook import html_table
 from runner.rows import Rows, text_table
 

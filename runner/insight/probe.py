@@ -1,26 +1,25 @@
 """`Probe`: what is looked at, at which batches, and where the numbers go; the base of all that measures in a fit."""
 
-import fnmatch
 from array import array
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, overload
+from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from runner.batches import length_of
 from runner.events import Callback, listify
+from runner.insight.choice import choose
+from runner.insight.store import Store
 from runner.rows import Rows
 from runner.states import holds_compiled
 
 BLOCK = 256             # measured batches that lie on the device before one transfer brings them to the host
 PHASES = ("train", "valid")
 
-Thing = TypeVar("Thing")
-
 
 class Probe(Callback):
-    """Measures chosen things at chosen batches: the base of the callbacks below, and of your own.
+    """Measures chosen things at chosen batches: the base of the callbacks in `stats` and `norm_stats`, and of your own.
 
     Inside a batch nothing waits for the device: the numbers go into a block there, and between batches a full block
     comes to the host in one transfer. Taps are set for a measured batch alone and are gone when it ends, however it
@@ -66,7 +65,7 @@ class Probe(Callback):
         if not max_mb > 0: raise ValueError(f"{name}: max_mb is {max_mb!r}; it must be a positive number of MB")
         self.which, self.every, self.first, self.max_mb, self.verbose = which, every, first, max_mb, verbose
         self.chosen: dict[str, Any] = {}            # of the kind: modules, or parameters
-        self._stores: dict[str, _Store] = {}
+        self._stores: dict[str, Store] = {}
         self._tags, self.measuring = array("q"), False
 
     # --- what a subclass says ---------------------------------------------------------------------------------
@@ -104,7 +103,7 @@ class Probe(Callback):
         self._compiled = holds_compiled(self.model)
         widths = {path: sum(k or 1 for k in layout.values()) for path, layout in self.layouts.items()}
         rows = self._plan(8 * 4 + sum(8 + 4 * width for width in widths.values()))
-        self._stores = {path: _Store(width, max(1, min(BLOCK, rows))) for path, width in widths.items()}
+        self._stores = {path: Store(width, max(1, min(BLOCK, rows))) for path, width in widths.items()}
         self._tags, self.measuring, self.batch = array("q"), False, 0
 
     def _plan(self, row_bytes: int) -> int:
@@ -252,68 +251,3 @@ class Probe(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes the numbers along, and not the model."""
         return {**self.__dict__, "chosen": {}, "run": None}
-
-
-class _Store:
-    """The rows of one thing: those on the host, and after them those in a block on its device that is being filled.
-
-    `sizes` has one entry per measured batch, 0 where the thing did not run; its row is zeros.
-    """
-
-    def __init__(self, width: int, most: int) -> None:
-        self.width, self.most = width, most
-        self.sizes, self.numbers, self.at = array("q"), array("f"), 0
-        self.row: list[float] | None = None
-        self.block: Tensor | None = None
-
-    def begin(self) -> None: self.sizes.append(0)
-
-    def put(self, values: list[float] | Tensor, n: int) -> None:
-        self.sizes[-1] = n
-        if self.block is None:
-            if not isinstance(values, Tensor):
-                self.row = values
-                return
-            self.block = torch.zeros(self.most, self.width, device=values.device)
-        self.block[self.at].copy_(torch.as_tensor(values))
-
-    def end(self) -> None:
-        if self.block is None:
-            self.numbers.extend(self.row or [0.0] * self.width)
-            self.row = None
-        else:
-            self.at += 1
-            if self.at == self.most:
-                self.numbers.extend(self.block.flatten().tolist())
-                self.block.zero_()
-                self.at = 0
-
-    def rows(self) -> Tensor:
-        """All rows of finished batches, `(batches, width)`."""
-        fetched = torch.tensor(self.numbers, dtype=torch.float32).view(-1, self.width)
-        return fetched if self.block is None else torch.cat((fetched, self.block[:self.at].cpu()))
-
-
-def choose(things: Mapping[str, Thing], which: Any, kind: str, name: str) -> dict[str, Thing]:
-    """Those of `things` (path to thing) that `which` means, in their order; `Probe` says what it may be.
-
-    Raises:
-        ValueError: a part of `which` that finds nothing, by the callback called `name`.
-    """
-    wanted = [which] if isinstance(which, (str, type)) else listify(which)
-    found = [[path for path, thing in things.items() if _means(w, path, thing)] for w in wanted]
-    for w, paths in zip(wanted, found, strict=True):
-        if paths: continue
-        known = [f"{path!r} ({type(thing).__name__})" for path, thing in things.items() if path]
-        more = f" and {len(known) - 20} more" * (len(known) > 20)
-        raise ValueError(f"{name}: {w!r} finds no {kind}; it must be a type, a pattern of paths, a function "
-                         f"f(path, {kind}) or a {kind} of this model, which has {', '.join(known[:20])}{more}")
-    if not found: raise ValueError(f"{name}: an empty list chooses no {kind}; leave it out for the usual ones")
-    return {path: things[path] for path in things if any(path in paths for paths in found)}
-
-
-def _means(w: Any, path: str, thing: object) -> bool:
-    if isinstance(w, str): return fnmatch.fnmatchcase(path, w)
-    if isinstance(w, type): return isinstance(thing, w)
-    if callable(w) and not isinstance(w, nn.Module): return bool(w(path, thing))
-    return w is thing
