@@ -35,6 +35,7 @@ from runner.insight.probe import Probe
 from runner.insight.replay import replay
 from runner.insight.stats import ActivationStats, GradientStats, ParameterStats
 from runner.loggers import CSVLogger, TensorBoardLogger
+from runner.lr_find import LR_Find, LRFindResult
 from runner.metrics import AvgStats, AvgStatsCallback, accuracy
 from runner.monitors import EarlyStopping, KeepBest
 from runner.optim import SGD
@@ -44,7 +45,6 @@ from runner.progress import ProgressCallback
 from runner.recorder import Recorder
 from runner.rows import Rows
 from runner.schedules import (
-    LR_Find,
     ParamScheduler,
     annealer,
     combine_scheds,
@@ -85,6 +85,7 @@ __all__ = [
     "Hook",
     "Hooks",
     "KeepBest",
+    "LRFindResult",
     "LR_Find",
     "Learner",
     "MixedPrecision",

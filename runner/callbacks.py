@@ -1,6 +1,7 @@
 """Small callbacks: the device and a transform of the batch."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,7 +60,17 @@ class BatchTransformXCallback(Callback):
         self.run.xb = self.tfm(self.run.xb)
 
 
-def view_tfm(*size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def view_tfm(*size: int) -> "View":
     """A transform that views a batch as `(batch, *size)`: `view_tfm(1, 28, 28)` for flat 784-pixel images."""
-    def _inner(x: torch.Tensor) -> torch.Tensor: return x.view(-1, *size)
-    return _inner
+    return View(size)
+
+
+@dataclass(frozen=True, repr=False)
+class View:
+    """What `view_tfm` gives."""
+
+    size: tuple[int, ...]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: return x.view(-1, *self.size)
+
+    def __repr__(self) -> str: return f"view_tfm({', '.join(map(str, self.size))})"

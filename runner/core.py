@@ -1,12 +1,12 @@
 """The training loop: `Learner`, `Runner` and the callback that every runner has; `runner.events` says what it calls."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from types import TracebackType
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 
@@ -22,6 +22,9 @@ from runner.events import (
     CancelTrainException,
     listify,
 )
+
+if TYPE_CHECKING:
+    from runner.lr_find import LRFindResult
 
 C = TypeVar("C")
 
@@ -125,7 +128,7 @@ class Runner:
         self._answers: dict[str, list[Callable[[], Any]]] = {event: [] for event in EVENTS}
         self._replaced: set[str] = set()
         always: list[Callback]
-        self.cbs, always = [], [TrainEvalCallback()]
+        self.cbs, self._lasting, always = [], list[Any](), [TrainEvalCallback()]
         if compile:
             from runner.compiled import CompiledStep
             always.append(CompiledStep())
@@ -149,6 +152,13 @@ class Runner:
         is the one that was raised first. Gradients left from before are cleared at the start.
         """
         self.reset_history = reset_history
+        cbs = listify(cbs)
+        with ExitStack() as around:
+            for cb in [*self.cbs, *cbs]:
+                if hasattr(type(cb), "around_fit"): around.enter_context(cb.around_fit(self, learn))
+            self._fit(epochs, learn, cbs)
+
+    def _fit(self, epochs: int, learn: "Learner", cbs: list[Any]) -> None:
         with self._callbacks(epochs, learn, cbs), _Always(self, "after_fit"):
             try:
                 self("begin_fit")
@@ -261,6 +271,15 @@ class Runner:
             if answer() is True: skip = True
         return skip
 
+    def find_lr(self, learn: "Learner", **kwargs: Any) -> "LRFindResult":
+        """Search for a learning rate by `LR_Find(**kwargs)`, after which all is as it was; returns what it found.
+
+            lr = run.find_lr(learn)
+            lr.suggestion, lr.curve, lr.plot()
+        """
+        from runner.lr_find import search
+        return search(self, learn, **kwargs)
+
     def explain(self, cbs: "Callback | Iterable[Any] | None" = None) -> None:
         """Print the loop, each event with the callbacks that answer it, in order; `cbs` as in `fit`."""
         from runner.insight.explain import explanation
@@ -305,6 +324,16 @@ class Runner:
         if self.learn is None: raise AttributeError(f"the runner has no {name!r} without a learner: call fit first")
         return getattr(self.learn, name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is idle: it has the lasting callbacks, and neither the learner nor what a fit has at hand."""
+        lasting, fitting = (self._lasting, True) if self._fitting else (self.cbs, False)
+        gone = {"xb", "yb", "pred", "loss", *STEPS, *(cb.name for cb in self.cbs[len(lasting):])}
+        kept = {k: v for k, v in vars(self).items()
+                if k not in gone and not (isinstance(v, torch.Tensor) and not v.is_leaf)}
+        idle: dict[str, Any] = {"learn": None, "cbs": list(lasting), "_lasting": [], "_fitting": False,
+                                "in_train": False, "_replaced": set(), "_answers": {event: [] for event in EVENTS}}
+        return {**kept, **idle, **({"logger": None} if fitting else {})}
+
     # --- callbacks --------------------------------------------------------------------------------------------
 
     def _expose(self, cb: Any) -> None:
@@ -336,7 +365,7 @@ class Runner:
                                "Runner of its own")
         if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
             raise ValueError(f"epochs is {epochs!r}; it must be an integer of at least 0")
-        lasting = list(self.cbs)
+        lasting = self._lasting = list(self.cbs)
         try:
             for cb in listify(cbs):
                 self._expose(cb)

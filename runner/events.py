@@ -95,6 +95,9 @@ class Callback:
     history needs it; `undoes_fit = True` says that it puts back at the end what the fit has changed, as `LR_Find` does,
     and so no history goes on from that fit.
 
+    A method `around_fit(self, run, learn)` that is a context manager (`contextlib.contextmanager`) is entered before
+    the fit and left when all is over, all callbacks' `after_fit` included.
+
     Raises:
         TypeError: at the definition of a subclass with a method whose name is almost an event's or a step's.
     """
@@ -158,6 +161,10 @@ class Callback:
             warnings.warn(f"{type(self).__name__} sets {name!r} on itself and hides the runner's: write "
                           f"`self.run.{name} = ...` to change it there, or choose another name", stacklevel=2)
         super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy takes along what the callback keeps, and not the runner, nor model and data with it."""
+        return {k: v for k, v in vars(self).items() if k != "run"}
 
     def handler(self, event: str) -> Callable[[], Any] | None:
         """The method that answers `event`, or None."""

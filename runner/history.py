@@ -12,8 +12,8 @@ class History(Callback):
         run.fit(1, learn)                           # epoch 2
         run.fit(1, learn, reset_history=True)       # epoch 0, the rows from before are gone
 
-    An epoch that was begun has a number, whatever ended it. A fit that is undone at its end, as by `LR_Find`, can be
-    looked at until the next one begins; that goes on from before it.
+    An epoch that was begun has a number, whatever ended it. A search by `LR_Find` adds nothing. In a runner that has
+    the finder among its own callbacks it can be looked at until the next fit begins, which goes on from before it.
 
     `past_epochs` and `past_steps` are the epochs and steps of the fits before this one. A subclass calls the four
     events below if it has them too, and says what to keep: `clear`, `mark` and `cut`.

@@ -1,6 +1,7 @@
 """SGD whose plain step is the one call that it comes to."""
 
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import nn, optim
@@ -24,29 +25,29 @@ class SGD(optim.SGD):
     Arguments, parameter groups, schedulers and state dict are `torch.optim.SGD`'s.
     """
 
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         """A step along the gradients at hand. Returns what `closure` returns, None without one."""
         hooks = (self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
                  or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
-        updates = [None] if hooks or closure is not None else [_plain(group) for group in self.param_groups]
-        if None in updates:
+        updates = [] if hooks or closure is not None else [_plain(group) for group in self.param_groups]
+        if not updates or None in updates:
             # torch puts hooks around a class's step when it makes the class's first instance.
             if not getattr(optim.SGD.step, "hooked", False): optim.SGD([torch.zeros(())], lr=0.0)
             return super().step(closure)
         with torch.no_grad():
-            for params, grads, lr in updates:
+            for params, grads, lr in filter(None, updates):
                 if params: torch._foreach_add_(params, grads, alpha=-lr)
 
-    step.hooked = True      # it looks after hooks itself: torch needn't
+    step.hooked = True      # type: ignore[attr-defined]    # it looks after hooks itself: torch needn't
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, or set them to 0 where `set_to_none` is False."""
         if not set_to_none: return super().zero_grad(False)
         for group in self.param_groups:
             for p in group["params"]: p.grad = None
 
 
-def _plain(group):
+def _plain(group: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor], float] | None:
     """`(parameters, gradients, lr)` of the parameters in `group` that have a gradient; None if its step isn't plain."""
     lr = group["lr"]
     if (group["momentum"] or group["weight_decay"] or group["maximize"] or group["differentiable"] or group["fused"]

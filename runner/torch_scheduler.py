@@ -125,3 +125,13 @@ def anew(opt: Optimizer, begun: list[float], left: list[float]) -> None:
 def rates(opt: Optimizer) -> list[float]:
     """The learning rate of each parameter group: a number, or a tensor's."""
     return [float(group["lr"]) for group in opt.param_groups]
+
+
+def remembered(opt: Optimizer) -> Callable[[], None]:
+    """Copy what is remembered of the rates of `opt` from fit to fit; a function that puts it back."""
+    had = _rates.get(opt)
+
+    def restore() -> None:
+        if had is not None: _rates[opt] = had
+        else: _rates.pop(opt, None)
+    return restore

@@ -104,18 +104,32 @@ def test_an_epoch_whose_training_was_cancelled_first_has_no_stale_averages():
 
 
 @pytest.mark.parametrize("before", [0, 2])
-def test_a_search_is_looked_at_and_then_forgotten(before):
+def test_a_search_leaves_no_row(before):
     run, learn, finder = runner(), make_learn(n_train=40), LR_Find(max_iter=10)
     twin, other = runner(), make_learn(n_train=40)
     for r, lr in ((run, learn), (twin, other)): r.fit(before, lr)
     kept = copy.deepcopy(run.recorder.losses)
+    rows, history = run.recorder.rows, copy.deepcopy(run.avg_stats.history)
     for _ in range(2):
         run.fit(1, learn, cbs=finder)
-        assert run.recorder.losses == kept + finder.losses      # for run.recorder.plot()
-        assert run.recorder.lrs[0][len(kept):] == finder.lrs
+        assert (run.recorder.losses, run.recorder.rows, run.avg_stats.history) == (kept, rows, history)
     for r, lr in ((run, learn), (twin, other)): r.fit(1, lr)
     assert run.recorder.rows == twin.recorder.rows
     assert columns(run) == columns(twin)
+
+
+def test_a_search_of_a_runner_that_has_the_finder_is_looked_at_and_then_forgotten():
+    finder, recorder, learn = LR_Find(max_iter=10), Recorder(), make_learn(n_train=40)
+    Runner(recorder).fit(1, learn)
+    kept = copy.deepcopy(recorder.losses)
+    run = Runner([finder, recorder])
+    for _ in range(2):
+        run.fit(1, learn)
+        assert recorder.losses == kept + finder.losses          # for run.recorder.plot()
+        assert recorder.lrs[0][len(kept):] == finder.lrs
+    Runner(recorder).fit(1, learn)
+    assert recorder.losses[:20] == kept
+    assert recorder.rows["epoch"] == [0] * 20 + [1] * 20
 
 
 def test_accumulated_batches_are_counted_beside_the_steps():

@@ -1,30 +1,24 @@
-"""Annealers, their combination, the scheduler and the rate finder."""
+"""Annealers, their combination and the scheduler."""
 
 import copy
+import inspect
 import math
-import random
+import pickle
+import pydoc
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from test_runner_loop import make_learn
 from torch import nn
 
-from norms import RunningBatchNorm
 from runner import (
     Callback,
-    CancelBatchException,
-    DataBunch,
-    Dataset,
-    Learner,
-    LR_Find,
+    CancelTrainException,
     ParamScheduler,
     Recorder,
     Runner,
     annealer,
     combine_scheds,
-    get_dls,
     sched_cos,
     sched_exp,
     sched_lin,
@@ -114,149 +108,196 @@ def test_scheduler_that_does_not_fit_the_optimizer(scheduler, text):
     with pytest.raises(ValueError, match=text): Runner(scheduler).fit(1, make_learn())
 
 
-# --- the rate finder ----------------------------------------------------------------------------------------------
+# --- schedules as values ------------------------------------------------------------------------------------------
 
-def noisy_learn():
-    """Dropout, shuffling by the global state, running statistics, momentum: all that a finder could disturb."""
-    torch.manual_seed(11)
-    random.seed(11)
-    np.random.seed(11)
-    x = torch.randn(64, 6)
-    y = (x[:, 0] > 0).long()
-    model = nn.Sequential(nn.Linear(6, 8), RunningBatchNorm(8), nn.Dropout(0.3), nn.Linear(8, 2))
-    model.register_buffer("unsaved", torch.zeros(1), persistent=False)
-    dls = get_dls(Dataset(x[:48], y[:48]), Dataset(x[48:], y[48:]), 4)
-    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return Learner(model, opt, F.cross_entropy, DataBunch(*dls, 2))
+@annealer
+def sched_square(start, end, pos):
+    """A square."""
+    return start + pos ** 2 * (end - start)
 
 
-class Disturb(Callback):
-    """Draws from every generator and writes into a buffer that no state dict holds."""
-
-    def begin_batch(self):
-        random.random(), np.random.rand(), torch.rand(1)
-        self.model.unsaved += 1
+def cube(start, end, pos): return start + pos ** 3 * (end - start)
 
 
-@pytest.mark.parametrize("with_generator", [False, True])
-@pytest.mark.parametrize("max_iter", [5, 100])
-def test_training_with_and_without_the_finder_is_bit_identical(with_generator, max_iter):
-    ends = []
-    for find in (False, True):
-        learn = noisy_learn()
-        if with_generator:
-            learn.data = DataBunch(*get_dls(learn.data.train_ds, learn.data.valid_ds, 4,
-                                            generator=torch.Generator().manual_seed(1)), 2)
-        Runner().fit(1, learn)      # so that there is optimizer state to lose
-        if find:
-            finder = LR_Find(max_iter=max_iter)
-            Runner(Disturb()).fit(3, learn, cbs=finder)
-            assert len(finder.losses) >= 5
-        run = Runner(Recorder())
-        run.fit(2, learn)
-        ends.append((run.recorder.losses, copy.deepcopy(learn.model.state_dict()), learn.opt.state_dict(),
-                     learn.model.unsaved.item(), random.random(), np.random.rand(), torch.rand(1).item()))
-    (losses, state, opt, *rest), (losses2, state2, opt2, *rest2) = ends
-    assert losses == losses2
-    assert rest == rest2
-    assert all(torch.equal(state[k], state2[k]) for k in state)
-    assert opt["param_groups"] == opt2["param_groups"]
-    for k, v in opt["state"].items(): assert torch.equal(v["momentum_buffer"], opt2["state"][k]["momentum_buffer"])
+sched_cube = annealer(cube)     # under another name, and the function keeps its own
+
+SCHEDULES = [sched_lin(0.1, 1.0), sched_cos(1, 0.0), sched_no(2, 3), sched_exp(-1e-3, -1), sched_square(1, 3),
+             sched_cube(0.5, 2), combine_scheds([0.2, 0.8], [sched_square(0, 1), sched_exp(1, 1e-4)])]
 
 
-def test_finder_restores_after_an_exception():
-    class Boom(Callback):
-        def after_step(self):
-            if self.n_iter == 3: raise KeyError("boom")
-    learn = noisy_learn()
-    before = copy.deepcopy(learn.model.state_dict())
-    with pytest.raises(KeyError): Runner(Boom()).fit(1, learn, cbs=LR_Find())
-    assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
-    assert learn.opt.param_groups[0]["lr"] == 0.1
+@pytest.mark.parametrize("sched", SCHEDULES, ids=repr)
+def test_schedules_pickle_copy_and_compare(sched):
+    for twin in (pickle.loads(pickle.dumps(sched)), copy.deepcopy(sched), copy.copy(sched)):
+        assert type(twin) is type(sched)
+        assert twin == sched
+        assert repr(twin) == repr(sched)
+        assert [twin(i / 7) for i in range(8)] == [sched(i / 7) for i in range(8)]
+    assert sum(sched == other for other in SCHEDULES) == 1
 
 
-def test_finder_sweeps_the_range_and_stops_when_the_loss_explodes():
-    finder = LR_Find(max_iter=10, min_lr=1e-4, max_lr=1e-1)
-    Runner().fit(1, noisy_learn(), cbs=finder)
-    assert finder.lrs == pytest.approx([1e-4 * 1000 ** (i / 9) for i in range(10)])
-    wild = LR_Find(max_iter=500, min_lr=1e-3, max_lr=1e8)
-    Runner().fit(50, noisy_learn(), cbs=wild)
-    assert len(wild.losses) < 500
+def test_a_schedule_says_what_it_is():
+    assert repr(combine_scheds([0.3, 0.7], [sched_lin(0.6, 2.0), sched_cos(2.0, 0.1)])) == (
+        "combine_scheds([0.3, 0.7], [sched_lin(0.6, 2.0), sched_cos(2.0, 0.1)])")
+    assert repr(sched_square(1, 2)) == "sched_square(1, 2)"
 
 
-def fake_search(noise, steps=200):
-    """A finder that saw the loss fall from 2.3 by 2 with its steepest point at 1e-2 and rise above 1e-1."""
-    finder, g = LR_Find(), torch.Generator().manual_seed(0)
-    logs = [-5 + 5 * i / steps for i in range(steps)]
-    finder.lrs = [10 ** v for v in logs]
-    finder.losses = [2.3 - 2 / (1 + math.exp(-6 * (v + 2))) + (0 if v < -1 else 4 * (v + 1)) + noise
-                     * torch.randn((), generator=g).item() for v in logs]
-    return finder
+@pytest.mark.parametrize("make", [sched_lin, sched_cos, sched_no, sched_exp, sched_square, sched_cube])
+def test_help_shows_start_and_end_and_no_position(make):
+    assert list(inspect.signature(make).parameters) == ["start", "end"]
+    text = pydoc.plain(pydoc.render_doc(make))
+    assert "(start" in text
+    assert "pos:" not in text.splitlines()[2]
+    assert "pos)" not in text.splitlines()[2]
+    assert pickle.loads(pickle.dumps(sched_lin)) is sched_lin
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.1, 0.8])
-def test_finder_suggests_the_middle_of_the_fall(noise):
-    finder = fake_search(noise)
-    assert math.log10(finder.suggestion) == pytest.approx(-2, abs=0.15 + noise / 2)
-    assert finder.plot().get_legend().get_texts()[0].get_text() == f"suggestion {finder.suggestion:.2g}"
+def test_values_are_those_of_the_formulas_to_the_last_bit():
+    for i in range(50):
+        pos, a, b = i / 49, 0.1 * i + 0.01, 2.7 / (i + 1)
+        assert sched_lin(a, b)(pos) == (1 - pos) * a + pos * b
+        w = (1 - math.cos(math.pi * pos)) / 2
+        assert sched_cos(a, b)(pos) == (1 - w) * a + w * b
+        assert sched_exp(a, b)(pos) == a ** (1 - pos) * b ** pos
 
 
-def test_finder_without_a_fall_says_so():
-    flat = fake_search(0.5)
-    flat.losses = [2.3 + 0.5 * torch.randn(()).item() for _ in flat.losses]
-    with pytest.raises(RuntimeError, match=r"does not stand out of its noise .*: take more steps than 200"):
-        _ = flat.suggestion
-    assert flat.plot().get_legend() is None     # the picture comes without the mark
-    text = r"has 0 finite losses and needs at least 8.*run\.fit\(1, learn, cbs=finder\)"
-    with pytest.raises(RuntimeError, match=text): _ = LR_Find().suggestion
+def test_a_function_inside_of_a_function_makes_a_schedule_that_copies_and_says_why_it_does_not_pickle():
+    @annealer
+    def inner(start, end, pos): return start
+    assert copy.deepcopy(inner(1, 2))(0.5) == 1
+    with pytest.raises((AttributeError, pickle.PicklingError), match="inner"): pickle.dumps(inner(1, 2))
 
 
-def test_finder_restores_what_modules_replace_and_losses_hold():
-    class Rebinding(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("state", torch.zeros(6))
+# --- groups -------------------------------------------------------------------------------------------------------
 
-        def forward(self, x):
-            if self.training: self.state = 0.9 * self.state + 0.1 * x.detach().mean(0)
-            return x - self.state
-
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
-
-        def forward(self, pred, yb): return F.cross_entropy(pred * self.scale, yb)
-    ends = []
-    for find in (False, True):
-        learn = noisy_learn()
-        learn.model.insert(0, Rebinding())
-        learn.loss_func = Scaled()
-        learn.opt = torch.optim.Adam([*learn.model.parameters(), *learn.loss_func.parameters()], lr=0.01)
-        learn.data = DataBunch(*get_dls(learn.data.train_ds, learn.data.valid_ds, 4, num_workers=1,
-                                        persistent_workers=True), 2)
-        if find: Runner().fit(2, learn, cbs=LR_Find())
-        torch.manual_seed(5)
-        run = Runner(Recorder())
-        run.fit(1, learn)
-        ends.append((run.recorder.losses, learn.loss_func.scale.item(), learn.model[0].state.tolist()))
-    assert ends[0] == ends[1]
+def two_groups(lrs=(0.1, 0.01), layers=(0, 2)):
+    """A learner whose optimizer has a group for each of two layers; the model has a third one."""
+    learn = make_learn(model=nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3), nn.Linear(3, 3)))
+    learn.opt = torch.optim.SGD([{"params": list(learn.model[i].parameters()), "lr": lr}
+                                 for i, lr in zip(layers, lrs, strict=True)], lr=1.0)
+    return learn
 
 
-def test_finder_leaves_out_cancelled_batches_and_rules_over_a_scheduler():
-    class SkipThird(Callback):
-        def begin_batch(self):
-            if self.n_iter == 2: raise CancelBatchException
-    run, finder = Runner([Recorder(), SkipThird(), ParamScheduler("lr", sched_no(0.5, 0.5))]), LR_Find(max_iter=8)
-    run.fit(1, noisy_learn(), cbs=finder)
-    assert finder.lrs == run.recorder.lrs[0]
-    assert finder.losses == run.recorder.losses
-    assert len(set(finder.lrs)) == len(finder.lrs)
+class Rates(Callback):
+    """The rates of all groups in each training batch."""
+
+    def __init__(self): self.seen = []
+
+    def after_loss(self):
+        if self.run.in_train: self.seen.append([g["lr"] for g in self.run.opt.param_groups])
 
 
-@pytest.mark.parametrize(("kwargs", "text"), [
-    ({"max_iter": 1}, "max_iter is 1; it must be an integer of at least 2"),
-    ({"min_lr": 0}, "min_lr is 0 and max_lr 10; they must satisfy"),
-    ({"min_lr": 1, "max_lr": 0.1}, "0 < min_lr < max_lr")])
-def test_finder_settings_that_make_no_sense(kwargs, text):
-    with pytest.raises(ValueError, match=text): LR_Find(**kwargs)
+class Unfreeze(Callback):
+    """Adds the last layer to the optimizer at the start of the second epoch."""
+
+    def begin_epoch(self):
+        if self.run.epoch == 1:
+            self.run.opt.add_param_group({"params": list(self.run.model[3].parameters()), "lr": 0.5})
+
+
+def rates(learn): return [g["lr"] for g in learn.opt.param_groups]
+
+
+def test_multiples_of_each_groups_own_rate():
+    learn, seen = two_groups(), Rates()
+    Runner([ParamScheduler("lr", sched_lin(1, 0), relative=True)]).fit(2, learn, cbs=seen)
+    assert seen.seen == [[0.1 * m, 0.01 * m] for m in (1.0, 0.75, 0.5, 0.25)]
+    assert rates(learn) == [0.1, 0.01]
+
+
+def test_multiples_by_a_schedule_of_each_group():
+    learn, seen = two_groups(), Rates()
+    Runner([ParamScheduler("lr", [sched_no(1, 1), sched_no(3, 3)], relative=True), seen]).fit(1, learn)
+    assert seen.seen == [[0.1, 0.03]] * 2
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_group_that_is_added_in_mid_fit_is_followed(relative):
+    learn, seen = two_groups(), Rates()
+    Runner([ParamScheduler("lr", sched_lin(1, 0), relative=relative), seen]).fit(2, learn, cbs=Unfreeze())
+    own = [0.1, 0.01, 0.5] if relative else [1, 1, 1]
+    assert seen.seen == [[o * m for o in own[:n]] for m, n in ((1.0, 2), (0.75, 2), (0.5, 3), (0.25, 3))]
+    assert rates(learn) == [0.1, 0.01, 0.5]
+
+
+def test_a_group_without_a_schedule_of_its_own_is_an_error_that_says_what_to_do():
+    def scheduler(): return ParamScheduler("lr", [sched_no(1, 1), sched_no(2, 2)])
+    learn = two_groups()
+    with pytest.raises(ValueError, match=r"has 2 schedules for 'lr', and a parameter group was added in mid-fit: give "
+                                         r"one schedule for all groups, or append .*run\.param_scheduler_lr\.scheds"):
+        Runner(scheduler()).fit(2, learn, cbs=Unfreeze())
+    assert rates(learn) == [0.1, 0.01, 0.5]
+
+    class Append(Unfreeze):
+        def begin_epoch(self):
+            if self.run.epoch == 1: self.run.param_scheduler_lr.scheds.append(sched_no(3, 3))
+            super().begin_epoch()
+    seen = Rates()
+    Runner([scheduler(), seen]).fit(2, two_groups(), cbs=Append())
+    assert seen.seen == [[1, 2], [1, 2], [1, 2, 3], [1, 2, 3]]
+
+
+class Stop(Callback):
+    """Raises in the third training batch, at some event."""
+
+    def __init__(self, at, error): self.at, self.error, self.n = at, error, 0
+
+    def __call__(self, event):
+        if event == "begin_batch" and self.run.in_train: self.n += 1
+        if event == self.at and (self.n == 3 or event in ("begin_fit", "after_fit")): raise self.error
+
+
+@pytest.mark.parametrize("at", ["begin_fit", "begin_batch", "after_loss", "after_step", "after_batch", "after_epoch",
+                                "after_fit"])
+@pytest.mark.parametrize("error", [KeyError("boom"), CancelTrainException(), KeyboardInterrupt()])
+@pytest.mark.parametrize("order", [0, 1.5])
+@pytest.mark.parametrize("lasting", [False, True])
+def test_every_group_has_its_own_rate_again_whatever_ends_the_fit(at, error, order, lasting):
+    stop = Stop(at, error)
+    stop._order = order
+    learn, sched = two_groups(), ParamScheduler("lr", sched_cos(3, 2))
+    run = Runner([sched] if lasting else None)
+    try: run.fit(3, learn, cbs=[stop] if lasting else [stop, sched])
+    except (KeyError, KeyboardInterrupt, CancelTrainException): pass
+    assert rates(learn) == [0.1, 0.01]
+
+
+def test_a_second_fit_begins_as_the_first_did():
+    learn, seen = two_groups(), Rates()
+    run = Runner([ParamScheduler("lr", sched_lin(1, 0), relative=True), seen])
+    for _ in range(2): run.fit(1, learn)
+    assert seen.seen[:2] == seen.seen[2:] == [[0.1, 0.01], [0.05, 0.005]]
+
+
+def test_a_rate_that_is_a_tensor_and_momenta_that_are_pairs_come_back():
+    learn = make_learn()
+    lr = torch.tensor(0.25)
+    learn.opt = torch.optim.Adam(learn.model.parameters(), lr=lr, betas=(0.8, 0.9))
+    seen = []
+
+    class Look(Callback):
+        def after_loss(self):
+            group, = self.run.opt.param_groups
+            seen.append((float(group["lr"]), group["betas"]))
+    run = Runner([ParamScheduler("lr", sched_no(2, 2), relative=True), Look(),
+                  ParamScheduler("betas", lambda pos: (0.5 + pos / 2, 0.99))])
+    run.fit(1, learn)
+    assert seen[:2] == [(0.5, (0.5, 0.99)), (0.5, (0.75, 0.99))]
+    assert learn.opt.param_groups[0]["lr"] is lr
+    assert lr.item() == 0.25
+    assert learn.opt.param_groups[0]["betas"] == (0.8, 0.9)
+
+
+def test_a_state_dict_that_is_loaded_in_mid_fit_does_not_change_what_is_put_back():
+    learn, seen = two_groups(), Rates()
+
+    class Reload(Callback):
+        def begin_epoch(self):
+            if self.run.epoch == 1: self.run.opt.load_state_dict(copy.deepcopy(self.run.opt.state_dict()))
+    Runner([ParamScheduler("lr", sched_lin(1, 0), relative=True), seen, Reload()]).fit(2, learn)
+    assert seen.seen[3] == [0.025, 0.0025]
+    assert rates(learn) == [0.1, 0.01]
+
+
+def test_relative_is_true_or_false():
+    with pytest.raises(TypeError, match="relative is 'yes'; it must be True or False"):
+        ParamScheduler("lr", sched_no(1, 1), relative="yes")
