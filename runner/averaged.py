@@ -213,7 +213,7 @@ class AveragedWeights(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes the averages along, and not the model."""
-        return {**self.__dict__, "run": None, "_of": None}
+        return {**super().__getstate__(), "_of": None, "_trained": None, "_kept": []}
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,6 +105,6 @@ class GradientClip(Callback):
         clipped: list[bool] = self.rows["clipped"]
         return sum(clipped) / len(clipped) if clipped else math.nan
 
-    def __getstate__(self) -> dict[str, object]:
+    def __getstate__(self) -> dict[str, Any]:
         self._fetch()
-        return self.__dict__
+        return super().__getstate__()

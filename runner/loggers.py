@@ -56,8 +56,6 @@ class CSVLogger(Callback):
 
     def after_epoch(self) -> None: add_row(self.path, statistics_of(self.run, self).history[-1])
 
-    def __getstate__(self) -> dict[str, Any]: return {**self.__dict__, "run": None}
-
 
 def add_row(path: Path, row: Mapping[str, Any]) -> None:
     """Add `row` to the CSV file at `path`, which is made or gets further columns where it needs them."""
@@ -196,7 +194,7 @@ class TensorBoardLogger(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no file open; it goes on counting where this one is."""
-        return {**self.__dict__, "run": None, "writer": None, "_waiting": []}
+        return {**super().__getstate__(), "writer": None, "_waiting": []}
 
 
 def figure_of(drawn: Any) -> Any:

@@ -56,10 +56,6 @@ class Monitor(Callback):
         """This epoch's number in the history, which counts on from fit to fit."""
         return int(statistics_of(self.run, self).history[-1]["epoch"])
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy takes along what was found, and not the model."""
-        return {**self.__dict__, "run": None}
-
 
 def statistics_of(run: Any, cb: Callback) -> AvgStatsCallback:
     """The runner's callback whose `history` is read by `cb`."""

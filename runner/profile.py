@@ -100,4 +100,4 @@ class Profile(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes the table along, and not the model."""
-        return {**self.__dict__, "run": None, "_profiler": None, "_range": None}
+        return {**super().__getstate__(), "_profiler": None, "_range": None}

@@ -110,6 +110,11 @@ class TorchScheduler(Monitor):
         if self._made: _rates[self.run.opt] = _rates[self.run.opt][0], rates(self.run.opt)
         self._made = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes its own scheduler, unless it was given one."""
+        scheduler = self.make if isinstance(self.make, LRScheduler) else None
+        return {**super().__getstate__(), "scheduler": scheduler, "_made": False}
+
 
 def anew(opt: Optimizer, begun: list[float], left: list[float]) -> None:
     """Undo a schedule that has begun with the rates `begun` and `left` others, unless there are others by now."""

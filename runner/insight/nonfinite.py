@@ -28,6 +28,7 @@ from runner.states import generators_of, random_state, random_states
 Row = dict[str, Any]            # both as the class below describes them
 Snapshot = dict[str, Any]
 EMPTY: Snapshot = {"tensors": ([], []), "moved": ([], [])}
+AT_HAND = {"rows", "ring", "unseen", "now", "this", "modules", "slots", "optimizer", "params", "precision"}
 
 
 class TerminateOnNonFinite(Callback):
@@ -217,6 +218,14 @@ class TerminateOnNonFinite(Callback):
         else: self._look()
 
     def after_fit(self) -> None: self._clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy takes the record along, and not what a fit has at hand."""
+        return {k: v for k, v in super().__getstate__().items() if k not in AT_HAND}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._clear()
 
     # --- while all is well ------------------------------------------------------------------------------------
 

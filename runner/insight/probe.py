@@ -250,4 +250,4 @@ class Probe(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes the numbers along, and not the model."""
-        return {**self.__dict__, "chosen": {}, "run": None}
+        return {**super().__getstate__(), "chosen": {}}
