@@ -39,6 +39,7 @@ from runner.lr_find import LR_Find, LRFindResult
 from runner.metrics import AvgStats, AvgStatsCallback, accuracy
 from runner.monitors import EarlyStopping, KeepBest
 from runner.optim import SGD
+from runner.optimizers import ClosureStep, Optimizers, Turns
 from runner.precision import MixedPrecision
 from runner.profile import Profile
 from runner.progress import ProgressCallback
@@ -74,6 +75,7 @@ __all__ = [
     "CancelEpochException",
     "CancelException",
     "CancelTrainException",
+    "ClosureStep",
     "CompileError",
     "CudaCallback",
     "DataBunch",
@@ -90,6 +92,7 @@ __all__ = [
     "Learner",
     "MixedPrecision",
     "NormStats",
+    "Optimizers",
     "ParamScheduler",
     "ParameterStats",
     "Probe",
@@ -102,6 +105,7 @@ __all__ = [
     "TerminateOnNonFinite",
     "TorchScheduler",
     "TrainEvalCallback",
+    "Turns",
     "accuracy",
     "annealer",
     "append_stats",

@@ -25,6 +25,7 @@ from runner.events import (
 
 if TYPE_CHECKING:
     from runner.lr_find import LRFindResult
+from runner.optim import needs_closure
 
 C = TypeVar("C")
 
@@ -378,6 +379,9 @@ class Runner:
             # every event's name, as one of the lesson does.
             self._answers = {e: [a for cb in ordered if (a := _answer(cb, e)) is not None] for e in EVENTS}
             for step in STEPS: self._take_over(step, ordered)
+            if fit and "step" not in self._replaced and needs_closure(self.opt):
+                raise ValueError(f"{type(self.opt).__name__} needs a closure in its step, since it evaluates the loss "
+                                 "several times: add the callback ClosureStep(), or take another optimizer")
             if fit: self.opt.zero_grad()
             yield
         except BaseException:

@@ -164,7 +164,7 @@ class Callback:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes along what the callback keeps, and not the runner, nor model and data with it."""
-        return {k: v for k, v in vars(self).items() if k != "run"}
+        return {k: None if k == "run" else v for k, v in vars(self).items()}
 
     def handler(self, event: str) -> Callable[[], Any] | None:
         """The method that answers `event`, or None."""

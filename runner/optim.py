@@ -1,5 +1,6 @@
-"""SGD whose plain step is the one call that it comes to."""
+"""SGD whose plain step is the one call that it comes to; which optimizers take more than a call."""
 
+from inspect import signature
 from operator import attrgetter
 from typing import Any
 
@@ -58,3 +59,10 @@ def _plain(group: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor
     if set(map(type, params)) | set(map(type, grads)) <= _ORDINARY and not any(map(_is_sparse, grads)):
         return params, grads, lr
     return None
+
+
+def needs_closure(opt: Any) -> bool:
+    """Whether `opt.step` can't be called without the argument `closure`."""
+    try: closure = signature(opt.step).parameters.get("closure")    # a schedule's wrapper shows `self` too
+    except (TypeError, ValueError): return False
+    return closure is not None and closure.default is closure.empty
