@@ -24,6 +24,7 @@ from runner import (
     LR_Find,
     MixedPrecision,
     Optimizers,
+    ParameterStats,
     ParamScheduler,
     Recorder,
     Runner,
@@ -156,6 +157,32 @@ def test_what_does_not_go_together_is_refused():
     with pytest.raises(KeyError, match="'x'"), opt.only("x"): pass
     with opt.only("disc"): assert [g["params"][0] is b.weight for g in opt.param_groups] == [True]
     assert len(opt.param_groups) == 2
+
+
+@pytest.mark.parametrize(("which", "names"), [
+    (None, ["0.weight", "0.bias", "2.weight", "2.bias"]), ("*.weight", ["0.weight", "2.weight"])])
+@pytest.mark.parametrize("order", [0, 200])
+def test_parameters_that_are_unfrozen_in_mid_fit_have_statistics_from_then_on(which, names, order, capsys):
+    class Unfreeze(Callback):
+        def begin_epoch(self):
+            if self.run.epoch != 1: return
+            for p in self.run.model[2].parameters(): p.requires_grad_()
+            self.run.opt.add_param_group({"params": [*self.run.model[2].parameters()], "lr": 0.5})
+    learn, stats = make_learn(n_train=8), ParameterStats(which)
+    for p in learn.model[2].parameters(): p.requires_grad_(False)
+    learn.opt = optim.SGD(learn.model[0].parameters(), lr=0.1)
+    unfreeze = Unfreeze()
+    unfreeze._order = order
+    Runner([unfreeze, stats]).fit(3, learn)
+    begun = 4 if order < 110 else 8             # the epoch that began, or the next
+    assert stats.paths == names
+    for name in names: assert stats.series(name, "ratio")[0] == list(range(begun if name[0] == "2" else 0, 12))
+    told = f"{len(names) // 2} parameter{'s' * (len(names) > 2)} more from epoch {begun // 4}"
+    assert told in capsys.readouterr().out
+    rows = stats.rows.where(parameter=names[-1])
+    assert (rows[0]["epoch"], rows[0]["step"], len(rows)) == (begun // 4, begun, 12 - begun)
+    moved = stats.series("2.weight", "weight", "update")
+    assert all(u > 0 for u in moved[2])
 
 
 # --- in turns -----------------------------------------------------------------------------------------------------

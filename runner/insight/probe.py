@@ -101,10 +101,25 @@ class Probe(Callback):
             self.candidates(model), self.which, self.kind, type(self).__name__)
         self.layouts = {path: self.layout(path, thing) for path, thing in self.chosen.items()}
         self._compiled = holds_compiled(self.model)
-        widths = {path: sum(k or 1 for k in layout.values()) for path, layout in self.layouts.items()}
+        widths = {path: _width(layout) for path, layout in self.layouts.items()}
         rows = self._plan(8 * 4 + sum(8 + 4 * width for width in widths.values()))
-        self._stores = {path: Store(width, max(1, min(BLOCK, rows))) for path, width in widths.items()}
+        self._block = max(1, min(BLOCK, rows))
+        self._stores = {path: Store(width, self._block) for path, width in widths.items()}
         self._tags, self.measuring, self.batch = array("q"), False, 0
+
+    def follow(self) -> None:
+        """Look, from here on, at what has come to be a candidate since the fit began, as an unfrozen parameter has."""
+        model = getattr(self.model, "_orig_mod", self.model)
+        if self.which is None: found = self.usual(model)
+        else: found = choose({**self.chosen, **self.candidates(model)}, self.which, self.kind, type(self).__name__)
+        new = {path: thing for path, thing in found.items() if path not in self.chosen}
+        for path, thing in new.items():
+            self.chosen[path], self.layouts[path] = thing, self.layout(path, thing)
+            self._stores[path] = store = Store(_width(self.layouts[path]), self._block)
+            store.skip(len(self._tags) // 4)
+        if new and self.verbose:
+            print(f"{type(self).__name__}: {len(new)} {self.kind}{'s' * (len(new) > 1)} more from epoch "
+                  f"{self.run.epoch}", flush=True)
 
     def _plan(self, row_bytes: int) -> int:
         """Settle `stride` and `head`, this fit's `every` and `first`; returns how many batches will be measured."""
@@ -251,3 +266,6 @@ class Probe(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes the numbers along, and not the model."""
         return {**super().__getstate__(), "chosen": {}}
+
+
+def _width(layout: dict[str, int | None]) -> int: return sum(k or 1 for k in layout.values())

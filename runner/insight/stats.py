@@ -136,13 +136,18 @@ class ParameterStats(Described):
 
     A rule of thumb wants about 1e-3 (A. Karpathy, notes of the course CS231n, 2015). A row has `weight` and
     `update`, the two norms, and `ratio` besides; at a weight of 0 that is infinite. `which` chooses parameters by
-    their names. Training alone; a parameter without a gradient has no row, nor has a batch without a step.
+    their names. Training alone; a parameter without a gradient has no row, nor has a batch without a step. A parameter
+    that is unfrozen in mid-fit is looked at from the start of the next epoch.
     """
 
     near, possible, kind = GradientStats.near, ("train",), "parameter"
 
     def candidates(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return {path: p for path, p in model.named_parameters() if p.requires_grad}
+
+    def begin_epoch(self) -> None:
+        super().begin_epoch()
+        self.follow()
 
     def layout(self, path: str, thing: Any) -> dict[str, int | None]:
         return super().layout(path, thing) | dict.fromkeys(("weight", "update", "ratio"))

@@ -18,6 +18,11 @@ class Store:
         self.row: list[float] | None = None
         self.block: Tensor | None = None
 
+    def skip(self, batches: int) -> None:
+        """So many batches were measured before this thing was looked at."""
+        self.sizes.extend([0] * batches)
+        self.numbers.extend([0.0] * (batches * self.width))
+
     def begin(self) -> None: self.sizes.append(0)
 
     def put(self, values: list[float] | Tensor, n: int) -> None:
