@@ -10,6 +10,7 @@ from torch import Tensor
 
 from runner.accumulation import GradientAccumulation
 from runner.batches import length_of
+from runner.compiled import CompiledStep
 from runner.events import Callback, CancelTrainException
 from runner.rows import Rows
 from runner.smoothing import smoothed
@@ -151,7 +152,8 @@ class LR_Find(Callback):
         """What a search changes is put back when all is over."""
         self._alone = all(cb is not self for cb in run.cbs)
         attributes = {**vars(run), "cbs": [*run.cbs]}
-        restore = self._begin(learn, [*run.cbs] if self._alone else [], (run, attributes, learn))
+        others = [cb for cb in run.cbs if self._alone and not isinstance(cb, CompiledStep)]     # which keeps a cache
+        restore = self._begin(learn, others, (run, attributes, learn))
         try: yield
         finally:
             restore()
