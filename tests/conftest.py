@@ -5,6 +5,9 @@ from pathlib import Path
 # Hypothesis keeps what it learns in a folder, by default here: tests write to their own temporary folders only.
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "runnernorms-hypothesis"))
 
+# Two processes of pytest-xdist with two threads each would wait for one another on two cores.
+if "PYTEST_XDIST_WORKER" in os.environ: os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import matplotlib
 import pytest
 import torch
