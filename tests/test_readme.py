@@ -10,7 +10,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 def test_python_examples_run(capsys):
     examples = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(examples) == 5
+    assert len(examples) == 6
     names = {}
     for example in examples: exec(compile(example, "README.md", "exec"), names)
     assert names["run"].n_iter == 599               # of the fit under observation
