@@ -157,6 +157,9 @@ class Perceptron(nn.Module):
 class Evaluate(Callback):
     """Accuracy on the images `x` with labels `y` after every 10th step, and the end of training after `steps`."""
 
+    @property
+    def name(self) -> str: return "accuracies"      # the runner's own `evaluate` is something else
+
     def __init__(self, x: Tensor, y: Tensor, steps: int) -> None:
         self.x, self.y, self.steps = x, y, steps
         self.found: list[Tensor] = []

@@ -12,10 +12,13 @@ def is_terminal() -> bool:
 
 
 def columns() -> int | None:
-    """The width of a line: the environment's `COLUMNS`, or else the terminal's; None where there is neither."""
-    told = os.environ.get("COLUMNS", "")
-    if told.isdecimal() and int(told): return int(told)
-    if not is_terminal(): return None
+    """The width of a line: the environment's `COLUMNS`, or else the terminal's; None where there is neither.
+
+    Lines that go elsewhere than to a terminal are wrapped only for less than 80 columns: a log has a line an epoch.
+    """
+    told, terminal = os.environ.get("COLUMNS", ""), is_terminal()
+    if told.isdecimal() and int(told): return int(told) if terminal or int(told) < 80 else None
+    if not terminal: return None
     try: return os.get_terminal_size(sys.stdout.fileno()).columns or None
     except (AttributeError, ValueError, OSError): return None
 

@@ -1,5 +1,6 @@
 """The training loop: `Learner`, `Runner` and the callback that every runner has; `runner.events` says what it calls."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -334,6 +335,13 @@ class Runner:
         idle: dict[str, Any] = {"learn": None, "cbs": list(lasting), "_lasting": [], "_fitting": False,
                                 "in_train": False, "_replaced": set(), "_answers": {event: [] for event in EVENTS}}
         return {**kept, **idle, **({"logger": None} if fitting else {})}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Runner":
+        """As `__getstate__` says, and after a fit with a copy of the learner: `twin.fit(1, twin.learn)`."""
+        new = memo[id(self)] = type(self).__new__(type(self))
+        learn = None if self._fitting else self.learn
+        vars(new).update(copy.deepcopy({**self.__getstate__(), "learn": learn}, memo))
+        return new
 
     # --- callbacks --------------------------------------------------------------------------------------------
 

@@ -126,7 +126,7 @@ def test_an_exception_anywhere_leaves_all_of_them_ready_for_another_fit(event, o
     assert boom.calls
     assert run.status == "failed"
     learn = learner("ours", lr=0.5)
-    run.fit(2, learn)
+    run.fit(2, learn, reset_history=True)
     again = quiet(*fresh)
     again.fit(2, expected)
     assert run.status == again.status == "ok"
