@@ -6,12 +6,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 
 from runner.batches import NoPair, length_of, no_pair, pair
+from runner.dispatch import Always, answer
 from runner.events import (
     EVENTS,
     RUNNER_ATTRS,
@@ -19,8 +19,8 @@ from runner.events import (
     Callback,
     CancelBatchException,
     CancelEpochException,
-    CancelException,
     CancelTrainException,
+    Progress,
     listify,
 )
 
@@ -72,7 +72,7 @@ class Learner:
     data: Any
 
 
-class Runner:
+class Runner(Progress):
     """Owns the training loop and calls the callbacks at each of its events.
 
     Args:
@@ -104,17 +104,6 @@ class Runner:
         TypeError: something that is no callback, `compile` not True or False.
     """
 
-    xb: Any
-    yb: Any
-    pred: Any
-    loss: torch.Tensor
-    in_train: bool
-    stepped: bool
-    n_epochs: float
-    n_iter: int
-    iters: int | None
-    epoch: int
-    epochs: int
     status: str
     cbs: list[Any]
     learn: "Learner | None"
@@ -125,7 +114,7 @@ class Runner:
         if not isinstance(compile, bool): raise TypeError(f"compile is {compile!r}; it must be True or False")
         self.in_train, self.learn, self._fitting, self.status = False, None, False, "ok"
         self.reset_history = self.evaluating = False
-        # Where a row of statistics goes after each epoch; ProgressCallback sets it
+        # Where a row of statistics goes after each epoch; ProgressCallback sets it.
         self.logger: Callable[[dict[str, Any]], None] | None = None
         self._answers: dict[str, list[Callable[[], Any]]] = {event: [] for event in EVENTS}
         self._replaced: set[str] = set()
@@ -161,7 +150,7 @@ class Runner:
             self._fit(epochs, learn, cbs)
 
     def _fit(self, epochs: int, learn: "Learner", cbs: list[Any]) -> None:
-        with self._callbacks(epochs, learn, cbs), _Always(self, "after_fit"):
+        with self._callbacks(epochs, learn, cbs), Always(self, "after_fit"):
             try:
                 self("begin_fit")
                 for self.epoch in range(epochs):
@@ -208,7 +197,7 @@ class Runner:
         cleared whatever happens.
         """
         self.xb, self.yb, self.stepped = xb, yb, True
-        with _Always(self, "after_batch"):
+        with Always(self, "after_batch"):
             try:
                 self("begin_batch")
                 self.predict()
@@ -269,8 +258,8 @@ class Runner:
     def __call__(self, event: str) -> bool:
         """Call every callback that answers `event`, in order; True if one of them returned True."""
         skip = False
-        for answer in self._answers[event]:
-            if answer() is True: skip = True
+        for respond in self._answers[event]:
+            if respond() is True: skip = True
         return skip
 
     def find_lr(self, learn: "Learner", **kwargs: Any) -> "LRFindResult":
@@ -361,7 +350,7 @@ class Runner:
     def validating(self, learn: "Learner", cbs: "Callback | Iterable[Any] | None" = None) -> Iterator[None]:
         """For the length of a validation outside a fit, by those of the callbacks that are not `fit_only`."""
         self.evaluating = True
-        with self._callbacks(1, learn, cbs, fit=False), _Always(self, "after_fit"):
+        with self._callbacks(1, learn, cbs, fit=False), Always(self, "after_fit"):
             self("begin_fit")
             yield
 
@@ -385,7 +374,7 @@ class Runner:
             for cb in ordered: cb.set_runner(self)
             # Looked up once here and not at each of 25,000 batches. A callback with a `__call__` of its own gets
             # every event's name, as one of the lesson does.
-            self._answers = {e: [a for cb in ordered if (a := _answer(cb, e)) is not None] for e in EVENTS}
+            self._answers = {e: [a for cb in ordered if (a := answer(cb, e)) is not None] for e in EVENTS}
             for step in STEPS: self._take_over(step, ordered)
             if fit and "step" not in self._replaced and needs_closure(self.opt):
                 raise ValueError(f"{type(self.opt).__name__} needs a closure in its step, since it evaluates the loss "
@@ -419,45 +408,6 @@ class Runner:
         do = alone[0][1] if alone else getattr(self, step)
         for method in reversed(around): do = partial(method, do)
         if methods: setattr(self, step, do)
-
-
-def _answer(cb: Any, event: str) -> Callable[[], Any] | None:
-    """What to call when `event` happens: the callback's own method, or None if it has none.
-
-    A callback of a class that is no `Callback` and has no `__call__` is asked for a method of the event's name.
-    """
-    if isinstance(cb, Callback) and type(cb).__call__ is Callback.__call__: return cb.handler(event)
-    found: Callable[[], Any] | None = partial(cb, event) if callable(cb) else getattr(cb, event, None)
-    return found
-
-
-class _Always:
-    """Dispatches `event` when its block is left, however it is left, and loses no exception.
-
-    Every callback is called even if one before it raises. What the user sees is the first exception; one raised
-    while another is on its way is added to that as a note. A cancel exception yields to a real one, and to one that
-    leaves more.
-    """
-
-    __slots__ = ("event", "run")
-
-    def __init__(self, run: Runner, event: str) -> None: self.run, self.event = run, event
-
-    def __enter__(self) -> "_Always": return self
-
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
-        first = err
-        for answer in self.run._answers[self.event]:
-            try: answer()
-            except BaseException as e:
-                if first is None or _weight(e) > _weight(first): first = e
-                elif hasattr(first, "add_note"): first.add_note(f"then {self.event} raised {type(e).__name__}: {e}")
-        if first is not None and first is not err: raise first
-
-
-def _weight(e: BaseException) -> int:
-    """What an exception leaves: a cancel its level, a real error more than any."""
-    return e.level if isinstance(e, CancelException) else 4
 
 
 def _no_batches(begin: str, dl: Iterable[Any] | None) -> str:

@@ -69,7 +69,23 @@ def camel2snake(name: str) -> str:
     return re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower()
 
 
-class Callback:
+class Progress:
+    """What a runner has at hand in a fit, and its callbacks read as their own; `Runner` says what each is."""
+
+    xb: Any
+    yb: Any
+    pred: Any
+    loss: torch.Tensor
+    in_train: bool
+    stepped: bool
+    n_epochs: float
+    n_iter: int
+    iters: int | None
+    epoch: int
+    epochs: int
+
+
+class Callback(Progress):
     """Answers events: define a method named after an event (see `EVENTS`) and it is called when that happens.
 
     A method named after a step (see `STEPS`) takes that step over, and what it returns is ignored:
@@ -110,17 +126,6 @@ class Callback:
     opt: Any
     loss_func: Any
     data: Any
-    xb: Any
-    yb: Any
-    pred: Any
-    loss: torch.Tensor
-    in_train: bool
-    stepped: bool
-    n_epochs: float
-    n_iter: int
-    iters: int | None
-    epoch: int
-    epochs: int
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -188,6 +188,30 @@ def test_a_compiled_function_that_is_repeated_counts_once_or_is_refused(backend,
 
 
 @pytest.mark.one_route
+def test_a_compiled_function_within_nested_checkpoints_and_in_a_function_of_one_s_own():
+    torch._dynamo.reset()
+    norm = made(NORMS["batch"])
+    twin, f = copy.deepcopy(norm), torch.compile(norm, backend="aot_eager", fullgraph=True)
+    def inner(x): return checkpoint(f, x, use_reentrant=False) * 1
+    x = draw(3, 4, 5, 3).contiguous(memory_format=torch.channels_last)
+    close(gradients(norm, x, lambda x: checkpoint(inner, x, use_reentrant=False)), gradients(twin, x), 1e-8)
+    close(norm.buffers(), twin.buffers(), 1e-8)
+    g = torch.compile(made(NORMS["running"]), backend="aot_eager", fullgraph=True)
+
+    class Repeats(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return g(x)
+
+        @staticmethod
+        def backward(ctx, gy):
+            with torch.enable_grad(): g(ctx.saved_tensors[0].detach().requires_grad_())
+    with pytest.raises(RuntimeError, match="Put the checkpoint inside of what is compiled"):
+        Repeats.apply(draw(3, 4, 5, 3).requires_grad_()).sum().backward()
+
+
+@pytest.mark.one_route
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("name", NORMS)

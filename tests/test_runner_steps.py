@@ -193,3 +193,20 @@ def test_a_callback_is_found_by_its_class():
     looks = Looks()
     run.fit(1, make_learn(), cbs=[told, looks])                     # for the fit, those of the fit too
     assert looks.seen is told
+
+
+def test_a_step_of_an_instance_and_of_a_class_that_is_no_callback_wrap_too():
+    class Plain:
+        _order, name, calls = 0, "plain", 0
+
+        def set_runner(self, run): self.run = run
+
+        def step(self, inner):
+            self.calls += 1
+            inner()
+    plain, own, learn, twin = Plain(), Callback(), make_learn(), make_learn()
+    own.backward = lambda inner: inner()
+    Runner([plain, own]).fit(1, learn)
+    Runner().fit(1, twin)
+    assert plain.calls == 2
+    for p, q in zip(learn.model.parameters(), twin.model.parameters(), strict=True): assert torch.equal(p, q)
