@@ -11,6 +11,8 @@ from runner.accumulation import GradientAccumulation
 from runner.averaged import AveragedWeights
 from runner.backend import CPUBackendCallback
 from runner.callbacks import BatchTransformXCallback, CudaCallback, view_tfm
+from runner.checkpoint import Checkpoint
+from runner.checkpoint_files import CheckpointError
 from runner.clipping import GradientClip
 from runner.compiled import CompileError
 from runner.core import Learner, Runner, TrainEvalCallback
@@ -75,6 +77,8 @@ __all__ = [
     "CancelEpochException",
     "CancelException",
     "CancelTrainException",
+    "Checkpoint",
+    "CheckpointError",
     "ClosureStep",
     "CompileError",
     "CudaCallback",

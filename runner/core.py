@@ -1,6 +1,7 @@
 """The training loop: `Learner`, `Runner` and the callback that every runner has; `runner.events` says what it calls."""
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,14 @@ class TrainEvalCallback(Callback):
         # Not summed up: 1/iters would drift. A loader may give more than its length.
         if run.iters: run.n_epochs = run.epoch + min(self.done / run.iters, 1.0)
 
+    def state_dict(self) -> dict[str, Any]:
+        """How many training batches of the epoch are done."""
+        return {"done": getattr(self, "done", 0)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.done = state["done"]
+
     def begin_validate(self) -> None:
         self.model.eval()
         self.run.in_train = False
@@ -82,9 +91,10 @@ class Runner(Progress):
             `runner.compiled.CompiledStep`, which says with what limits. It needs torch 2.11 and a C++ compiler.
 
     Each callback is exposed under its name: `run.recorder`. During a fit the runner has `xb, yb, pred, loss` (of
-    the batch), `opt, model, loss_func, data` (of the learner), `in_train`, `stepped` (whether the training batch made
-    a step), `n_epochs` (float), `n_iter`, `iters` (batches in this pass; None for a loader without a length), `epoch`
-    and `epochs`.
+    the batch), `opt, model, loss_func, data` (of the learner), `in_train`, `stepped` (whether the training batch
+    made a step), `n_epochs` (float), `n_iter`, `iters` (batches in this pass; None for a loader without a length),
+    `epoch` and `epochs`. `first_epoch`, and `first_batch` in it, are where a fit goes on from a checkpoint, or 0.
+    `fits` counts the fits that the runner has ended well.
 
     A batch is a pair `(xb, yb)`, a tuple or list of two, each a tensor or a nest of tensors (`runner.batches`). The
     model gets `xb` as it is; for `model(*xb)` or `model(**xb)` add
@@ -114,10 +124,12 @@ class Runner(Progress):
         if not isinstance(compile, bool): raise TypeError(f"compile is {compile!r}; it must be True or False")
         self.in_train, self.learn, self._fitting, self.status = False, None, False, "ok"
         self.reset_history = self.evaluating = False
+        self.fits = self.first_epoch = self.first_batch = 0
         # Where a row of statistics goes after each epoch; ProgressCallback sets it.
         self.logger: Callable[[dict[str, Any]], None] | None = None
         self._answers: dict[str, list[Callable[[], Any]]] = {event: [] for event in EVENTS}
         self._replaced: set[str] = set()
+        self._around_passes: list[Callable[[Iterable[Any]], Iterable[Any]]] = []
         always: list[Callback]
         self.cbs, self._lasting, always = [], list[Any](), [TrainEvalCallback()]
         if compile:
@@ -130,7 +142,7 @@ class Runner(Progress):
     # --- the loop ---------------------------------------------------------------------------------------------
 
     def fit(self, epochs: int, learn: "Learner", cbs: "Callback | Iterable[Any] | None" = None, *,
-            reset_history: bool = False) -> None:
+            reset_history: bool = False, resume: "str | os.PathLike[str] | None" = None, strict: bool = True) -> None:
         """Train `learn` for `epochs` epochs, each followed by a validation; `cbs` take part in this fit only.
 
         Without a validation loader (None) there is none, nor its events. A loader is anything that can be iterated once
@@ -141,20 +153,39 @@ class Runner(Progress):
 
         Whatever ends the fit, `after_fit` reaches every callback, the runner can be used again, and an exception
         is the one that was raised first. Gradients left from before are cleared at the start.
+
+        Args:
+            resume: a checkpoint (see `Checkpoint`) to go on from, or a folder: then from the newest whole one there. In
+                a folder without one, or that isn't there yet, the fit begins anew, so one script serves both. Build
+                everything as for a new fit; `epochs` are all, counted from the beginning. A fit that was complete
+                trains nothing, and ends as it did, history and all. More epochs than it had are added to it.
+            strict: whether a checkpoint of a run that differs from this one is refused: other classes, loaders,
+                versions, threads. False goes on with a warning. Other shapes are refused in any case, as is another
+                order of images in the middle of an epoch.
+
+        Raises:
+            CheckpointError: the checkpoint is of another run, or of a later version of this library, or damaged (of a
+                folder, a damaged one is skipped with a warning); a loader that can't go on in the middle of an epoch.
         """
         self.reset_history = reset_history
         cbs = listify(cbs)
+        if resume is not None:
+            from runner.resume import Resume
+            cbs = [*cbs, Resume(resume, strict)]
         with ExitStack() as around:
             for cb in [*self.cbs, *cbs]:
                 if hasattr(type(cb), "around_fit"): around.enter_context(cb.around_fit(self, learn))
             self._fit(epochs, learn, cbs)
+        self.fits += not any(getattr(cb, "undoes_fit", False) for cb in [*self.cbs, *cbs])
 
     def _fit(self, epochs: int, learn: "Learner", cbs: list[Any]) -> None:
         with self._callbacks(epochs, learn, cbs), Always(self, "after_fit"):
             try:
                 self("begin_fit")
-                for self.epoch in range(epochs):
+                first = self.first_epoch
+                for self.epoch in range(first, epochs):
                     self.all_batches("begin_epoch", self.data.train_dl)
+                    self.first_batch = 0
                     if self.data.valid_dl is not None:
                         with torch.no_grad(): self.all_batches("begin_validate", self.data.valid_dl)
                     self("after_epoch")
@@ -181,9 +212,11 @@ class Runner(Progress):
     def all_batches(self, begin: str, dl: Iterable[Any] | None, skip: bool = True) -> None:
         """One pass over `dl`, unless a callback returns True from the event `begin` (and `skip` lets it)."""
         try:
-            self.iters, some = length_of(dl), False
+            self.iters, some = length_of(dl), self.first_batch > 0
             if self(begin) and skip: return
-            for batch in () if dl is None else dl:
+            batches: Iterable[Any] = () if dl is None else dl
+            for around in self._around_passes: batches = around(batches)
+            for batch in batches:
                 some = True
                 self.one_batch(*pair(batch))
             if not some: raise ValueError(_no_batches(begin, dl))
@@ -322,7 +355,8 @@ class Runner(Progress):
         kept = {k: v for k, v in vars(self).items()
                 if k not in gone and not (isinstance(v, torch.Tensor) and not v.is_leaf)}
         idle: dict[str, Any] = {"learn": None, "cbs": list(lasting), "_lasting": [], "_fitting": False,
-                                "in_train": False, "_replaced": set(), "_answers": {event: [] for event in EVENTS}}
+                                "in_train": False, "_replaced": set(), "_around_passes": [],
+                                "_answers": {event: [] for event in EVENTS}}
         return {**kept, **idle, **({"logger": None} if fitting else {})}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Runner":
@@ -371,10 +405,12 @@ class Runner(Progress):
             ordered = sorted((cb for cb in self.cbs if fit or not getattr(cb, "fit_only", False)),
                              key=lambda cb: cb._order)
             self.learn, self.epochs, self.epoch, self._fitting, self.status = learn, epochs, 0, True, "ok"
+            self.first_epoch = self.first_batch = 0
             for cb in ordered: cb.set_runner(self)
             # Looked up once here and not at each of 25,000 batches. A callback with a `__call__` of its own gets
             # every event's name, as one of the lesson does.
             self._answers = {e: [a for cb in ordered if (a := answer(cb, e)) is not None] for e in EVENTS}
+            self._around_passes = [cb.around_pass for cb in ordered if hasattr(type(cb), "around_pass")]
             for step in STEPS: self._take_over(step, ordered)
             if fit and "step" not in self._replaced and needs_closure(self.opt):
                 raise ValueError(f"{type(self.opt).__name__} needs a closure in its step, since it evaluates the loss "
@@ -387,7 +423,7 @@ class Runner(Progress):
         finally:
             for cb in self.cbs[len(lasting):]: delattr(self, cb.name)
             self.cbs, self._fitting, self.in_train = lasting, False, False
-            self._answers, self._replaced = {event: [] for event in EVENTS}, set()
+            self._answers, self._replaced, self._around_passes = {event: [] for event in EVENTS}, set(), []
             for step in STEPS: self.__dict__.pop(step, None)
 
     def _take_over(self, step: str, ordered: list[Any]) -> None:

@@ -1,13 +1,12 @@
 """Data for the runner: `Dataset`, `DataBunch`, `get_dls`."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import (
     BatchSampler,
-    DataLoader,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -17,6 +16,7 @@ from torch.utils.data import (
 )
 
 from runner.batches import length_of
+from runner.loading import PositionLoader, Skipped
 
 
 class Dataset:
@@ -87,17 +87,31 @@ def whole_batch(batch: Sequence[Any]) -> list[torch.Tensor]:
     return [torch.as_tensor(t) for t in batch]
 
 
-class BatchLoader(DataLoader[Any]):
-    """A `DataLoader` for `batch_size=None`, where the sampler's indices are of whole batches, with less in between.
+class BatchLoader(PositionLoader):
+    """A loader for `batch_size=None`, where the sampler's indices are of whole batches, with less in between.
 
     Of what torch's does for each batch only `collate_fn(dataset[indices])` is left, and no record for its profiler: at
     batch size 2 that is 5 % of a training step. With workers or pinned memory it is torch's.
     """
 
-    def __iter__(self) -> Any:
-        if self.num_workers or self.pin_memory: return super().__iter__()
-        torch.empty((), dtype=torch.int64).random_(generator=self.generator)    # torch's draws a seed for workers: the
-        return map(self.fetch, self.sampler)                                    # order of the images stays the same
+    def batches(self) -> Iterator[Any]:
+        """A whole pass."""
+        if self.num_workers or self.pin_memory: return super().batches()
+        self._draw_seed()
+        return map(self.fetch, self.sampler)
+
+    def rest(self, n: int, rewound: Callable[[], None]) -> Iterator[Any]:
+        """The pass without its first `n` batches."""
+        if self.num_workers or self.pin_memory: return super().rest(n, rewound)
+        rewound()
+        self._draw_seed()
+        indices = iter(Skipped(self.sampler, n))
+        indices.skip()
+        return map(self.fetch, indices)
+
+    def _draw_seed(self) -> None:
+        """torch's loader draws a seed for workers: the order of the images stays the same."""
+        torch.empty((), dtype=torch.int64).random_(generator=self.generator)
 
     def fetch(self, indices: Any) -> Any:
         """The batch of these items."""
@@ -121,7 +135,8 @@ def get_dls(train_ds: Any, valid_ds: Any, bs: int, *, valid_bs: int | None = Non
             generator: torch.Generator | None = None, **kwargs: Any) -> tuple[Any, Any]:
     """A shuffled training loader of batch size `bs` and a validation loader, in order, of `valid_bs`.
 
-    They give what torch's loaders would: the same batches in the same order. Where a data set is known to be arrays,
+    They give what torch's loaders would: the same batches in the same order; and they can go on in the middle of a pass
+    (`runner.loading.PositionLoader`). Where a data set is known to be arrays,
     the sampler yields the indices of a batch and the data set returns the batch: no image is ever fetched by itself.
     (`batch_size=None` is torch's way to say so; such a loader's `batch_size` is None.) That is a `Dataset` or
     `TensorDataset` of tensors or numpy arrays, or a `Subset` of one, with their own `__getitem__` and torch's own
@@ -157,7 +172,7 @@ def get_dls(train_ds: Any, valid_ds: Any, bs: int, *, valid_bs: int | None = Non
 
     def loader(ds: Any, sampler: Any, bs: int, drop_last: bool, generator: torch.Generator | None) -> Any:
         if items or not takes_lists(ds, in_process):
-            return DataLoader(ds, bs, sampler=sampler, drop_last=drop_last, generator=generator, **kwargs)
+            return PositionLoader(ds, bs, sampler=sampler, drop_last=drop_last, generator=generator, **kwargs)
         whole = {**kwargs, "collate_fn": whole_batch}
         return BatchLoader(ds, None, sampler=BatchSampler(sampler, bs, drop_last), generator=generator, **whole)
 

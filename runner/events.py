@@ -83,6 +83,9 @@ class Progress:
     iters: int | None
     epoch: int
     epochs: int
+    first_epoch: int
+    first_batch: int
+    fits: int
 
 
 class Callback(Progress):
@@ -112,7 +115,13 @@ class Callback(Progress):
     and so no history goes on from that fit.
 
     A method `around_fit(self, run, learn)` that is a context manager (`contextlib.contextmanager`) is entered before
-    the fit and left when all is over, all callbacks' `after_fit` included.
+    the fit and left when all is over, all callbacks' `after_fit` included. A method `around_pass(self, batches)` gets
+    the batches of a pass, an iterable, once the pass has begun, and returns what is to take its place.
+
+    What a callback keeps from batch to batch or from epoch to epoch is in a checkpoint if it has `state_dict()`,
+    which returns a dict of tensors, numbers, strings, and lists, tuples, sets and dicts of those, and
+    `load_state_dict(state)`. A fit that goes on calls the latter after `begin_fit` and, in the middle of an epoch,
+    after `begin_epoch` once more.
 
     Raises:
         TypeError: at the definition of a subclass with a method whose name is almost an event's or a step's.

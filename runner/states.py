@@ -14,6 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+LOSS = "(loss)"     # path of the loss function; no attribute can be called so
+
+Slots = dict[str, tuple[nn.Module | None, Any, Any]]    # name: (module, dict or list, key)
+
 
 def snapshot(model: Any, loss_func: Any, opt: Any, data: Any) -> Callable[[], None]:
     """Copy all that training changes; returns a function that puts it back and clears the gradients.
@@ -44,7 +48,7 @@ def module_states(*tops: object) -> Callable[[], None]:
     modules = [m for top in tops if isinstance(top, torch.nn.Module) for m in top.modules()]
     modes = [(m, m.training) for m in modules]
     slots: list[tuple[Any, dict[str, Any]]] = [(s, dict(s)) for m in modules for s in (m._parameters, m._buffers)]
-    own = [(vars(m), {k: v for k, v in vars(m).items() if k not in _TORCHS}) for m in modules]
+    own = [(vars(m), {k: v for k, v in vars(m).items() if k not in TORCHS}) for m in modules]
     held = [v for _, had in (*slots, *own) for v in had.values()]
     tensors = [(t, t.detach().clone()) for t in held if torch.is_tensor(t)]
     contents = [(c, copy.copy(c)) for c in held if type(c) in (list, dict, set, deque)]
@@ -55,7 +59,7 @@ def module_states(*tops: object) -> Callable[[], None]:
             s.clear()
             s.update(had)
         for s, had in own:
-            for k in s.keys() - had.keys() - _TORCHS: del s[k]
+            for k in s.keys() - had.keys() - TORCHS: del s[k]
             s.update(had)
         with torch.no_grad():
             for t, was in tensors: t.copy_(was)
@@ -65,7 +69,27 @@ def module_states(*tops: object) -> Callable[[], None]:
     return restore
 
 
-_TORCHS = vars(torch.nn.Module()).keys()    # what every module has; its hooks may rightly come and go meanwhile
+TORCHS = vars(torch.nn.Module()).keys()    # what every module has; its hooks may rightly come and go meanwhile
+
+
+def parts_of(model: Any, loss_func: Any, opt: Any) -> tuple[dict[str, nn.Module], Slots]:
+    """Modules by path, `{path: module}`, and what training changes by name, `{name: (module, dict or list, key)}`.
+
+    The latter are the parameters and buffers of the model and of a loss that is a module, and what else the optimizer
+    has, of no module.
+    """
+    modules: dict[str, nn.Module] = {}
+    if isinstance(model, nn.Module): modules.update(model.named_modules())
+    if isinstance(loss_func, nn.Module):
+        modules.update((f"{LOSS}.{n}" if n else LOSS, m) for n, m in loss_func.named_modules())
+    slots: Slots = {f"{path}.{k}" if path else k: (m, d, k) for path, m in modules.items()
+             for d in (m._parameters, m._buffers) for k in d}
+    known, params = {id(d[k]) for _, d, k in slots.values()}, params_of(opt)
+    slots.update((f"(optimizer).{i}", (None, params, i)) for i, p in enumerate(params) if id(p) not in known)
+    return modules, slots
+
+
+def params_of(opt: Any) -> list[nn.Parameter]: return [p for group in opt.param_groups for p in group["params"]]
 
 
 def holds_compiled(model: nn.Module) -> bool:

@@ -51,6 +51,7 @@ MADE = {
     "AvgStatsCallback": lambda path: [AvgStatsCallback(accuracy)],
     "BatchTransformXCallback": lambda path: [BatchTransformXCallback(view_tfm(6))],
     "CSVLogger": lambda path: [AvgStatsCallback(), runner.CSVLogger(path / "history.csv")],
+    "Checkpoint": lambda path: [runner.Checkpoint(path / "checkpoints")],
     "CudaCallback": lambda path: [runner.CudaCallback("cpu")],
     "EarlyStopping": lambda path: [AvgStatsCallback(), runner.EarlyStopping()],
     "GradientAccumulation": lambda path: [GradientAccumulation(2)],

@@ -21,9 +21,9 @@ from runner.backend import without_hooks
 from runner.batches import NoPair, map_tensors
 from runner.events import Callback, CancelTrainException
 from runner.insight.record import copies, draw_indices, plain, report
-from runner.insight.repeat import Repeat, flaw, norms_of, params_of, parts_of
+from runner.insight.repeat import Repeat, flaw, norms_of
 from runner.precision import LEAST_SCALE, precision_of
-from runner.states import generators_of, random_state, random_states
+from runner.states import generators_of, params_of, parts_of, random_state, random_states
 
 Row = dict[str, Any]            # both as the class below describes them
 Snapshot = dict[str, Any]

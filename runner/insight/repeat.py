@@ -12,11 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from runner.batches import leaves, map_tensors
-from runner.states import set_random_state
-
-LOSS = "(loss)"     # path of the loss function; no attribute can be called so
-
-Slots = dict[str, tuple[nn.Module | None, Any, Any]]    # name: (module, dict or list, key)
+from runner.states import LOSS, params_of, parts_of, set_random_state
 
 
 class Repeat:
@@ -180,26 +176,6 @@ class Repeat:
 
 
 # --- small parts --------------------------------------------------------------------------------------------------
-
-def parts_of(model: Any, loss_func: Any, opt: Any) -> tuple[dict[str, nn.Module], Slots]:
-    """Modules by path, `{path: module}`, and what training changes by name, `{name: (module, dict or list, key)}`.
-
-    The latter are the parameters and buffers of the model and of a loss that is a module, and what else the optimizer
-    has, of no module.
-    """
-    modules: dict[str, nn.Module] = {}
-    if isinstance(model, nn.Module): modules.update(model.named_modules())
-    if isinstance(loss_func, nn.Module):
-        modules.update((f"{LOSS}.{n}" if n else LOSS, m) for n, m in loss_func.named_modules())
-    slots: Slots = {f"{path}.{k}" if path else k: (m, d, k) for path, m in modules.items()
-             for d in (m._parameters, m._buffers) for k in d}
-    known, params = {id(d[k]) for _, d, k in slots.values()}, params_of(opt)
-    slots.update((f"(optimizer).{i}", (None, params, i)) for i, p in enumerate(params) if id(p) not in known)
-    return modules, slots
-
-
-def params_of(opt: Any) -> list[nn.Parameter]: return [p for group in opt.param_groups for p in group["params"]]
-
 
 def norms_of(params: Sequence[Tensor]) -> Sequence[Tensor]:
     """The L2 norms of the gradients, one by one."""

@@ -1,0 +1,228 @@
+"""`Checkpoint`: all that a fit needs to go on, written to files at any point between two batches."""
+
+import os
+import time
+import uuid
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from runner.checkpoint_files import VERSION, check, checkpoints_in, number_of, path_for, prepare, save
+from runner.events import Callback
+from runner.fingerprint import fingerprint, has_state
+from runner.learner_state import learner_state
+from runner.loading import MEND, draws_in_workers, feeding_state, has_position, why_not
+from runner.sources import set_states, sources_of, states_of
+from runner.values import encoded
+
+
+class Checkpoint(Callback):
+    """Writes checkpoints from which `run.fit(..., resume=folder)` goes on, to the last bit as if nothing had been.
+
+        for epoch in range(epochs):
+            for batch, (xb, yb) in enumerate(train_dl):
+                train(xb, yb)
+                if due(): save(folder, model, opt, callbacks, random_states, epoch, batch)
+            validate()
+            save(folder, model, opt, callbacks, random_states, epoch + 1)
+
+    One script begins and goes on:
+
+        run = Runner([AvgStatsCallback(accuracy), Recorder(), Checkpoint("runs/1", every_seconds=60)])
+        run.fit(10, learn, resume="runs/1")             # killed, by whatever? Run the script again.
+
+    It is written between two training batches, after everything that belongs to the one and before the next is
+    fetched, and at the ends of epochs, after all other callbacks. A further one is written when all epochs are done or
+    a callback has ended the fit (`EarlyStopping`). None is written while a batch is being trained, in a validation, or
+    when an exception ends the fit.
+
+    A file holds the learner (`runner.learner_state`: parameters, buffers, optimizer, waiting gradients), the states of
+    all callbacks that have `state_dict` and `load_state_dict`, how far the fit has come, the random states of torch,
+    every GPU, Python, numpy and of all generators that the model, the loss, the loaders, their data sets and the
+    callbacks hold (`runner.sources`), now and at the beginning of the epoch, where the loader is, and a fingerprint of
+    the run. A callback of yours that keeps something from batch to batch needs the two methods.
+
+    Files are called "checkpoint-RUN-NUMBER.pt". They appear under that name when they are whole and on the disk; there
+    are no half-written ones, whenever the process or the machine dies. `torch.load(path, weights_only=True)` reads
+    them. A disk that is full, or a folder that can't be written any more, costs a warning and no training: the last
+    good file stays.
+
+    Args:
+        folder: for the files, made if it doesn't exist. Of several runs in one folder the latest goes on, and none
+            touches another's files.
+        every_epochs: write at the end of every so many epochs; None for none but the last.
+        every_batches: write after every so many training batches of the fit.
+        every_seconds: write after the batch, or the epoch, with which so many seconds have passed since the last file.
+        keep: how many files of the run stay, the newest.
+
+    `path` is the last file written. `write()` writes one now, in an `after_epoch` of yours, say.
+
+    Raises:
+        ValueError: an argument out of its range, no interval at all; at the start of a fit, a folder that can't be
+            written, and a loader that can't go on in the middle of an epoch (`runner.loading`) with `every_batches` or
+            `every_seconds`.
+        TypeError: at the start of a fit, a callback's state that can't be written.
+    """
+
+    _order = 10_000     # after all that may change anything
+    fit_only = True
+
+    def __init__(self, folder: str | os.PathLike[str], *, every_epochs: int | None = 1,
+                 every_batches: int | None = None, every_seconds: float | None = None, keep: int = 3) -> None:
+        for name, n in (("every_epochs", every_epochs), ("every_batches", every_batches), ("keep", keep)):
+            if n is None and name != "keep": continue
+            if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+                raise ValueError(f"Checkpoint: {name} is {n!r}; it must be an integer of at least 1"
+                                 f"{', or None' * (name != 'keep')}")
+        number = isinstance(every_seconds, (int, float)) and not isinstance(every_seconds, bool)
+        if every_seconds is not None and not (number and every_seconds >= 0):
+            raise ValueError(f"Checkpoint: every_seconds is {every_seconds!r}; it must be a number of at least 0, or "
+                             "None")
+        if every_epochs is None and every_batches is None and every_seconds is None:
+            raise ValueError("Checkpoint: every_epochs, every_batches and every_seconds are all None, so that nothing "
+                             "would be written before the end; give one of them")
+        self.folder, self.keep = Path(folder), keep
+        self.every_epochs, self.every_batches, self.every_seconds = every_epochs, every_batches, every_seconds
+        self.path: Path | None = None
+        self.run_id = ""                # of the run whose files these are
+        self._number, self._failing = 0, False
+        self._clear()
+
+    def _clear(self) -> None:
+        self._idle = True
+        self._began: dict[str, Any] = {}        # the beginning of the running pass
+        self._batch: int | None = None          # batches done in it; None between passes
+        self._batches, self._written = 0, 0.0   # of the fit; when the last file was written
+
+    # --- the fit ----------------------------------------------------------------------------------------------
+
+    def begin_fit(self) -> None:
+        run = self.run
+        self._clear()
+        if any(getattr(cb, "undoes_fit", False) for cb in run.cbs): return
+        dl, in_epoch = run.data.train_dl, self.every_batches is not None or self.every_seconds is not None
+        if in_epoch and (reason := why_not(dl)): raise ValueError(f"Checkpoint: {reason}; {MEND}")
+        resumed = getattr(run, "resume", None)
+        found = None if resumed is None else resumed.state
+        others = self._take_folder(found)
+        self.sources = sources_of_run(run)
+        self._check_workers(dl, in_epoch)
+        self.fingerprint = fingerprint(run) if resumed is None else resumed.fingerprint
+        self._idle, self._written = False, time.monotonic()
+        if found is None: check(self._contents())       # or it would be told too late
+        if found is None and others: self._write(0, None)
+
+    def _take_folder(self, found: dict[str, Any] | None) -> bool:
+        """Go on in the folder, or begin there; whether it has files of other runs.
+
+        Then this run needs one at once, which is newer than they are, or a kill in the next second would let one of
+        theirs go on.
+        """
+        prepare(self.folder)
+        there = checkpoints_in(self.folder)
+        self.run_id = uuid.uuid4().hex[:8] if found is None else found["run"]
+        self._number = max((number_of(path) for path in there), default=0)
+        return bool(there)
+
+    def _check_workers(self, dl: Any, in_epoch: bool) -> None:
+        if not (in_epoch or getattr(dl, "persistent_workers", False)): return
+        before = states_of(self.sources)
+        try: drawn = draws_in_workers(dl, lambda: states_of(self.sources))
+        finally: set_states(before, self.sources)
+        if not drawn: return
+        if getattr(dl, "persistent_workers", False):
+            raise ValueError("Checkpoint: the data set draws random numbers in persistent workers, whose random states "
+                             "nobody can read; give persistent_workers=False and write at the ends of epochs, or "
+                             "num_workers=0")
+        raise ValueError("Checkpoint: the data set draws random numbers in worker processes, so its items depend on "
+                         "those fetched before; give num_workers=0, or write at the ends of epochs only: "
+                         "every_batches=None, every_seconds=None")
+
+    def around_pass(self, batches: Iterable[Any]) -> Iterable[Any]:
+        """The training batches, with a look at the clock after each."""
+        return batches if self._idle or not self.run.in_train else self._watched(batches)
+
+    def _watched(self, batches: Iterable[Any]) -> Iterator[Any]:
+        run = self.run
+        self._batch = run.first_batch
+        resumed = getattr(run, "resume", None)
+        if run.first_batch: self._began = resumed.began
+        else:
+            self._began = {"random": states_of(self.sources), "feeding": feeding_state(run.data.train_dl),
+                           "seeded": getattr(run.data.train_dl, "_iterator", None) is None}
+        for batch in batches:
+            yield batch         # the loop asks for the next one when this one is over, and only if all went well
+            self._batch += 1
+            self._batches += 1
+            if (self.every_batches and not self._batches % self.every_batches) or self._time_is_up(): self.write()
+        self._batch = None
+
+    def _time_is_up(self) -> bool:
+        return self.every_seconds is not None and time.monotonic() - self._written >= self.every_seconds
+
+    def begin_validate(self) -> None: self._batch = None
+
+    def after_epoch(self) -> None:
+        if self._idle: return
+        self._batch, done = None, self.run.epoch + 1
+        due = done == self.run.epochs or (self.every_epochs and not done % self.every_epochs)
+        if due or self._time_is_up(): self._write(done, None)
+
+    def after_cancel_train(self) -> None:
+        if not self._idle: self._write(self.run.epoch, "cancelled")
+
+    def after_fit(self) -> None: self._clear()
+
+    # --- a file -----------------------------------------------------------------------------------------------
+
+    def write(self) -> Path | None:
+        """Write a checkpoint now, between batches or in an `after_epoch`; its path, None if it couldn't be written.
+
+        Raises:
+            ValueError: no fit is going on.
+        """
+        if self._idle: raise ValueError("Checkpoint.write: no fit is going on, so there is nothing to write")
+        epoch = self.run.epoch
+        return self._write(epoch if self._batch is not None else epoch + 1, None)
+
+    def _write(self, epoch: int, ended: str | None) -> Path | None:
+        contents = self._contents(epoch, ended)
+        path = path_for(self.folder, self.run_id, self._number + 1)
+        try: save(contents, path, self.keep)
+        except OSError as e:
+            if not self._failing:
+                warnings.warn(f"the checkpoint {path} can't be written ({type(e).__name__}: {e.strerror or e}); "
+                              "training goes on, and what was written before stays", RuntimeWarning, stacklevel=2)
+            self._failing, self._written = True, time.monotonic()
+            return None
+        self._number, self._failing, self.path, self._written = self._number + 1, False, path, time.monotonic()
+        return path
+
+    def _contents(self, epoch: int = 0, ended: str | None = None) -> dict[str, Any]:
+        """What is written: tensors and plain values."""
+        run, dl = self.run, self.run.data.train_dl
+        in_epoch = self._batch is not None and ended is None
+        position: dict[str, Any] = {}
+        if in_epoch: position = {"began": self._began, "loader": dl.state_dict() if has_position(dl) else None}
+        return dict(encoded({
+            "version": VERSION, "run": self.run_id, "number": self._number + 1, "fit": run.fits,
+            "fingerprint": self.fingerprint, "epoch": epoch, "batch": self._batch if in_epoch else None,
+            "epochs": run.epochs, "ended": ended, "status": run.status, "n_iter": run.n_iter, "n_epochs": run.n_epochs,
+            "batches": self._batches, "learner": learner_state(run.model, run.loss_func, run.opt),
+            "callbacks": {cb.name: encoded(cb.state_dict(), f"{type(cb).__name__}.state_dict()")
+                          for cb in run.cbs if cb is not self and has_state(cb)},
+            "random": states_of(self.sources), "feeding": feeding_state(dl),
+            "seeded": {name: getattr(loader, "_iterator", None) is None
+                       for name, loader in (("train", dl), ("valid", run.data.valid_dl))},
+            **position}, "checkpoint"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy writes a run of its own."""
+        return {**super().__getstate__(), "sources": {}, "path": None, "_idle": True, "_began": {}}
+
+
+def sources_of_run(run: Any) -> dict[str, Any]:
+    """The random sources that the parts of a fit hold."""
+    return sources_of(model=run.model, loss_func=run.loss_func, train_dl=run.data.train_dl, valid_dl=run.data.valid_dl,
+                      **{cb.name: cb for cb in run.cbs if cb.name != "resume"})
