@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -14,18 +14,23 @@ from torch import Tensor, nn
 from experiments.data import ImageData
 from experiments.errors import InputError
 from experiments.models import channels_last_, get_runner
-from experiments.results import Result, Row, RunFolder, Summary, Table, Verdict, text_table
+from experiments.results import Result, Row, Summary, Table, Verdict, text_table
+from experiments.run_folder import RunFolder
 from experiments.settings import Settings
 from runner import (
     AvgStatsCallback,
     BatchTransformXCallback,
     Callback,
+    Checkpoint,
+    CheckpointError,
     CPUBackendCallback,
     CudaCallback,
     DataBunch,
+    Learner,
     ParamScheduler,
     ProgressCallback,
     Recorder,
+    Runner,
     accuracy,
     combine_scheds,
     get_dls,
@@ -38,6 +43,7 @@ FIGURES = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
 MEASURED = ["valid accuracy", "range", "valid loss", "seeds", "seconds", "status"]     # the columns of `measured`
 SMALL_BATCH = 8     # images at most in a batch for which convolutions with channels last are the faster ones, measured
 VALID_BATCH = 250   # images at least in a batch of validation, which has nothing to learn from small ones
+EVERY_SECONDS = 30  # between two checkpoints of an arm, beside those at the ends of epochs
 WARM_UP = 0.3       # the part of training in which a rate of three stops goes from the first to the second
 
 Rate = float | Sequence[float]      # a learning rate, or its stops: see `schedule`
@@ -64,8 +70,8 @@ class Data(Protocol):
 
 def train(model: nn.Module, images: ImageData, row: Row, device: str | torch.device, label: str,
           cbs: Iterable[Callback] = (), *, tfm: Callable[[Tensor], Tensor] | None = None,
-          backend: CPUBackendCallback | None = None, drop_last: bool = False,
-          compile: bool = False) -> tuple[list[Row], Row, list[float]]:
+          backend: CPUBackendCallback | None = None, drop_last: bool = False, compile: bool = False,
+          checkpoint: Path | None = None) -> tuple[list[Row], Row, list[float]]:
     """Train `model` as `row` says: `(rows per epoch, final row, training losses)`.
 
     Args:
@@ -80,6 +86,7 @@ def train(model: nn.Module, images: ImageData, row: Row, device: str | torch.dev
         backend: a `CPUBackendCallback` for a model with convolutions; None for one that measures.
         drop_last: whether to leave out the last training batch if it is smaller than the others.
         compile: whether to compile the steps.
+        checkpoint: the folder for checkpoints; training goes on from the newest there. None keeps none.
 
     The final row has the last epoch's figures, seconds and the status: "ok", "diverged" (a figure that is not finite)
     or "failed", with the error of a norm that refused its input.
@@ -90,28 +97,67 @@ def train(model: nn.Module, images: ImageData, row: Row, device: str | torch.dev
     rate, sched = schedule(row["lr"])
     convolutions = device.type == "cpu" and any(isinstance(m, nn.Conv2d) for m in model.modules())
     if convolutions and row["batch_size"] <= SMALL_BATCH: channels_last_(model)
-    backend = backend or CPUBackendCallback()
+    backend, watch = backend or CPUBackendCallback(), Stopwatch()
     learn, run = get_runner(model, DataBunch(train_dl, valid_dl, images.c), rate, [
         Recorder(), AvgStatsCallback(accuracy), CudaCallback(device),
         BatchTransformXCallback(tfm or view_tfm(1, 28, 28)), ProgressCallback(label),
-        *([backend] if convolutions else []), *([ParamScheduler("lr", sched)] if sched else []), *cbs],
+        *([backend] if convolutions else []), *([ParamScheduler("lr", sched)] if sched else []), watch, *cbs],
         compile=compile)
     row = {**row, "parameters": sum(p.numel() for p in model.parameters())}
-    start = time.perf_counter()
     error: str | None = None
     # A norm that refuses its input (torch's batch norm does, one value per channel) is a row, not a crash.
-    try: run.fit(row["epochs"], learn)
-    except ValueError as e: error = str(e)
+    try: fit_from(checkpoint, run, row["epochs"], learn)
+    except ValueError as e:
+        if isinstance(e, InputError): raise
+        if not watch.running: raise InputError(str(e)) from e
+        error = str(e)
     if convolutions: row["backend"] = {**(backend.choice or {}), "reason": backend.reason}
     arm = next(iter(row))
     epochs = [{arm: row[arm], "seed": row["seed"], **r} for r in run[AvgStatsCallback].history]
     row.update({n: epochs[-1][n] if epochs else math.nan for n in FIGURES})
     row["valid_accuracies"] = [r["valid_accuracy"] for r in epochs]
-    row["seconds"] = time.perf_counter() - start
+    row["seconds"] = watch.seconds
     finite = all(math.isfinite(row[n]) for n in FIGURES)
     row["status"] = "failed" if error else "ok" if finite else "diverged"
     if error: row["error"] = error
     return epochs, row, run[Recorder].losses
+
+
+def fit_from(checkpoint: Path | None, run: Runner, epochs: int, learn: Learner) -> None:
+    """`run.fit(epochs, learn)`, from the newest checkpoint in the folder `checkpoint` on and with more written there.
+
+    None is a fit without checkpoints.
+
+    Raises:
+        InputError: the checkpoint is of another run.
+    """
+    if checkpoint is None: return run.fit(epochs, learn)
+    try: run.fit(epochs, learn, Checkpoint(checkpoint, every_seconds=EVERY_SECONDS), resume=checkpoint)
+    except CheckpointError as e: raise InputError(f"{e}. Or delete {checkpoint}, and this arm begins anew") from e
+
+
+class Stopwatch(Callback):
+    """The `seconds` since a fit began, those before an interruption included, and nothing of what came between.
+
+    `running` is whether the fit has come to its first epoch.
+    """
+
+    def __init__(self) -> None: self.begin_fit()
+
+    def begin_fit(self) -> None: self.start, self.running = time.perf_counter(), False
+
+    def begin_epoch(self) -> None: self.running = True
+
+    @property
+    def seconds(self) -> float: return time.perf_counter() - self.start
+
+    def state_dict(self) -> dict[str, float]:
+        """The seconds so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from the seconds of `state_dict`."""
+        self.start = time.perf_counter() - state["seconds"]
 
 
 def check_batch_size(batch_size: int, images: ImageData) -> None:
@@ -142,32 +188,38 @@ def windows(losses: Sequence[float], n: int = 100) -> tuple[list[float], list[fl
 # --- all arms -----------------------------------------------------------------------------------------------------
 
 def run_arms(experiment: str, config: Settings, data: Data, arms: list[tuple[str, int]],
-             train_arm: Callable[[str, int, str], tuple[list[Row], Row, Curve]], *, header: str,
+             train_arm: Callable[[str, int, str, Path], tuple[list[Row], Row, Curve]], *, header: str,
              judge: Callable[[list[Row], str, int], Verdict], table: Callable[[Summary], Table],
-             draw: Callable[[list[Row], dict[str, Curve], Path], None], published: object) -> Result:
+             draw: Callable[[list[Row], dict[str, Curve], Path], None], published: object,
+             finished: Callable[[str, int, Row, Curve], None] = lambda name, seed, row, curve: None) -> Result:
     """Run `arms`, print as it goes, write the run folder: a `Result`.
 
     Args:
-        experiment, config: the name and the settings, with `seeds` and `out`.
+        experiment, config: the name and the settings, with `seeds`, `out` and `resume`.
         data: what it is run on, with `name`, `train`, `valid` and a `str`.
-        arms: a list of pairs `(name, seed)`; `train_arm` may append to it.
-        train_arm: `f(name, seed, label)` runs one: `(rows per epoch, final row, curve)`. The curves of the first seed
-            are kept, anything that JSON takes.
+        arms: a list of pairs `(name, seed)`; `finished` may append to it.
+        train_arm: `f(name, seed, label, checkpoint)` runs one: `(rows per epoch, final row, curve)`. The curves of the
+            first seed are kept, anything that JSON takes. `checkpoint` is a folder for an arm of minutes to go on from
+            after an interruption; one of seconds may leave it alone and begin anew from its seed.
         header: the lines above the first arm.
         judge: `f(rows, data's name, size of the training set)` says whether the rows are the published ones:
             `(True, False or None (not tested), a sentence)`.
         table: `f(summary)` makes the header and the lines of a table out of what `summary.json` holds.
         draw: `f(rows, curves, path)` draws the picture.
         published: the published figures, for the record.
+        finished: `f(name, seed, final row, curve)` is called after each arm, before the next; also of those that an
+            earlier part of the run has finished, which are read and not run again.
 
     After Ctrl-C the finished arms are written and drawn, and KeyboardInterrupt goes on.
     """
-    folder = RunFolder(config.out, experiment, config, {"data": str(data), "published": published})
+    folder = RunFolder(config.out, experiment, config, {"data": str(data), "published": published},
+                       resume=config.resume)
     picture = folder.path / f"{experiment.replace('-', '_')}.png"
     print(header, flush=True)
     rows: list[Row] = []
+    metrics: list[Row] = []
     curves: dict[str, Curve] = {}
-    start, said, interrupted = time.perf_counter(), -1.0, False
+    trained, start, said, interrupted = 0, time.perf_counter(), -1.0, False
 
     def summary() -> Summary:
         complete = len(rows) == len(arms)
@@ -176,28 +228,43 @@ def run_arms(experiment: str, config: Settings, data: Data, arms: list[tuple[str
         return {"experiment": experiment, "data": data.name, "train_images": len(data.train),
                 "valid_images": len(data.valid), "complete": complete, "reproduced": reproduced,
                 "verdict": verdict, "published": published, "rows": rows}
+
+    def record() -> None:
+        folder.write_metrics(metrics)
+        folder.write_json("summary.json", summary())
     try:
         for i, (name, seed) in enumerate(arms):
-            epochs, row, curve = train_arm(name, seed, f"[{i + 1}/{len(arms)}] {name}, seed {seed}")
-            for r in epochs: folder.add_metrics(r)
+            kept = folder.kept_arm(i, name, seed)
+            if kept is None:
+                if folder.resumed and not trained:
+                    print(f"resumed: {len(rows)} of {len(arms)} arms had finished", flush=True)
+                kept = folder.keep_arm(i, name, seed, *train_arm(
+                    name, seed, f"[{i + 1}/{len(arms)}] {name}, seed {seed}", folder.checkpoint(i, name, seed)))
+                trained += 1
+            row, curve = kept["row"], kept["curve"]
+            metrics += kept["epochs"]
             rows.append(row)
             if seed == config.seeds[0]: curves[name] = curve
             if i == 0 and "backend" in row: print(f"  convolutions: {row['backend']['reason']}")
             if "error" in row: print(f"  {name} failed: {row['error']}")
-            folder.write_json("summary.json", summary())
+            finished(name, seed, row, curve)
+            if not trained: continue
+            record()
             spent = time.perf_counter() - start
-            left = spent / len(rows) * (len(arms) - len(rows))
+            left = spent / trained * (len(arms) - len(rows))
             if left and spent - said > 1:
                 print(f"  {format_time(spent)} so far, about {format_time(left)} to go", flush=True)
                 said = spent
     except KeyboardInterrupt: interrupted = True
+    if folder.resumed and not trained: print(f"resumed: {len(rows)} of {len(arms)} arms had finished")
     if rows:
+        record()
         folder.write_json("curves.json", curves)
         draw(rows, curves, picture)
         print("\n" + text_table(*table(summary())))
     if interrupted:
-        kept = f"their rows are in {folder.path / 'summary.json'}" if rows else "there is nothing to keep"
-        print(f"\nInterrupted: {len(rows)} of {len(arms)} arms had finished; {kept}.", flush=True)
+        kept_rows = f"; their rows are in {folder.path / 'summary.json'}" if rows else ""
+        print(f"\nInterrupted: {len(rows)} of {len(arms)} arms had finished{kept_rows}. {folder.go_on}", flush=True)
         raise KeyboardInterrupt("reported")
     result = Result(rows, *judge(rows, data.name, len(data.train)), folder.path)
     print(f"\n{picture} and summary.json lie in the run folder.\n{result.verdict}", flush=True)

@@ -26,8 +26,7 @@ import argparse
 import math
 import statistics
 import textwrap
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +34,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
-from torch.utils.data import DataLoader
 
-from experiments.arms import by_arm, check_batch_size, finite, heading, plural, run_arms, seeds_and_device, statuses
+from experiments.arms import (
+    Stopwatch,
+    by_arm,
+    check_batch_size,
+    finite,
+    fit_from,
+    heading,
+    plural,
+    run_arms,
+    seeds_and_device,
+    statuses,
+)
 from experiments.data import TRAIN_IMAGES, ImageData, load_data
 from experiments.eigen import EigenAdam
 from experiments.models import CHANNELS, conv_layer, get_cnn_model, init_alike
@@ -58,6 +67,7 @@ from runner import (
     get_dls,
     view_tfm,
 )
+from runner.loading import PositionLoader
 
 RUNNING, GROUP = "RunningBatchNorm", "GroupNorm"
 OPTIMIZERS: dict[str, Callable[[nn.Module, float | Tensor], optim.Optimizer]] = {
@@ -140,13 +150,21 @@ SEEDS = 20          # for a verdict
 class SideBySide:
     """Batches of several loaders side by side: `x` `(N, K, ...)`, `y` `(N, K)`."""
 
-    def __init__(self, loaders: Sequence[DataLoader[tuple[Tensor, Tensor]]]) -> None: self.loaders = loaders
+    def __init__(self, loaders: Sequence[PositionLoader]) -> None: self.loaders = loaders
 
     def __len__(self) -> int: return min(map(len, self.loaders))
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         for batches in zip(*self.loaders, strict=True):
             yield tuple(torch.stack(part, 1) for part in zip(*batches, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where each loader stands."""
+        return {"loaders": [dl.state_dict() for dl in self.loaders]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next pass go on from there."""
+        for dl, one in zip(self.loaders, state["loaders"], strict=True): dl.load_state_dict(one)
 
 
 class NoValidation(Callback):
@@ -156,11 +174,12 @@ class NoValidation(Callback):
 
 
 def train_together(recipes: Sequence[Recipe], seeds: Sequence[int], images: ImageData, device: str = "cpu",
-                   label: str = "") -> list[nn.Sequential]:
+                   label: str = "", cbs: Iterable[Callback] = (),
+                   checkpoint: Path | None = None) -> list[nn.Sequential]:
     """Networks trained for one epoch, all at once: a list, one for each of the `recipes` and its seed.
 
     Each is what it would be trained alone, to rounding: `stack` says why. The order of its images is the one that
-    `experiments.arms.train` has for its seed.
+    `experiments.arms.train` has for its seed. `checkpoint` is as there.
 
     Raises:
         ValueError: recipes that differ in more than `Recipe.free`.
@@ -181,9 +200,9 @@ def train_together(recipes: Sequence[Recipe], seeds: Sequence[int], images: Imag
         right = logs.gather(2, yb.unsqueeze(2)).squeeze(2)
         return -((1 - smoothing) * right + smoothing * logs.mean(2)).sum() / len(yb)
     opt = OPTIMIZERS[recipe.optimizer](net, rates)
-    Runner([CudaCallback(device), BatchTransformXCallback(view_tfm(k, 28, 28)), NoValidation(),
-            ParamScheduler("lr", lambda pos: rates * (1 - pos)), ProgressCallback(label)]).fit(
-                1, Learner(net, opt, sum_of_losses, DataBunch(SideBySide(loaders), None, images.c)))
+    run = Runner([CudaCallback(device), BatchTransformXCallback(view_tfm(k, 28, 28)), NoValidation(),
+                  ParamScheduler("lr", lambda pos: rates * (1 - pos)), ProgressCallback(label), *cbs])
+    fit_from(checkpoint, run, 1, Learner(net, opt, sum_of_losses, DataBunch(SideBySide(loaders), None, images.c)))
     unstack(net, models)
     return models
 
@@ -198,11 +217,11 @@ def measure(model: nn.Module, data: Dataset) -> tuple[float, float]:
 
 
 def rows_of(recipes: Sequence[Recipe], seeds: Sequence[int], images: ImageData, device: str, label: str,
-            test: bool) -> list[Row]:
+            test: bool, checkpoint: Path | None = None) -> list[Row]:
     """The final rows of the `recipes`, each with its seed; `test` is whether to read the test images."""
-    start = time.perf_counter()
-    models = train_together(recipes, seeds, images, device, label)
-    seconds = (time.perf_counter() - start) / len(seeds)
+    watch = Stopwatch()
+    models = train_together(recipes, seeds, images, device, label, [watch], checkpoint)
+    seconds = watch.seconds / len(seeds)
     rows: list[Row] = []
     for recipe, seed, model in zip(recipes, seeds, models, strict=True):
         row: Row = {"arm": str(recipe), **asdict(recipe), "seed": seed, "seconds": seconds, "status": "ok",
@@ -251,13 +270,15 @@ def run(config: Config) -> Result:
     arms = [(name, seed) for name in recipes for seed in config.seeds]
     done: dict[tuple[str, int], Row] = {}
 
-    def arm(name: str, seed: int, label: str) -> tuple[list[Row], Row, None]:
+    def arm(name: str, seed: int, label: str, checkpoint: Path) -> tuple[list[Row], Row, None]:
         if (name, seed) not in done:
-            here = [a for a in arms[arms.index((name, seed)):] if a not in done
-                    and recipes[a[0]].alike == recipes[name].alike][:config.replicas]
+            # Who is trained beside whom is in a row's last bits, so it is the same where some have their files already.
+            alike = [a for a in arms if recipes[a[0]].alike == recipes[name].alike]
+            first = alike.index((name, seed)) // config.replicas * config.replicas
+            here = alike[first:first + config.replicas]
             label += f" and {len(here) - 1} more" * (len(here) > 1)
             rows = rows_of([recipes[a[0]] for a in here], [a[1] for a in here], images, config.device, label,
-                           test=not config.tune)
+                           test=not config.tune, checkpoint=checkpoint)
             done.update(zip(here, rows, strict=True))
         return [done[name, seed]], done[name, seed], None
     return run_arms("best", config, images, arms, arm,

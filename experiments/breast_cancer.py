@@ -209,7 +209,8 @@ def run(config: Config) -> Result:
     """Do every exercise, print as it goes, write the run folder: a `Result`."""
     samples = load_samples(config.seeds[0])
 
-    def arm(name: str, seed: int, label: str) -> tuple[list[Row], Row, Curve]:
+    # An exercise takes a tenth of a second: one that was interrupted begins anew from its seed, which gives the same.
+    def arm(name: str, seed: int, label: str, checkpoint: Path) -> tuple[list[Row], Row, Curve]:
         start = time.perf_counter()
         figures, curve = EXERCISES[name](seed, config.device)
         return [], {"exercise": name, "seed": seed, "figures": figures, "seconds": time.perf_counter() - start,

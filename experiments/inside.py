@@ -6,11 +6,12 @@ gradients, updates, what the norms normalise by, and how far training and evalua
 """
 
 import argparse
+import json
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,7 +21,8 @@ from experiments.data import ImageData, load_data
 from experiments.errors import pick
 from experiments.models import CHANNELS, get_runner
 from experiments.report import Report
-from experiments.results import Result, Row, RunFolder, versions
+from experiments.results import Result, Row, versions
+from experiments.run_folder import RunFolder
 from experiments.small_batch import NORMS, build
 from runner import (
     ActivationStats,
@@ -80,12 +82,27 @@ def run(config: Config) -> Result:
     epochs = math.ceil(config.steps * config.batch_size / len(images.train))
     images.train = Dataset(*images.train[:max(config.batch_size, config.steps * config.batch_size // epochs)])
     images.valid = Dataset(*images.valid[:VALID_IMAGES])
-    folder = RunFolder(config.out, "inside", config, {"data": str(images)})
+    folder = RunFolder(config.out, "inside", config, {"data": str(images)}, resume=config.resume)
     header = heading(
         images, f"conv layers {CHANNELS}, pool, linear, norm {config.norm}",
         f"run:     batch size {config.batch_size}, lr {config.lr}, {plural(epochs, 'epoch')} of "
         f"{len(images.train) // config.batch_size:,} steps, {seeds_and_device(config)}")
     print(header, flush=True)
+    done = folder.path / "summary.json"
+    if folder.resumed and done.exists(): summary = json.loads(done.read_text())
+    else:
+        try: summary = look(config, images, epochs, folder)
+        except KeyboardInterrupt:
+            print(f"\nInterrupted. {folder.go_on}", flush=True)
+            raise KeyboardInterrupt("reported") from None
+    pictures = plural(len([*folder.path.glob("*.png")]), "picture")
+    print(f"\n{summary['words']}\n{folder.path / 'report.html'} lays out {pictures}; they and the figures lie beside "
+          "it.")
+    return Result(summary["rows"], None, summary["words"], folder.path)
+
+
+def look(config: Config, images: ImageData, epochs: int, folder: RunFolder) -> dict[str, Any]:
+    """Go through all stages and write the report: what `summary.json` holds."""
     report = Report(f"{config.norm} at batch size {config.batch_size}, lr {config.lr}",
                     f"The five-layer network on {images.name}, seed {config.seeds[0]}, torch {versions()['torch']}")
     look = Look(config, images, epochs, folder, report)
@@ -94,11 +111,13 @@ def run(config: Config) -> Result:
     look.inside()
     look.after()
     look.loop()
-    page = report.write(folder.path / "report.html")
-    folder.write_json("summary.json", {"experiment": "inside", "data": images.name, "rows": look.rows,
-                                       "updates": look.updates, "gap": look.gap})
-    print(f"\n{look.words}\n{page} lays out {plural(look.pictures, 'picture')}; they and the figures lie beside it.")
-    return Result(look.rows, None, look.words, folder.path)
+    report.write(folder.path / "report.html")
+    summary = {"experiment": "inside", "data": images.name, "rows": look.rows, "updates": look.updates,
+               "gap": look.gap, "words": look.words}
+    folder.write_json("summary.json", summary)
+    # Until here they stand for the trained networks and all that was seen in them.
+    for i, seed in enumerate(config.seeds): folder.remove_checkpoint(i, config.norm, seed)
+    return summary
 
 
 class Look:
@@ -106,7 +125,7 @@ class Look:
 
     def __init__(self, config: Config, images: ImageData, epochs: int, folder: RunFolder, report: Report) -> None:
         self.config, self.images, self.epochs, self.folder, self.report = config, images, epochs, folder, report
-        self.seed, self.view, self.pictures = config.seeds[0], view_tfm(1, 28, 28), 0
+        self.seed, self.view = config.seeds[0], view_tfm(1, 28, 28)
         self.updates: dict[str, float] = {}     # median ratio of update to weight in the second half
         self.gap: str | None = None             # why modes part
 
@@ -116,7 +135,6 @@ class Look:
         path = self.folder.path / f"{name}.png"
         plots.save((drawn[0] if isinstance(drawn, list) else drawn).figure, path)
         self.report.picture(path, caption)
-        self.pictures += 1
 
     def data(self) -> DataBunch:
         """New loaders, of one order for every seed."""
@@ -159,14 +177,17 @@ class Look:
         self.guard = TerminateOnNonFinite(self.folder.path / "diverged.pt")
         looking = [cb for cb in (self.activations, self.gradients, self.parameters, self.norms, self.guard) if cb]
         self.rows: list[Row] = []
+        metrics: list[Row] = []
         curves: dict[str, tuple[Sequence[int], list[float]]] = {}
-        for seed in config.seeds:
+        for i, seed in enumerate(config.seeds):
             model = build(config.norm, seed, self.images.c)
             row = {"norm": config.norm, "batch_size": config.batch_size, "lr": config.lr, "epochs": self.epochs,
                    "seed": seed}
             epochs, row, losses = train(model, self.images, row, config.device, f"{config.norm}, seed {seed}",
-                                        looking if seed == self.seed else [TerminateOnNonFinite()], drop_last=True)
-            for r in epochs: self.folder.add_metrics(r)
+                                        looking if seed == self.seed else [TerminateOnNonFinite()], drop_last=True,
+                                        checkpoint=self.folder.checkpoint(i, config.norm, seed))
+            metrics += epochs
+            self.folder.write_metrics(metrics)
             self.rows.append(row)
             curves[f"seed {seed}"] = range(len(losses)), losses
             if seed == self.seed: self.model, self.history = model, epochs

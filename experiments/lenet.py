@@ -83,10 +83,10 @@ def run(config: Config) -> Result:
     images = load_data(config.data, config.data_dir, config.limit, auto=("FashionMNIST", "MNIST"))
     check_batch_size(BATCH, images)
 
-    def arm(name: str, seed: int, label: str) -> tuple[list[Row], Row, None]:
+    def arm(name: str, seed: int, label: str, checkpoint: Path) -> tuple[list[Row], Row, None]:
         model = lenet(name, seed)
         row: Row = {"arm": name, "batch_size": BATCH, "lr": LR, "seed": seed, "epochs": config.epochs}
-        rows, row, _ = train(model, images, row, config.device, label, drop_last=True)
+        rows, row, _ = train(model, images, row, config.device, label, drop_last=True, checkpoint=checkpoint)
         if name != "none":
             row["gamma"], row["beta"] = (model[1].get_parameter(p).tolist() for p in ("weight", "bias"))
             for p in ("gamma", "beta"): print(f"  {p:5} of the first norm: {' '.join(f'{v:6.3f}' for v in row[p])}")

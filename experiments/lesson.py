@@ -117,10 +117,12 @@ def run(config: Config) -> Result:
     """Train every run of every seed, print as it goes, write the run folder: a `Result`."""
     images = load_data(config.data, config.data_dir, config.limit)
 
-    def arm(name: str, seed: int, label: str) -> tuple[list[Row], Row, LessonCurves]:
+    def arm(name: str, seed: int, label: str, checkpoint: Path) -> tuple[list[Row], Row, LessonCurves]:
         model = RUNS[name].build(seed, images.c)
         with Hooks(model[:len(CHANNELS)], append_stats) if name == HOOKED else nullcontext() as hooks:
-            rows, row, losses = train_run(RUNS[name], name, model, images, seed, config.device, label)
+            # What hooks have collected is in no checkpoint; these few seconds begin anew from the seed.
+            rows, row, losses = train_run(RUNS[name], name, model, images, seed, config.device, label,
+                                          None if hooks else checkpoint)
         row["first_not_finite"] = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         curve: LessonCurves = {"losses": windows(losses, 50)}
         if hooks: curve["activations"] = {f"layer {i + 1}": [torch.stack(s).tolist() for s in hook.stats]

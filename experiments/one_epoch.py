@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 
@@ -66,9 +67,9 @@ def run(config: Config) -> Result:
     """Train every run of every seed, print as it goes, write the run folder: a `Result`."""
     images = load_data(config.data, config.data_dir, config.limit)
 
-    def arm(name: str, seed: int, label: str) -> tuple[list[Row], Row, Curves]:
+    def arm(name: str, seed: int, label: str, checkpoint: Path) -> tuple[list[Row], Row, Curves]:
         rows, row, losses = train_run(RUNS[name], name, RUNS[name].build(seed, images.c), images, seed, config.device,
-                                      label)
+                                      label, checkpoint)
         return rows, row, {"losses": windows(losses, 50)}
     n = sum(p.numel() for p in as_published(0).parameters())
     return run_arms("one-epoch", config, images, [(a, s) for s in config.seeds for a in config.arms], arm,

@@ -76,11 +76,11 @@ class RunSettings(ImageSettings):
         super().__post_init__()
 
 
-def train_run(run: Run, name: str, model: nn.Module, images: ImageData, seed: int, device: str,
-              label: str) -> tuple[list[Row], Row, list[float]]:
+def train_run(run: Run, name: str, model: nn.Module, images: ImageData, seed: int, device: str, label: str,
+              checkpoint: Path | None) -> tuple[list[Row], Row, list[float]]:
     """Train `model`, the network of the `Run` called `name`: `(rows per epoch, final row, training losses)`."""
     return train(model, images, {"arm": name, "batch_size": run.batch_size, "lr": run.lr, "seed": seed,
-                                 "epochs": run.epochs}, device, label)
+                                 "epochs": run.epochs}, device, label, checkpoint=checkpoint)
 
 
 def judged(run: Run, accuracies: Sequence[float]) -> float:

@@ -1,25 +1,17 @@
-"""Where results go: run folders, tables, and the record of what they were made with."""
+"""Results: what a run returns and records, its tables, and the versions that it was made with."""
 
-import dataclasses
 import json
-import math
-import os
 import platform
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import torch
 
 from experiments.errors import InputError
 from runner.rows import text_table as text_table  # the plain table beside `markdown_table`
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 Row = dict[str, Any]                            # figures by name, as JSON takes them; which ones, its experiment says
 Verdict = tuple[bool | None, str]               # reproduced (None: not tested), and a sentence
@@ -56,72 +48,6 @@ class Result:
 
     @property
     def status(self) -> int: return int(self.reproduced is False or all(r["status"] == "failed" for r in self.rows))
-
-
-class RunFolder:
-    """A new folder with `config.json`, `metrics.jsonl`, `summary.json` and pictures.
-
-    Args:
-        out: the folder; None makes `runs/<experiment>/<date>-<time>`.
-        experiment: its name.
-        config: the settings, a dataclass.
-        facts: more to record, such as the data's sizes.
-
-    Raises:
-        InputError: the folder holds a run already, or can't be written.
-    """
-
-    def __init__(self, out: str | Path | None, experiment: str, config: "DataclassInstance",
-                 facts: Mapping[str, object]) -> None:
-        now = datetime.now()
-        self.path = Path(out) if out is not None else _unused(Path("runs") / experiment / f"{now:%Y%m%d-%H%M%S}")
-        try:
-            if out == "": raise InputError("the run folder has no name; give --out one")
-            if any((self.path / f).exists() for f in ("config.json", "metrics.jsonl", "summary.json")):
-                raise InputError(f"the run folder {str(self.path)!r} holds a run already and results are not "
-                                 "overwritten; name another by --out, or delete it")
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.write_json("config.json", {
-                "experiment": experiment, "config": {k: _shareable(v) for k, v in dataclasses.asdict(config).items()},
-                **facts, "versions": versions(), "started": f"{now:%Y-%m-%d %H:%M:%S}",
-                "argv": [_shareable(a) for a in sys.argv[1:]]})
-            (self.path / "metrics.jsonl").write_text("")
-        except OSError as e:
-            raise InputError(f"the run folder {str(self.path)!r} can't be written: {e.strerror}; name another by "
-                             "--out") from e
-
-    def add_metrics(self, row: Row) -> None:
-        """Append one row to `metrics.jsonl`."""
-        with (self.path / "metrics.jsonl").open("a") as f: f.write(json.dumps(_finite(row)) + "\n")
-
-    def write_json(self, name: str, content: object) -> None:
-        """Write `content` in one step: a reader, or an interruption, finds the old file or the new one."""
-        half = self.path / f".{name}.half"
-        half.write_text(json.dumps(_finite(content), indent=1) + "\n")
-        os.replace(half, self.path / name)
-
-
-def _unused(path: Path) -> Path:
-    """`path`, or the first of `path-2`, `path-3`, ... that does not exist yet."""
-    n, free = 1, path
-    while free.exists(): n, free = n + 1, path.with_name(f"{path.name}-{n + 1}")
-    return free
-
-
-def _shareable(value: object) -> object:
-    """`value` without the folders of this machine: a path keeps its last part."""
-    if isinstance(value, Path) or (isinstance(value, str) and os.sep in value):
-        option, eq, path = str(value).rpartition("=")
-        return f"{option}{eq}.../{Path(path).name}"
-    return value
-
-
-def _finite(o: object) -> object:
-    """`o` with every number that JSON lacks (NaN, infinities) as None."""
-    if isinstance(o, float) and not math.isfinite(o): return None
-    if isinstance(o, dict): return {k: _finite(v) for k, v in o.items()}
-    if isinstance(o, (list, tuple)): return [_finite(v) for v in o]
-    return o
 
 
 def versions() -> dict[str, str]:

@@ -20,7 +20,8 @@ class Settings:
     """Settings of every experiment.
 
     `seeds` is a list; `out` is the run folder, None for `runs/<experiment>/<date>-<time>`; `device` is "auto" (the GPU
-    if there is one), "cpu", "cuda" or "cuda:1".
+    if there is one), "cpu", "cuda" or "cuda:1". `resume` goes on with the run in `out` where it stopped, and begins it
+    where there is none.
 
     Raises:
         InputError: a value that makes no sense.
@@ -29,8 +30,12 @@ class Settings:
     seeds: Sequence[int] = (0,)
     out: str | None = None
     device: str = "auto"
+    resume: bool = False
 
     def __post_init__(self) -> None:
+        if self.resume and self.out is None:
+            raise InputError("--resume goes on with the run in a folder and none was named; add --out DIR, the folder "
+                             "of the run that was interrupted")
         self.seeds = some_once("seeds", self.seeds)
         for seed in self.seeds:
             if not (is_int(seed) and 0 <= seed < 2**32):
@@ -110,6 +115,8 @@ def add_arguments(parser: argparse.ArgumentParser, experiment: str, seeds: int =
     parser.add_argument("--seeds", default=str(seeds), metavar="N",
                         help=f"number of seeds, 3 meaning 0, 1 and 2, or a list such as 0,4 or 7, (default: {seeds})")
     parser.add_argument("--out", metavar="DIR", help=f"run folder to make (default: runs/{experiment}/<date>-<time>)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out DIR where it stopped; "
+                        "finished arms are not run again")
     parser.add_argument("--device", default="auto", metavar="DEV", help="auto (default), cpu, cuda, cuda:1, ...")
 
 

@@ -121,12 +121,12 @@ def build(norm: str, seed: int, c: int = 10) -> nn.Sequential:
     return model
 
 
-def train_arm(config: Config, images: ImageData, norm: str, seed: int,
-              label: str) -> tuple[list[Row], Row, list[float]]:
+def train_arm(config: Config, images: ImageData, norm: str, seed: int, label: str,
+              checkpoint: Path | None = None) -> tuple[list[Row], Row, list[float]]:
     """Train one norm from one seed: `(rows per epoch, final row, training losses)`."""
     row = {"norm": norm, "batch_size": config.batch_size, "lr": config.lr, "seed": seed, "epochs": config.epochs}
     return train(build(norm, seed, images.c), images, row, config.device, label, drop_last=True,
-                 backend=CPUBackendCallback(*BACKENDS[config.backend]), compile=config.compile)
+                 backend=CPUBackendCallback(*BACKENDS[config.backend]), compile=config.compile, checkpoint=checkpoint)
 
 
 # --- the experiment -----------------------------------------------------------------------------------------------
@@ -139,15 +139,19 @@ def run(config: Config) -> Result:
 
     arms = [(n, s) for s in config.seeds for n in config.norms]
 
-    def arm(norm: str, seed: int, label: str) -> tuple[list[Row], Row, tuple[list[float], list[float]]]:
-        epochs, row, losses = train_arm(config, images, norm, seed, label)
+    def arm(norm: str, seed: int, label: str,
+            checkpoint: Path) -> tuple[list[Row], Row, tuple[list[float], list[float]]]:
+        epochs, row, losses = train_arm(config, images, norm, seed, label, checkpoint)
+        return epochs, row, windows(losses)
+
+    def finished(norm: str, seed: int, row: Row, curve: object) -> None:
         if needs_more(row, len(config.seeds), len(images.train)) and seed == config.seeds[0]:
             arms.extend((norm, (seed + k) % 2**32) for k in range(1, MORE_SEEDS + 1))
             print(f"  {norm} ended at {row['valid_accuracy']:.3f}, as a run in 30 does: {MORE_SEEDS} more seeds of it, "
                   "and the median decides")
-        return epochs, row, windows(losses)
     return run_arms("small-batch", config, images, arms, arm, header=header(config, images), judge=judge, table=table,
-                    published=PUBLISHED, draw=lambda rows, curves, path: draw(rows, curves, images, config, path))
+                    published=PUBLISHED, draw=lambda rows, curves, path: draw(rows, curves, images, config, path),
+                    finished=finished)
 
 
 def header(config: Config, images: ImageData) -> str:

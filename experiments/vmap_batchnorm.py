@@ -13,7 +13,7 @@ original is in float32 and takes var = E[x^2] - E[x]^2. It evaluates on the test
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -174,6 +174,14 @@ class Evaluate(Callback):
         with torch.no_grad(): self.found.append(accuracy(self.model(self.x), self.y))
         self.model.train()
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The accuracies so far."""
+        return {"found": torch.stack(self.found) if self.found else torch.empty(0)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the accuracies of `state_dict`."""
+        self.found = list(state["found"].to(self.x.device))
+
 
 # --- the experiment -----------------------------------------------------------------------------------------------
 
@@ -185,23 +193,26 @@ def run(config: Config) -> Result:
     valid = pixels(images, images.valid.x).to(config.device), images.valid.y.to(config.device)
     vanilla: dict[int, list[float]] = {}        # losses of that arm, by seed
 
-    def arm(name: str, seed: int, label: str) -> tuple[list[Row], Row, dict[str, list[float]]]:
+    def arm(name: str, seed: int, label: str, checkpoint: Path) -> tuple[list[Row], Row, dict[str, list[float]]]:
         row: Row = {"arm": name, "batch_size": BATCH, "lr": LR, "seed": seed, "epochs": epochs, "steps": config.steps}
         evaluate = Evaluate(*valid, config.steps)
         rows, row, losses = train(Perceptron(name, seed), images, row, config.device, label, [evaluate],
-                                  tfm=lambda x: pixels(images, x), drop_last=True)
+                                  tfm=lambda x: pixels(images, x), drop_last=True, checkpoint=checkpoint)
         curve = {"accuracy": torch.stack(evaluate.found).tolist() if evaluate.found else []}
-        if name == "vanilla": vanilla[seed] = losses
+        if name == "vanilla": curve["losses"] = losses
         if name == "per-example":
             curve["difference"] = [abs(a - b) for a, b in zip(losses, vanilla[seed], strict=True)]
             row["loss_difference"] = max(curve["difference"])
             print(f"  largest difference of the loss from vanilla's: {row['loss_difference']:.1e}")
         return rows, row, curve
+
+    def finished(name: str, seed: int, row: Row, curve: dict[str, list[float]]) -> None:
+        if name == "vanilla": vanilla[seed] = curve["losses"]
     n = sum(p.numel() for p in Perceptron("baseline", 0).parameters())
     header = heading(images, f"perceptron {WIDTHS}; {n:,} parameters without a norm",
                      f"run:     batch size {BATCH}, lr {LR}, {config.steps:,} steps, {seeds_and_device(config)}")
     return run_arms("vmap", config, images, [(a, s) for s in config.seeds for a in ARMS], arm, header=header,
-                    judge=judge, table=table, draw=draw, published=PUBLISHED)
+                    judge=judge, table=table, draw=draw, published=PUBLISHED, finished=finished)
 
 
 def pixels(images: ImageData, x: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from experiments import EXPERIMENTS, TOOLS, arms, small_batch
 from experiments.__main__ import main
 from experiments.data import load_data
 from experiments.errors import InputError
-from experiments.results import RunFolder, read_summary, text_table
+from experiments.results import read_summary, text_table
+from experiments.run_folder import RunFolder
 from experiments.settings import parse_seeds
 from experiments.small_batch import NORMS, Config, judge
 
@@ -49,7 +50,7 @@ def test_run_folder_holds_all_that_is_promised(tmp_path, capsys):
     out = capsys.readouterr().out
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "summary.json", "curves.json",
-                                                     "small_batch.png"}
+                                                     "small_batch.png", "arms"}
 
     summary = json.loads((folder / "summary.json").read_text())
     assert len(summary["rows"]) == len(result.rows) == 14
@@ -180,7 +181,7 @@ def test_one_seed_that_misses_the_mark_is_followed_by_two_more(accuracies, seeds
     if whole: monkeypatch.setattr(small_batch, "TRAIN_IMAGES", len(images.train))
     seen, left = [], iter(accuracies)
 
-    def train_arm(config, images, norm, seed, label):
+    def train_arm(config, images, norm, seed, label, checkpoint):
         if norm == "RunningBatchNorm": seen.append(seed)
         accuracy = next(left) if norm == "RunningBatchNorm" else 0.2
         row, = rows(**{norm: [accuracy]})

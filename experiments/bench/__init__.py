@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from experiments.errors import InputError, pick
-from experiments.results import Row, RunFolder, Table, markdown_table, text_table, versions
+from experiments.results import Row, Table, markdown_table, text_table, versions
+from experiments.run_folder import RunFolder
 from norms.kernels import AVAILABLE
 
 # part: (module, what it compares)

@@ -1,0 +1,196 @@
+"""The run folder: what a run writes, in one step each, and what an interrupted one has kept to go on from."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+
+from experiments.errors import InputError
+from experiments.results import Row, versions
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+class Kept(TypedDict):
+    """What the file of a finished arm holds: its name and seed, and what training it has given."""
+
+    arm: str
+    seed: int
+    epochs: list[Row]
+    row: Row
+    curve: Any
+
+
+# Settings that change no figure, so a run may go on with others; and the versions that its last bits depend on.
+FREE = ("out", "data_dir", "resume")
+DECISIVE = ("runnernorms", "torch", "machine")
+
+
+class RunFolder:
+    """A folder with `config.json`, `metrics.jsonl`, `summary.json` and pictures, and `arms/`: a file per finished arm.
+
+    In `arms/` an arm that is being trained has a folder for its checkpoints, which is gone once its file is there.
+
+    Args:
+        out: the folder; None makes `runs/<experiment>/<date>-<time>`.
+        experiment: its name.
+        config: the settings, a dataclass.
+        facts: more to record, such as the data's sizes.
+        resume: go on with the run that the folder holds, which must have the same settings; begin it where there is
+            none.
+
+    Raises:
+        InputError: the folder can't be written, or holds a run already; to resume, one of other settings, or one that
+            can't be gone on with.
+    """
+
+    def __init__(self, out: str | Path | None, experiment: str, config: "DataclassInstance",
+                 facts: Mapping[str, object], *, resume: bool = False) -> None:
+        now = datetime.now()
+        self.path = Path(out) if out is not None else _unused(Path("runs") / experiment / f"{now:%Y%m%d-%H%M%S}")
+        content = {"experiment": experiment,
+                   "config": {k: _shareable(v) for k, v in dataclasses.asdict(config).items() if k != "resume"},
+                   **facts, "threads": torch.get_num_threads(), "versions": versions(),
+                   "started": f"{now:%Y-%m-%d %H:%M:%S}", "argv": [_shareable(a) for a in sys.argv[1:]]}
+        try:
+            if out == "": raise InputError("the run folder has no name; give --out one")
+            self.resumed = resume and (self.path / "config.json").exists()
+            if self.resumed:
+                before = self._same_run(content)
+                content = {**before, "resumed": [*before.get("resumed", []), content["started"]]}
+            elif any((self.path / f).exists() for f in ("config.json", "metrics.jsonl", "summary.json")):
+                raise InputError(f"the run folder {str(self.path)!r} holds a run already and results are not "
+                                 "overwritten; name another by --out, or delete it")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write_json("config.json", content)
+            if not self.resumed: self.write_metrics([])
+        except OSError as e:
+            raise InputError(f"the run folder {str(self.path)!r} can't be written: {e.strerror}; name another by "
+                             "--out") from e
+
+    def _same_run(self, now: Mapping[str, Any]) -> dict[str, Any]:
+        """`config.json` of the run that the folder holds, after a check that it is the run that `now` describes."""
+        file = self.path / "config.json"
+        try:
+            before: dict[str, Any] = json.loads(file.read_text())
+            then, new = before["config"], json.loads(json.dumps(now["config"]))
+            pairs = {"experiment": (before["experiment"], now["experiment"]),
+                     **{k: (then.get(k), new.get(k)) for k in dict.fromkeys([*then, *new]) if k not in FREE},
+                     **{k: (before.get(k), now.get(k)) for k in ("data", "threads")},
+                     **{k: (before["versions"].get(k), now["versions"].get(k)) for k in DECISIVE}}
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise InputError(f"{str(file)!r} is no record of a run's settings ({type(e).__name__}: {e}), so the run "
+                             "can't be gone on with; begin it anew in another folder, named by --out") from e
+        if (self.path / "summary.json").exists() and not (self.path / "arms").is_dir():
+            raise InputError(f"the run folder {str(self.path)!r} has rows but no folder arms/ to go on from (a version "
+                             "that kept none has made it); begin the run anew in another, named by --out")
+        different = [f"{k.replace('_', ' ')} was {a!r} and is {b!r}" for k, (a, b) in pairs.items() if a != b]
+        if different:
+            raise InputError(f"the run folder {str(self.path)!r} holds another run: {'; '.join(different)}. Go on with "
+                             "what it was begun with, or name another folder by --out")
+        return before
+
+    def write_metrics(self, rows: Iterable[Row]) -> None:
+        """Write `metrics.jsonl`, all its rows: what an earlier part of the run has left there is not there twice."""
+        write_whole(self.path / "metrics.jsonl", "".join(json.dumps(_finite(row)) + "\n" for row in rows))
+
+    def write_json(self, name: str, content: object) -> None:
+        """Write `content` as the file `name`."""
+        write_whole(self.path / name, json.dumps(_finite(content), indent=1) + "\n")
+
+    @property
+    def go_on(self) -> str:
+        """How to go on after an interruption, a sentence."""
+        return f"The same command with --out {self.path} --resume goes on."
+
+    # --- arms -------------------------------------------------------------------------------------------------
+
+    def _arm(self, i: int, name: str, seed: int, suffix: str) -> Path:
+        words = re.sub(r"[^\w.]+", "-", name).strip("-")[:60]
+        return self.path / "arms" / f"{i:03d}-{words}-seed-{seed}{suffix}"
+
+    def checkpoint(self, i: int, name: str, seed: int) -> Path:
+        """The folder for checkpoints of arm number `i`, not made yet, in one that is."""
+        folder = self._arm(i, name, seed, ".checkpoint")
+        folder.parent.mkdir(exist_ok=True)
+        return folder
+
+    def keep_arm(self, i: int, name: str, seed: int, epochs: list[Row], row: Row, curve: object) -> Kept:
+        """Write the file of the finished arm number `i`, remove its checkpoints, and return what the file holds."""
+        # Unlike in the other files, which are for everyone, NaN and infinities stay: Python writes and reads them.
+        text = json.dumps({"arm": name, "seed": seed, "epochs": epochs, "row": row, "curve": curve})
+        file = self._arm(i, name, seed, ".json")
+        file.parent.mkdir(exist_ok=True)
+        write_whole(file, text + "\n")
+        self.remove_checkpoint(i, name, seed)
+        kept: Kept = json.loads(text)
+        return kept
+
+    def kept_arm(self, i: int, name: str, seed: int) -> Kept | None:
+        """What the file of arm number `i` holds, or None if there is none.
+
+        Raises:
+            InputError: a file that is damaged.
+        """
+        file = self._arm(i, name, seed, ".json")
+        if not file.exists(): return None
+        try:
+            kept: Kept = json.loads(file.read_text())
+            if (kept["arm"], kept["seed"]) != (name, seed): raise ValueError(f"it is of {kept['arm']}")
+            for part in ("epochs", "row", "curve"): kept[part]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise InputError(f"can't read {str(file)!r}, the record of a finished arm ({type(e).__name__}: {e}); "
+                             "delete it, and the arm is run again") from e
+        self.remove_checkpoint(i, name, seed)       # where the run was killed between the two steps of `keep_arm`
+        return kept
+
+    def remove_checkpoint(self, i: int, name: str, seed: int) -> None:
+        """Remove the checkpoints of arm number `i`."""
+        shutil.rmtree(self._arm(i, name, seed, ".checkpoint"), ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` to the file `path` in one step: after a kill or a power cut the file is old or new, whole."""
+    half = path.with_name(f".{path.name}.half")
+    with half.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(half, path)
+    if os.name == "posix":      # elsewhere a folder can't be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try: os.fsync(folder)
+        finally: os.close(folder)
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or the first of `path-2`, `path-3`, ... that does not exist yet."""
+    n, free = 1, path
+    while free.exists(): n, free = n + 1, path.with_name(f"{path.name}-{n + 1}")
+    return free
+
+
+def _shareable(value: object) -> object:
+    """`value` without the folders of this machine: a path keeps its last part."""
+    if isinstance(value, Path) or (isinstance(value, str) and os.sep in value):
+        option, eq, path = str(value).rpartition("=")
+        return f"{option}{eq}.../{Path(path).name}"
+    return value
+
+
+def _finite(o: object) -> object:
+    """`o` with every number that JSON lacks (NaN, infinities) as None."""
+    if isinstance(o, float) and not math.isfinite(o): return None
+    if isinstance(o, dict): return {k: _finite(v) for k, v in o.items()}
+    if isinstance(o, (list, tuple)): return [_finite(v) for v in o]
+    return o
