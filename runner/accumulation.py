@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from runner.batches import size_of
 from runner.events import Callback, CancelBatchException, CancelEpochException
+from runner.stateful import Stateful
 
 
-class GradientAccumulation(Callback):
+class GradientAccumulation(Stateful):
     """One step of the optimizer for each group of `batches` batches, that of one batch with all their images.
 
         (loss / batches).backward()                             # in each batch; its gradients add up
@@ -43,6 +44,7 @@ class GradientAccumulation(Callback):
     """
 
     _order = -15        # the outermost step, and its last one of an epoch comes before TrainEvalCallback's validation
+    _saved = "waiting", "_batch", "_group", "_size", "_began"       # the gradients are the parameters'
 
     def __init__(self, batches: int, reduction: str = "mean") -> None:
         if not isinstance(batches, int) or isinstance(batches, bool) or batches < 1:

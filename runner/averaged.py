@@ -2,7 +2,7 @@
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_avg_fn
 
 from runner.backend import without_hooks
-from runner.batches import leaves, size_of
-from runner.events import Callback
+from runner.batches import NoPair, described, leaves, map_tensors, size_of
+from runner.learner_state import learner_state, put_learner
+from runner.stateful import Stateful
 from runner.states import random_states
 
 Batches = list[tuple[Any, Any]]                             # pairs of xb and yb, as the model got them
 Recalibrate = Callable[[nn.Module, Batches], object]
 
 
-class AveragedWeights(Callback):
+class AveragedWeights(Stateful):
     """Averages the weights while they are trained, and validates with the averages.
 
         opt.step()
@@ -75,6 +76,7 @@ class AveragedWeights(Callback):
     """
 
     _order = -4         # after CudaCallback has moved the model; the weights are back before others look at them
+    _saved = "validated", "_images", "_done", "_due", "_stale"
 
     def __init__(self, decay: float | None = 0.999, *, start: int = 0, by: Literal["batch", "epoch"] = "batch",
                  every: int = 1, norms: Literal["average", "recalibrate", "copy"] | Recalibrate = "average",
@@ -211,9 +213,60 @@ class AveragedWeights(Callback):
         assert self.averaged_model is not None
         for t, average in zip(tensors_of(model), tensors_of(self.averaged_model.module), strict=True): t.copy_(average)
 
+    # --- a checkpoint -----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages, how many they are of, and the batches kept for the norms.
+
+        Raises:
+            TypeError: a batch that is kept is made of other things than tensors, tuples, lists and dicts.
+        """
+        averages = None if self.averaged_model is None else learner_state(self.averaged_model, None, _Nothing())
+        kept = [(xb, None if isinstance(yb, NoPair) else yb) for xb, yb in self._kept]
+        for pair in kept: _require_plain(pair)
+        return {**super().state_dict(), "averages": averages, "kept": kept,
+                "pairs": [not isinstance(yb, NoPair) for _, yb in self._kept],
+                "elsewhere": [[t.device.type != "cpu" for t in leaves(pair) if isinstance(t, Tensor)] for pair in kept]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        super().load_state_dict(state)
+        device = next(self.run.model.parameters()).device
+        self._kept = []
+        for kept, paired, elsewhere in zip(state["kept"], state["pairs"], state["elsewhere"], strict=True):
+            xb, yb = map_tensors(partial(_moved, device, iter(elsewhere)), kept)
+            self._kept.append((xb, yb if paired else NoPair(xb)))
+        if state["averages"] is None or self.averaged_model is None: return
+        put_learner(self.averaged_model, None, _Nothing(), state["averages"])
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes the averages along, and not the model."""
         return {**super().__getstate__(), "_of": None, "_trained": None, "_kept": []}
+
+
+class _Nothing:
+    """The optimizer of averages."""
+
+    param_groups: tuple[Any, ...] = ()
+
+    def state_dict(self) -> dict[str, Any]: return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: pass
+
+
+def _moved(device: torch.device, elsewhere: Iterator[bool], t: Tensor) -> Tensor:
+    return t.to(device) if next(elsewhere) else t
+
+
+def _require_plain(batch: Any) -> None:
+    """Raises TypeError for a batch that a checkpoint can't hold."""
+    if batch is None or isinstance(batch, (Tensor, bool, int, float, str)): return
+    if type(batch) not in (tuple, list, dict):
+        raise TypeError(f"AveragedWeights keeps {described(batch)} of the batches for the norms, which no checkpoint "
+                        "can hold: let the loader or a callback make tensors, tuples, lists and dicts of it, or take "
+                        "norms='average' or 'copy'")
+    for part in batch.values() if isinstance(batch, dict) else batch: _require_plain(part)
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from runner.batches import first_tensor, map_tensors, size_of
-from runner.events import Callback
+from runner.stateful import Stateful
 from runner.states import random_states
 
 SHARE = 0.01    # of the fit's training batches may go into the measurement
@@ -24,7 +24,7 @@ LARGER = 8      # batches so many times as large as the measured ones say someth
 Setting = tuple[bool, int]      # whether oneDNN's, on how many threads
 
 
-class CPUBackendCallback(Callback):
+class CPUBackendCallback(Stateful):
     """Chooses the convolution backend and the number of threads for the length of a fit on a CPU.
 
     torch hands convolutions to oneDNN, whose set-up per call outweighs the work of a small batch: a step of the
@@ -36,7 +36,8 @@ class CPUBackendCallback(Callback):
     that is too few to tell. Validation in batches 8 times as large as the measured one, or more, goes by the user's own
     settings. After the fit they are back.
 
-    The choice comes with rounding of its own. To repeat a fit bit for bit, give the choice of the first.
+    The choice comes with rounding of its own. To repeat a fit bit for bit, give the choice of the first. A fit that is
+    resumed takes it over, for training and for validation.
 
     Args:
         onednn, threads: the setting to use, unmeasured; None is measured (if both are) or left as it is.
@@ -46,6 +47,7 @@ class CPUBackendCallback(Callback):
     """
 
     _order = 100  # after whatever changes the batch
+    _saved = "choice", "reason", "_measured", "_settled"
     fit_only = True
 
     def __init__(self, onednn: bool | None = None, threads: int | None = None) -> None:
@@ -56,11 +58,13 @@ class CPUBackendCallback(Callback):
         self.times: dict[Setting, float] = {}
         self.reason = "no fit has begun"
         self._before: Setting | None = None         # the user's own
+        self._usual: Setting | None = None          # and as it was when the fit began, which may be resumed elsewhere
         self._measured: int | None = None           # images in the measured batch
         self._settled = False
 
     def begin_fit(self) -> None:
         self._before = onednn, threads = bool(torch.backends.mkldnn.enabled), torch.get_num_threads()
+        self._usual = self._before
         self.choice, self.times, self._settled, self._measured = None, {}, False, None
         if self.onednn is None and self.threads is None: return
         self._use(onednn if self.onednn is None else bool(self.onednn), self.threads or threads, "as given")
@@ -71,8 +75,8 @@ class CPUBackendCallback(Callback):
     def begin_batch(self) -> None:
         if self.run.in_train:
             if not self._settled and self._before: self._settle(self._before)
-        elif self._measured and self._before and size_of(self.xb) >= LARGER * self._measured:
-            use_backend(*self._before)
+        elif self._measured and self._usual and size_of(self.xb) >= LARGER * self._measured:
+            use_backend(*self._usual)
 
     def _settle(self, now: Setting) -> None:
         """Choose by the batch at hand, the first; `now` is the user's own setting."""
@@ -100,6 +104,17 @@ class CPUBackendCallback(Callback):
     def after_fit(self) -> None:
         if self._before is not None: use_backend(*self._before)
         self._before = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The choice and what it comes from."""
+        return {**super().state_dict(), "times": [(*s, ms) for s, ms in self.times.items()], "usual": self._usual}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Use what was chosen then."""
+        super().load_state_dict(state)
+        self.times = {(onednn, threads): ms for onednn, threads, ms in state["times"]}
+        self._usual = None if state["usual"] is None else (bool(state["usual"][0]), int(state["usual"][1]))
+        if self.choice is not None: use_backend(**self.choice)
 
     def _use(self, onednn: bool, threads: int, reason: str) -> None:
         self.choice, self.reason, self._settled = {"onednn": onednn, "threads": threads}, reason, True

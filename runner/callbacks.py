@@ -49,7 +49,8 @@ class BatchTransformXCallback(Callback):
 
         run.xb = tfm(xb)
 
-    `tfm` gets `xb` as it is: of a dict the whole dict, and it returns one.
+    `tfm` gets `xb` as it is: of a dict the whole dict, and it returns one. If it has `state_dict` and
+    `load_state_dict`, as a module has, its state is in a checkpoint.
     """
 
     _order = 2
@@ -58,6 +59,18 @@ class BatchTransformXCallback(Callback):
 
     def begin_batch(self) -> None:
         self.run.xb = self.tfm(self.run.xb)
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of `tfm`, if it has one."""
+        return {"tfm": self.tfm.state_dict()} if self._keeps else {}       # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Give `tfm` its state."""
+        if self._keeps: self.tfm.load_state_dict(state["tfm"])             # type: ignore[attr-defined]
+
+    @property
+    def _keeps(self) -> bool:
+        return all(callable(getattr(self.tfm, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
 def view_tfm(*size: int) -> "View":

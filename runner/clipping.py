@@ -1,6 +1,7 @@
 """`GradientClip`: no step with gradients above a limit, and a record of how large they were."""
 
 import math
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 from runner.accumulation import require_steps
 from runner.events import Callback
 from runner.rows import Rows
+from runner.stateful import column
 
 
 class GradientClip(Callback):
@@ -58,7 +60,7 @@ class GradientClip(Callback):
     def _clear(self) -> None:
         self._norms: list[float] = []
         self._waiting: list[Tensor] = []        # norms that still lie on the device
-        self._at: list[tuple[int, int]] = []    # epoch and step of each
+        self._at = array("q")                   # epoch and step of each
 
     def begin_fit(self) -> None:
         require_steps(self)
@@ -69,7 +71,7 @@ class GradientClip(Callback):
         run = self.run
         params = [p for group in run.opt.param_groups for p in group["params"] if p.grad is not None]
         if params:
-            self._at.append((run.epoch, run.n_iter))
+            self._at.extend((run.epoch, run.n_iter))
             if self.max_norm is not None: norm = clip_grad_norm_(params, self.max_norm, self.norm_type)
             else:
                 norm = get_total_norm([p.grad for p in params], math.inf)
@@ -97,13 +99,21 @@ class GradientClip(Callback):
         """One row for each step, made anew at each call: `{"epoch": 0, "step": 0, "norm": 2.5, "clipped": True}`."""
         limit = self.max_norm if self.max_value is None else self.max_value
         return Rows({"epoch": epoch, "step": step, "norm": norm, "clipped": not norm <= (limit or math.inf)}
-                    for (epoch, step), norm in zip(self._at, self.norms, strict=True))
+                    for epoch, step, norm in zip(self._at[::2], self._at[1::2], self.norms, strict=True))
 
     @property
     def share(self) -> float:
         """The share of the steps that were clipped, 0 to 1; NaN before any."""
         clipped: list[bool] = self.rows["clipped"]
         return sum(clipped) / len(clipped) if clipped else math.nan
+
+    def state_dict(self) -> dict[str, Any]:
+        """The record, in columns."""
+        return {"norms": column(self.norms), "at": column(self._at, "q")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the steps of `state`."""
+        self._norms, self._waiting, self._at = state["norms"].tolist(), [], array("q", state["at"].tolist())
 
     def __getstate__(self) -> dict[str, Any]:
         self._fetch()

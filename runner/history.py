@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from runner.events import Callback
+from runner.stateful import Stateful
 
 
-class History(Callback):
+class History(Stateful):
     """Goes on where the last fit ended: a second fit adds its rows, its epochs and steps counted on from the first's.
 
         run.fit(2, learn)                           # epochs 0 and 1
@@ -16,10 +16,12 @@ class History(Callback):
     the finder among its own callbacks it can be looked at until the next fit begins, which goes on from before it.
 
     `past_epochs` and `past_steps` are the epochs and steps of the fits before this one. A subclass calls the four
-    events below if it has them too, and says what to keep: `clear`, `mark` and `cut`.
+    events below if it has them too, and says what to keep: `clear`, `mark` and `cut`, and for a checkpoint as any
+    `Stateful`.
     """
 
     fit_only = True
+    _saved: tuple[str, ...] = "past_epochs", "past_steps", "_begun"
 
     def __init__(self) -> None: self.forget()
 

@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from runner.files import replacing, require_folder
 from runner.insight.stats import Described
 from runner.metrics import AvgStatsCallback
 from runner.monitors import statistics_of
+from runner.stateful import Stateful
 
 
 class CSVLogger(Callback):
@@ -32,7 +34,8 @@ class CSVLogger(Callback):
 
     A row is in the file before the next epoch begins, and what a crash leaves can be read and added to. `float` reads
     every number back as it was. The file keeps its header. A column that comes later is added at the right: then the
-    file is written anew, and at no time half-written. Cells are empty where a row lacks the column.
+    file is written anew, and at no time half-written. Cells are empty where a row lacks the column. A fit that is
+    resumed begins with the file as it was at the checkpoint.
 
     Args:
         path: the file.
@@ -56,6 +59,16 @@ class CSVLogger(Callback):
 
     def after_epoch(self) -> None: add_row(self.path, statistics_of(self.run, self).history[-1])
 
+    def state_dict(self) -> dict[str, Any]:
+        """The file's contents."""
+        return {"file": self.path.read_bytes() if self.path.exists() else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put the file back: the rows that came after are going to be written again."""
+        if state["file"] is None: self.path.unlink(missing_ok=True)
+        elif not self.path.exists() or self.path.read_bytes() != state["file"]:
+            with replacing(self.path) as part: part.write_bytes(state["file"])
+
 
 def add_row(path: Path, row: Mapping[str, Any]) -> None:
     """Add `row` to the CSV file at `path`, which is made or gets further columns where it needs them."""
@@ -74,7 +87,7 @@ def add_row(path: Path, row: Mapping[str, Any]) -> None:
         csv.writer(f, lineterminator="\n").writerows([columns, *filled, cells])
 
 
-class TensorBoardLogger(Callback):
+class TensorBoardLogger(Stateful):
     """Writes what TensorBoard shows: losses and rates of the batches, the history, histograms, figures.
 
         for i, (xb, yb) in enumerate(train_dl): writer.add_scalar("batch/loss", train(xb, yb), i)
@@ -93,8 +106,9 @@ class TensorBoardLogger(Callback):
       `activation_stats/0.1/train`, against the step; of a module at most `histograms` evenly spaced ones per epoch.
     - `figures`, at the end of each epoch.
 
-    A further fit goes on counting, in another file in the same folder. It needs the package tensorboard: `pip install
-    'runnernorms[tensorboard]'`.
+    A further fit goes on counting, in another file in the same folder. A fit that is resumed goes on in another file
+    too, and those from before end where the checkpoint was; a TensorBoard that is running shows what they had there
+    until it is reloaded. It needs the package tensorboard: `pip install 'runnernorms[tensorboard]'`.
 
     Args:
         folder: for the event files; it is made if it doesn't exist.
@@ -110,6 +124,7 @@ class TensorBoardLogger(Callback):
 
     _order = 120        # after the callbacks of which it writes the numbers
     fit_only = True
+    _saved = "batches", "rounds", "begun", "_fit"
 
     def __init__(self, folder: str | os.PathLike[str] = "runs", every: int = 1, *,
                  figures: Mapping[str, Callable[[Any], Any]] | None = None, histograms: int = 20) -> None:
@@ -119,16 +134,46 @@ class TensorBoardLogger(Callback):
         self.folder, self.every, self.figures, self.histograms = Path(folder), every, dict(figures or {}), histograms
         self.writer: Any = None
         self.batches = self.rounds = 0      # training batches and epochs so far, of all fits
+        self._fit = ""                      # in the names of its files
         self._waiting: list[tuple[int, float, Tensor, list[float]]] = []
 
     def begin_fit(self) -> None:
+        self._fit = uuid.uuid4().hex[:8]
+        self._open()
+        self.begun, self._seen = self.batches, dict[tuple[str, str, str], int]()
+
+    def _open(self) -> None:
+        """A file of its own to write to."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
             raise ImportError("TensorBoardLogger needs the package tensorboard: pip install "
                               f"'runnernorms[tensorboard]' ({e})") from e
-        self.writer, self._waiting = SummaryWriter(os.fspath(self.folder)), []
-        self.begun, self._seen = self.batches, dict[tuple[str, str, str], int]()
+        self.writer, self._waiting = SummaryWriter(os.fspath(self.folder), filename_suffix=f".{self._fit}"), []
+
+    def _files(self) -> list[Path]:
+        """Those of this fit."""
+        return [path for path in self.folder.iterdir() if path.name.endswith(f".{self._fit}")]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is in counting, and in this fit's files, which have all that waited."""
+        state = {**super().state_dict(), "seen": [[*key, n] for key, n in getattr(self, "_seen", {}).items()]}
+        if self.writer is None: return {**state, "files": {}}
+        self._fetch()
+        self.writer.flush()
+        return {**state, "files": {path.name: path.stat().st_size for path in self._files()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting from `state`, without what was written after it: those events are going to come again."""
+        self.writer.close()
+        opened = self._files() if self._fit != state["_fit"] else []
+        super().load_state_dict(state)
+        self._seen = {(name, path, phase): n for name, path, phase, n in state["seen"]}
+        for path in (*opened, *self._files()):
+            size = state["files"].get(path.name)
+            if size is None: path.unlink()
+            elif size < path.stat().st_size: os.truncate(path, size)
+        self._open()
 
     def after_loss(self) -> None:
         run = self.run

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runner.attributes import load as load_state
+from runner.attributes import state_of
 from runner.batches import NoPair, map_tensors, size_of
 from runner.console import say
 from runner.events import camel2snake, listify
@@ -91,6 +93,8 @@ class AvgStats:
         for each batch: metric.update(pred, yb)                 # without a graph
         value = metric.compute()                                # a number, or a dict of numbers
 
+    In a checkpoint is what a metric with state has gathered: its `state_dict()`, or else its attributes.
+
     Args:
         metrics: functions `f(pred, yb)` that return one number, the mean over the batch, and objects with `update`,
             `compute` and `reset`. Of these it takes copies, which move to the loss's device if they have a method `to`.
@@ -113,7 +117,7 @@ class AvgStats:
 
     def reset(self) -> None:
         self.sums: list[Tensor] | None = None
-        self.count = 0
+        self.count, self._placed = 0, False             # whether sums and metrics lie where the loss does
         self._avg: list[float] | None = None            # once asked for
         for m in self._objects: m.reset()
 
@@ -158,11 +162,13 @@ class AvgStats:
         yb = run.xb if isinstance(run.yb, NoPair) else run.yb       # of a batch that is no pair the whole
         loss = run.loss.detach()
         values = [loss, *(m(run.pred, yb) for m, _ in self._functions)]
-        if self.sums is None:
+        if not self._placed:
             dtype = torch.float32 if loss.device.type == "mps" else torch.float64
-            self.sums = [torch.zeros((), dtype=dtype, device=loss.device) for _ in values]
+            begun = [torch.zeros(()) for _ in values] if self.sums is None else self.sums
+            self.sums, self._placed = [s.to(loss.device, dtype) for s in begun], True
             for m in self._objects:
                 if callable(getattr(m, "to", None)): m.to(loss.device)
+        assert self.sums is not None
         for i, v in enumerate(values):
             if torch.is_tensor(v): fault = f"a tensor of shape {tuple(v.shape)}" if v.ndim else None
             else: fault = None if isinstance(v, numbers.Number) else f"{v!r} ({type(v).__name__})"
@@ -175,6 +181,22 @@ class AvgStats:
             for m in self._objects: m.update(pred, yb)
         self.count += n
         self._avg = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far, and what the metrics with state have gathered.
+
+        Raises:
+            TypeError: a metric keeps something that no checkpoint can hold, and has no `state_dict`.
+        """
+        return {"sums": self.sums, "count": self.count, "names": self.names, "columns": self._columns, "avg": self._avg,
+                "metrics": [state_of(m, f"the metric {name_of(m)!r}") for m in self._objects]}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
+        """Go on from `state`, with a model on `device`."""
+        self.sums, self.count, self.names, self._columns, self._avg = (
+            state[k] for k in ("sums", "count", "names", "columns", "avg"))
+        for m, its in zip(self._objects, state["metrics"], strict=True): load_state(m, its, torch.device(device))
+        self._placed = False
 
     def __repr__(self) -> str:
         return f"{'train' if self.in_train else 'valid'}: {self.avg_stats}" if self.count else ""
@@ -257,3 +279,18 @@ class AvgStatsCallback(History):
         if logger is not None: logger(row)
         elif not self.quiet and (lines := [*filter(None, map(repr, (self.train_stats, self.valid_stats)))]):
             say("\n".join(lines))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, both passes' averages so far, and the seconds of this epoch."""
+        seconds = None if self._start is None else time.perf_counter() - self._start
+        return {**super().state_dict(), "history": [*self.history], "seconds": seconds,
+                "train": self.train_stats.state_dict(), "valid": self.valid_stats.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, in the middle of an epoch or between two."""
+        super().load_state_dict(state)
+        self.history, seconds = Rows(state["history"]), state["seconds"]
+        self._start = None if seconds is None else time.perf_counter() - seconds
+        device = next((p.device for group in self.run.opt.param_groups for p in group["params"]), "cpu")
+        for stats, its in ((self.train_stats, state["train"]), (self.valid_stats, state["valid"])):
+            stats.load_state_dict(its, device)

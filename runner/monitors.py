@@ -12,13 +12,14 @@ from runner.averaged import AveragedWeights, tensors_of
 from runner.events import Callback, CancelTrainException
 from runner.files import replacing, require_folder
 from runner.metrics import AvgStatsCallback
+from runner.stateful import Stateful
 
 LOWER = ("error", "err", "mae", "mse", "rmse", "perplexity")
 HIGHER = ("acc", "f1", "auc", "precision", "recall", "score")
 Mode = Literal["min", "max"]
 
 
-class Monitor(Callback):
+class Monitor(Stateful):
     """Reads a figure of the history after each epoch; the base of what acts on one.
 
     Args:
@@ -30,6 +31,7 @@ class Monitor(Callback):
     """
 
     fit_only = True
+    _saved: tuple[str, ...] = ("_ran",)
 
     def __init__(self, monitor: str) -> None:
         self.monitor, self._ran = monitor, set[str]()
@@ -110,6 +112,7 @@ class EarlyStopping(Monitor):
     """
 
     _order = 2000       # an exception here keeps the epoch's end from nobody
+    _saved = "best", "best_epoch", "stopped_epoch", "wait", "reason"
 
     def __init__(self, monitor: str = "valid_loss", patience: int = 3, min_delta: float = 0.0,
                  mode: Mode | None = None) -> None:
@@ -189,6 +192,7 @@ class KeepBest(Monitor):
     """
 
     _order = 1900       # after whoever changes weights at the end of an epoch, before EarlyStopping ends it
+    _saved = "best", "best_epoch", "kept", "_epochs", "_looked", "_ended"
 
     def __init__(self, monitor: str = "valid_loss", mode: Mode | None = None, *,
                  path: str | os.PathLike[str] | None = None, restore: bool = True) -> None:
@@ -216,9 +220,21 @@ class KeepBest(Monitor):
         if not math.isfinite(value) or (self.best is not None and not gain(value, self.best, self.mode) > 0): return
         model = self._validated()
         self.kept = [t.detach().clone() for t in tensors_of(model)]
-        if self.path is not None:
-            with replacing(self.path) as part: torch.save(model.state_dict(), part)
+        self._write(model.state_dict())
         self.best, self.best_epoch = value, self.epoch_now
+
+    def _write(self, state: dict[str, Any]) -> None:
+        if self.path is None: return
+        with replacing(self.path) as part: torch.save(state, part)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`; the file has its weights then, and not those of an epoch that is done anew."""
+        super().load_state_dict(state)
+        if self.kept is None: return
+        model, own = self.run.model, tensors_of(self.run.model)
+        self.kept = [t.to(now.device) for t, now in zip(self.kept, own, strict=True)]
+        best = {id(now): t for t, now in zip(self.kept, own, strict=True)}
+        self._write({name: best.get(id(t), t) for name, t in model.state_dict(keep_vars=True).items()})
 
     def _validated(self) -> nn.Module:
         """The model, or the averages that were in its place in this epoch's validation."""

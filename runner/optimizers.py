@@ -12,6 +12,7 @@ from runner.accumulation import GradientAccumulation
 from runner.events import Callback
 from runner.optim import needs_closure
 from runner.precision import MixedPrecision
+from runner.stateful import Stateful
 
 
 class Optimizers(torch.optim.Optimizer):
@@ -117,7 +118,7 @@ class Optimizers(torch.optim.Optimizer):
         return f"Optimizers({', '.join(f'{name}={type(opt).__name__}' for name, opt in self.parts.items())})"
 
 
-class Turns(Callback):
+class Turns(Stateful):
     """Trains by turns, in every batch: each of several optimizers with a loss of its own, such as a GAN's two.
 
         for name, loss_func in losses.items():          # in a batch; afterwards run.loss is the first one's
@@ -153,6 +154,7 @@ class Turns(Callback):
     """
 
     _order = -30        # the step of all others is done in each turn
+    _saved = ("losses",)
 
     def __init__(self, **losses: Callable[[Any], Tensor]) -> None:
         if not losses: raise ValueError("Turns got no loss; give functions f(run): Turns(disc=..., gen=...)")

@@ -34,8 +34,8 @@ class MixedPrecision(Callback):
     `step`, with an `_order` above -4. `TerminateOnNonFinite` watches the loss and leaves gradients to the scaler. Norms
     that average gradients over steps (`RunningBatchNorm(average_backward=True)`) are told the scale.
 
-    The scaler is kept from fit to fit, and `state_dict` and `load_state_dict` are its own. With `compile=True`
-    bfloat16 works; float16 is refused.
+    The scaler is kept from fit to fit; a scaler's own state can be loaded too. With `compile=True` bfloat16 works;
+    float16 is refused.
 
     Args:
         dtype: `torch.bfloat16`, `torch.float16`, or a name: "bf16", "fp16", "bf16-mixed", "16-mixed".
@@ -150,19 +150,22 @@ class MixedPrecision(Callback):
         return 1.0 if self.scaler is None else self.scaler.get_scale()
 
     def state_dict(self) -> dict[str, Any]:
-        """The scaler's state; empty with bfloat16."""
-        return {} if self.scaler is None else self.scaler.state_dict()
+        """The scaler's state, None with bfloat16, and the steps that were skipped."""
+        return {"scaler": None if self.scaler is None else self.scaler.state_dict(),
+                "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the scale of `state`.
+        """Go on from `state`, or with the scale of a scaler's state.
 
         Raises:
             ValueError: a state from another dtype.
         """
-        if bool(state) != (self.scaler is not None):
-            raise ValueError(f"MixedPrecision: a state {'with' if state else 'without'} a scale, and the dtype here is "
+        scale = state.get("scaler") if "scaler" in state else state
+        if bool(scale) != (self.scaler is not None):
+            raise ValueError(f"MixedPrecision: a state {'with' if scale else 'without'} a scale, and the dtype here is "
                              f"{self.dtype}; make it with the dtype that the state was saved with")
-        if self.scaler is not None: self.scaler.load_state_dict(state)
+        if self.scaler is not None and scale: self.scaler.load_state_dict(scale)
+        self.skipped_steps = list(state.get("skipped_steps", self.skipped_steps))
 
 
 class _Optimizer:

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from runner.events import Callback
 from runner.files import require_folder
+from runner.stateful import Stateful
 
 
-class Profile(Callback):
+class Profile(Stateful):
     """Records what some training batches do, with torch's profiler, and writes it as a trace.
 
         for xb, yb in islice(train_dl, 10): train(xb, yb)
@@ -27,7 +27,8 @@ class Profile(Callback):
     Training batches are counted through the fit, from 0, also those without a step of the optimizer. Each is a range
     of the trace, "batch 12", from its `begin_batch` to the next one's: the batch, the callbacks and the wait for the
     next. The trace ends with the last chosen batch or with the fit, whatever ends it; where the chosen batches span the
-    end of an epoch, validation is in it. Let some batches pass first: the first ones allocate, and compile.
+    end of an epoch, validation is in it. Let some batches pass first: the first ones allocate, and compile. In a fit
+    that is resumed amid the chosen batches the trace has the rest of them.
 
     Args:
         steps: the first batch and the one after the last, `(10, 20)` or `range(10, 20)`.
@@ -43,6 +44,7 @@ class Profile(Callback):
     """
 
     _order = -15        # its batch begins before all others hear of it
+    _saved = "table", "_batch"
     fit_only = True
 
     def __init__(self, steps: tuple[int, int] | range = (10, 20),
@@ -65,7 +67,7 @@ class Profile(Callback):
     def begin_batch(self) -> None:
         if not self.run.in_train: return
         if self._batch == self.stop: self._end()
-        if self._batch == self.first:
+        if self._profiler is None and self.first <= self._batch < self.stop:
             self._profiler = profiler = torch.profiler.profile(**self.options)
             profiler.start()
         if self._profiler is not None:

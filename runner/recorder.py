@@ -1,11 +1,13 @@
 """`Recorder`: the loss and the rates of every training batch."""
 
+from array import array
 from typing import Any
 
 import torch
 
 from runner.history import History
 from runner.rows import Rows
+from runner.stateful import column
 
 
 class Recorder(History):
@@ -22,18 +24,20 @@ class Recorder(History):
     is shorter than `losses`; `rows` has "lr_0", "lr_1", ... of the groups that there were at that batch.
     """
 
+    _saved = ("_batch",)
+
     def clear(self) -> None:
         self.lrs: list[list[float]] = []
         self._losses: list[float] = []
         self._waiting: list[torch.Tensor] = []                  # losses on the device, after those of `_losses`
-        self._at: list[tuple[int, int, int, int]] = []          # of each loss: epoch, batch, step, number of groups
+        self._at = array("q")                   # of each loss four: epoch, batch, step, number of groups
         self._batch = 0
 
-    def mark(self) -> tuple[int, list[int]]: return len(self._at), [*map(len, self.lrs)]
+    def mark(self) -> tuple[int, list[int]]: return len(self._at) // 4, [*map(len, self.lrs)]
 
     def cut(self, mark: tuple[int, list[int]]) -> None:
         n, lengths = mark
-        self._losses, self._at = self.losses[:n], self._at[:n]
+        self._losses, self._at = self.losses[:n], self._at[:4 * n]
         self.lrs = [lrs[:k] for lrs, k in zip(self.lrs, lengths, strict=False)]
 
     def begin_fit(self) -> None:
@@ -53,7 +57,7 @@ class Recorder(History):
         groups = run.opt.param_groups
         if len(groups) > len(self.lrs): self._follow(len(groups))
         for group, lrs in zip(groups, self.lrs, strict=False): lrs.append(float(group["lr"]))
-        self._at.append((self.past_epochs + run.epoch, self._batch, self.past_steps + run.n_iter, len(groups)))
+        self._at.extend((self.past_epochs + run.epoch, self._batch, self.past_steps + run.n_iter, len(groups)))
         self._waiting.append(run.loss.detach())
 
     def after_batch(self) -> None:
@@ -72,6 +76,17 @@ class Recorder(History):
         if self._waiting: self._losses += torch.stack(self._waiting).tolist()
         self._waiting = []
 
+    def state_dict(self) -> dict[str, Any]:
+        """Losses, rates and where they belong, in columns."""
+        return {**super().state_dict(), "losses": column(self.losses), "lrs": [*map(column, self.lrs)],
+                "at": column(self._at, "q")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the batches of `state`."""
+        super().load_state_dict(state)
+        self._losses, self._waiting = state["losses"].tolist(), []
+        self.lrs, self._at = [lrs.tolist() for lrs in state["lrs"]], array("q", state["at"].tolist())
+
     @property
     def losses(self) -> list[float]:
         self._fetch()
@@ -88,7 +103,7 @@ class Recorder(History):
         in `plot_lr`.
         """
         rows, columns = Rows(), [*map(iter, self.lrs)]
-        for (epoch, batch, step, groups), loss in zip(self._at, self.losses, strict=True):
+        for epoch, batch, step, groups, loss in zip(*(self._at[i::4] for i in range(4)), self.losses, strict=True):
             lrs = [next(column) for column in columns[:groups]]
             rows.append({"phase": "train", "epoch": epoch, "batch": batch, "step": step, "loss": loss, "lr": lrs[-1]})
             if groups > 1: rows[-1].update((f"lr_{i}", lr) for i, lr in enumerate(lrs))
@@ -97,7 +112,7 @@ class Recorder(History):
     def _batches_of(self, pgid: int) -> list[int]:
         """Which of the batches had parameter group `pgid`."""
         pgid = range(len(self.lrs))[pgid] if self.lrs else 0
-        return [i for i, (*_, groups) in enumerate(self._at) if groups > pgid]
+        return [i for i, groups in enumerate(self._at[3::4]) if groups > pgid]
 
     def plot_lr(self, pgid: int = -1, ax: Any = None) -> Any:
         """Learning rate of parameter group `pgid` against the step; returns the axes."""

@@ -158,7 +158,7 @@ class ParamScheduler(Callback):
     """
 
     _order = 1
-    fit_only = True
+    fit_only = by_position = True       # where it is follows from how many epochs there are to be
 
     def __init__(self, pname: str, sched_funcs: Callable[[float], Any] | Sequence[Callable[[float], Any]], *,
                  relative: bool = False) -> None:
@@ -191,7 +191,7 @@ class ParamScheduler(Callback):
         if n >= len(self.scheds):
             raise ValueError(f"ParamScheduler has {len(self.scheds)} schedules for {self.pname!r}, and a parameter "
                              f"group was added in mid-fit: give one schedule for all groups, or append the group's to "
-                             f"run.{self.name}.scheds before you add it")
+                             f"run.{self.name}.scheds before you add it (a fit to be resumed: in a begin_fit)")
         value = group[self.pname]
         found = _Followed(group["params"], self.scheds[n], value, copy.deepcopy(value))
         self._followed[id(group["params"])] = found
@@ -218,6 +218,27 @@ class ParamScheduler(Callback):
             if (one := followed.get(id(group["params"]))) is None: continue
             if isinstance(one.value, Tensor): one.value.copy_(one.own)
             group[self.pname] = one.value
+
+    def state_dict(self) -> dict[str, Any]:
+        """The groups that are followed, by their numbers in the optimizer, and the own value of each."""
+        at = {id(group["params"]): i for i, group in enumerate(self.run.opt.param_groups)} if self._followed else {}
+        found = [(at[k], one.own) for k, one in self._followed.items() if k in at]
+        return {"groups": [i for i, _ in found], "own": [own for _, own in found]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Follow the groups of `state`, which have the values of a schedule by now, with their own ones.
+
+        Raises:
+            ValueError: a group that was added in mid-fit and has no schedule, or that the optimizer lacks.
+        """
+        groups = self.run.opt.param_groups
+        if lost := [i for i in state["groups"] if i >= len(groups)]:
+            raise ValueError(f"ParamScheduler has a state for parameter group {lost[0]}, and the optimizer has "
+                             f"{len(groups)} groups; build it as it was")
+        for i, own in zip(state["groups"], state["own"], strict=True):
+            one = self._followed.get(id(groups[i]["params"])) or self._follow(groups[i])
+            if isinstance(own, Tensor) and isinstance(one.value, Tensor): one.own = own.to(one.value.device)
+            else: one.own, one.value = own, copy.deepcopy(own)
 
     def __getstate__(self) -> dict[str, Any]: return {**super().__getstate__(), "_followed": {}}
 

@@ -1,6 +1,6 @@
 """`TorchScheduler`: any schedule of torch.optim.lr_scheduler in a fit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from runner.attributes import kept, like
 from runner.monitors import Monitor
 
 # The rates of optimizers, at the start of the last fit that had a schedule and as it left them.
@@ -54,6 +55,7 @@ class TorchScheduler(Monitor):
     """
 
     _order = 30         # after AvgStatsCallback
+    _saved = ("_stepped",)
 
     def __init__(self, make: Callable[[Any], LRScheduler] | LRScheduler, by: Literal["batch", "epoch"] = "epoch",
                  monitor: str | None = None) -> None:
@@ -110,10 +112,40 @@ class TorchScheduler(Monitor):
         if self._made: _rates[self.run.opt] = _rates[self.run.opt][0], rates(self.run.opt)
         self._made = False
 
+    def state_dict(self) -> dict[str, Any]:
+        """The scheduler's state, and the rates before it.
+
+        Raises:
+            TypeError: the scheduler, of a class of one's own, keeps something that no checkpoint can hold.
+        """
+        state = None if self.scheduler is None else self.scheduler.state_dict()
+        return {**super().state_dict(), "scheduler": state and _plain(state, type(self.scheduler)),
+                "rates": _rates.get(self.run.opt)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state` with a scheduler made anew."""
+        super().load_state_dict(state)
+        if state["rates"] is not None: _rates[self.run.opt] = state["rates"]
+        if self.scheduler is not None and state["scheduler"]:
+            self.scheduler.load_state_dict(_fitting(self.scheduler, state["scheduler"]))
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own scheduler, unless it was given one."""
         scheduler = self.make if isinstance(self.make, LRScheduler) else None
         return {**super().__getstate__(), "scheduler": scheduler, "_made": False}
+
+
+def _plain(state: Mapping[str, Any], cls: type) -> dict[str, Any]:
+    """The part of a scheduler's state that a checkpoint can hold; the rest, its functions, a new one has too."""
+    nested = {k: [one and _plain(one, cls) for one in state[k]] for k in ("_schedulers", "lr_lambdas") if k in state}
+    return kept({k: v for k, v in state.items() if k not in nested}, "TorchScheduler: the scheduler", cls) | nested
+
+
+def _fitting(scheduler: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """`state` with containers of the classes that `scheduler` has them of."""
+    inner = getattr(scheduler, "_schedulers", ())
+    nested = {"_schedulers": [*map(_fitting, inner, state["_schedulers"])]} if "_schedulers" in state else {}
+    return {k: like(getattr(scheduler, k, None), v) for k, v in state.items()} | nested
 
 
 def anew(opt: Optimizer, begun: list[float], left: list[float]) -> None:

@@ -101,7 +101,7 @@ def _opened(o: Any, seen: dict[int, object], root: bool) -> tuple[Undo, list[obj
     if numpy is not None and isinstance(o, numpy.random.Generator): return _numpys(o.bit_generator), []
     if numpy is not None and isinstance(o, numpy.random.BitGenerator): return _numpys(o), []
     if numpy is not None and isinstance(o, numpy.random.RandomState): return _by(o.get_state(), o.set_state), []
-    held = _attributes(o)
+    held = attributes_of(o)
     if not root and any(isinstance(v, OUTSIDE) for v in held.values()): return None
     undos, children = [_slots(o, held)] if held or hasattr(o, "__dict__") else [], list(held.values())
     if isinstance(o, nn.Module): children = [v for k, v in held.items() if k not in HOOKS]
@@ -189,7 +189,7 @@ def _slot_names(o: object) -> Iterator[str]:
             yield f"_{cls.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
 
 
-def _attributes(o: object) -> dict[str, Any]:
+def attributes_of(o: object) -> dict[str, Any]:
     """The attributes that `o` has itself, in its `__dict__` or in slots."""
     held = dict(vars(o)) if hasattr(o, "__dict__") else {}
     for name in _slot_names(o):

@@ -466,8 +466,12 @@ def test_a_state_goes_on_as_if_nothing_had_been(capsys):
     Runner(second).fit(1, learns[1])
     assert_same(*learns)
     assert amp.state_dict() == second.state_dict()
-    assert MixedPrecision("bf16").state_dict() == {}
-    MixedPrecision("bf16").load_state_dict({})
+    assert amp.state_dict()["scaler"] == amp.scaler.state_dict()
+    second = MixedPrecision("fp16")
+    second.load_state_dict(amp.scaler.state_dict())         # a scaler's own
+    assert (second.scale, second.skipped_steps) == (amp.scale, [])
+    assert MixedPrecision("bf16").state_dict() == {"scaler": None, "skipped_steps": []}
+    for state in ({}, MixedPrecision("bf16").state_dict()): MixedPrecision("bf16").load_state_dict(state)
     with pytest.raises(ValueError, match=r"a state with a scale, and the dtype here is torch.bfloat16; make it with"):
         MixedPrecision("bf16").load_state_dict(amp.state_dict())
 

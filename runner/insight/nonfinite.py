@@ -24,6 +24,7 @@ from runner.insight.record import copies, draw_indices, plain, report
 from runner.insight.repeat import Repeat, flaw, norms_of
 from runner.precision import LEAST_SCALE, precision_of
 from runner.states import generators_of, params_of, parts_of, random_state, random_states
+from runner.values import can_be_encoded
 
 Row = dict[str, Any]            # both as the class below describes them
 Snapshot = dict[str, Any]
@@ -94,6 +95,10 @@ class TerminateOnNonFinite(Callback):
     Python's or numpy's generator, or counts in attributes, may not repeat itself; the report says so then. Leave the
     callback out of a search by `LR_Find`, which means to diverge.
 
+    A checkpoint has the rows and the record, and not the copies: a fit that is resumed makes one at its first batch,
+    from which what diverges later is repeated. So that it need not look back, it looks before a checkpoint is written,
+    at the weights too, and stops the fit there if they have diverged.
+
     Raises:
         ValueError: at construction, a `keep` or `every` that is no positive integer; at the start of a fit, a path in
             a folder that doesn't exist.
@@ -116,6 +121,7 @@ class TerminateOnNonFinite(Callback):
         self.ring: deque[Snapshot] = deque(maxlen=2)
         self.unseen: list[Row] = []                                         # whose figures lie on the device
         self.now: dict[str, Any] = {"row": None, "batch": 0, "fresh": True}
+        self.this: dict[str, Any] = {}                                      # the pass
 
     def begin_fit(self) -> None:
         if self.path is not None and not Path(self.path).absolute().parent.is_dir():
@@ -218,6 +224,31 @@ class TerminateOnNonFinite(Callback):
         else: self._look()
 
     def after_fit(self) -> None: self._clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last rows, how their batches were drawn, and the record.
+
+        Raises:
+            CancelTrainException: the fit has diverged in a step that nobody had looked at yet.
+        """
+        if self.ring and self.run.status == "ok": self.after_epoch()
+        passes = list({id(this): this for this in (*(this for _, this in self.rows), self.this) if this}.values())
+        at = {id(this): i for i, this in enumerate(passes)}
+        record = self.record
+        if record and not can_be_encoded(record): record = {k: v for k, v in record.items() if k != "snapshots"}
+        return {"record": record, "sound": self.sound, "batch": self.now["batch"],
+                "passes": [{**this, "dl": this["dl"] is self.data.train_dl} for this in passes],
+                "rows": [({**row, "groups": [{k: v for k, v in group.items() if k != "params"}
+                                             for group in row["groups"]]}, at[id(this)]) for row, this in self.rows]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the rows of `state`, with a fresh copy at the next batch."""
+        data = self.data
+        passes = [{**this, "dl": data.train_dl if this["dl"] else data.valid_dl} for this in state["passes"]]
+        self._clear()
+        self.record, self.sound, self.now["batch"] = state["record"], state["sound"], state["batch"]
+        self.rows.extend((row, passes[i]) for row, i in state["rows"])
+        if passes: self.this = passes[-1]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes the record along, and not what a fit has at hand."""

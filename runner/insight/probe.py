@@ -8,17 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from runner.batches import length_of
-from runner.events import Callback, listify
+from runner.events import listify
 from runner.insight.choice import choose
 from runner.insight.store import Store
 from runner.rows import Rows
+from runner.stateful import Stateful, column
 from runner.states import holds_compiled
 
 BLOCK = 256             # measured batches that lie on the device before one transfer brings them to the host
 PHASES = ("train", "valid")
 
 
-class Probe(Callback):
+class Probe(Stateful):
     """Measures chosen things at chosen batches: the base of the callbacks in `stats` and `norm_stats`, and of your own.
 
     Inside a batch nothing waits for the device: the numbers go into a block there, and between batches a full block
@@ -49,6 +50,7 @@ class Probe(Callback):
 
     _order = 110        # after whatever changes the batch, and after what measures on a copy of the model
     fit_only = True
+    _saved = "batch", "stride", "head", "most", "_block", "layouts"
     kind: str = "module"
     possible: tuple[str, ...] = PHASES
 
@@ -113,8 +115,10 @@ class Probe(Callback):
         if self.which is None: found = self.usual(model)
         else: found = choose({**self.chosen, **self.candidates(model)}, self.which, self.kind, type(self).__name__)
         new = {path: thing for path, thing in found.items() if path not in self.chosen}
+        self.chosen.update(new)
+        new = {path: thing for path, thing in new.items() if path not in self._stores}
         for path, thing in new.items():
-            self.chosen[path], self.layouts[path] = thing, self.layout(path, thing)
+            self.layouts[path] = self.layout(path, thing)
             self._stores[path] = store = Store(_width(self.layouts[path]), self._block)
             store.skip(len(self._tags) // 4)
         if new and self.verbose:
@@ -199,6 +203,22 @@ class Probe(Callback):
         finally:
             if self._stance is not None: self._stance.__exit__(None, None, None)
             for store in self._stores.values(): store.end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured, in columns, and of what."""
+        return {**super().state_dict(), "tags": column(self._tags, "q"),
+                "stores": {path: (column(store.sizes, "q"), store.rows()) for path, store in self._stores.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after what was measured then, with what has come to be looked at since the fit began."""
+        super().load_state_dict(state)
+        self._tags = array("q", state["tags"].tolist())
+        candidates = self.candidates(getattr(self.model, "_orig_mod", self.model))
+        self._stores = {path: store for path, store in self._stores.items() if path in state["stores"]}
+        for path, (sizes, rows) in state["stores"].items():
+            if path not in self._stores: self._stores[path] = Store(_width(self.layouts[path]), self._block)
+            if path in candidates: self.chosen.setdefault(path, candidates[path])
+            self._stores[path].load(sizes, rows)
 
     # --- what was measured ------------------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ from array import array
 import torch
 from torch import Tensor
 
+from runner.stateful import column
+
 
 class Store:
     """The rows of one thing: those on the host, and after them those in a block on its device that is being filled.
@@ -47,5 +49,10 @@ class Store:
 
     def rows(self) -> Tensor:
         """All rows of finished batches, `(batches, width)`."""
-        fetched = torch.tensor(self.numbers, dtype=torch.float32).view(-1, self.width)
+        fetched = column(self.numbers, "f").view(-1, self.width)
         return fetched if self.block is None else torch.cat((fetched, self.block[:self.at].cpu()))
+
+    def load(self, sizes: Tensor, rows: Tensor) -> None:
+        """Go on after these."""
+        self.sizes, self.numbers, self.at = array("q", sizes.tolist()), array("f", rows.flatten().tolist()), 0
+        self.row = self.block = None
