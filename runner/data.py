@@ -100,9 +100,9 @@ class BatchLoader(PositionLoader):
         self._draw_seed()
         return map(self.fetch, self.sampler)
 
-    def rest(self, n: int, rewound: Callable[[], None]) -> Iterator[Any]:
+    def rest(self, n: int, rewound: Callable[[], None], seeded: bool) -> Iterator[Any]:
         """The pass without its first `n` batches."""
-        if self.num_workers or self.pin_memory: return super().rest(n, rewound)
+        if self.num_workers or self.pin_memory: return super().rest(n, rewound, seeded)
         rewound()
         self._draw_seed()
         indices = iter(Skipped(self.sampler, n))

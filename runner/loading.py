@@ -66,9 +66,10 @@ def same_states(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def rest_of(dl: Any, n: int, rewound: Callable[[], None]) -> Iterator[Any]:
+def rest_of(dl: Any, n: int, rewound: Callable[[], None], seeded: bool) -> Iterator[Any]:
     """What is left of a pass over `dl` after its first `n` batches, which nobody fetches.
 
+    `seeded`: whether the pass drew a seed for workers, as each does but those by persistent workers after their first.
     `rewound` puts all random sources back to the beginning of the pass. Then the loader draws its order anew. The
     caller puts the sources to where they were after `n` batches before the first of the rest is asked for.
 
@@ -86,7 +87,7 @@ def rest_of(dl: Any, n: int, rewound: Callable[[], None]) -> Iterator[Any]:
     rest: DataLoader[Any] = DataLoader(
         dl.dataset, **which, num_workers=dl.num_workers, collate_fn=dl.collate_fn, pin_memory=dl.pin_memory,
         timeout=dl.timeout, worker_init_fn=dl.worker_init_fn, multiprocessing_context=dl.multiprocessing_context,
-        generator=dl.generator, **more)
+        generator=dl.generator if seeded else torch.Generator(), **more)
     # Torch's iterator asks the sampler for an iterator, then draws a seed for workers, then the first indices: with
     # workers at once, and without when the first batch is fetched, by which time the random sources are elsewhere.
     batches = iter(rest)
@@ -104,7 +105,7 @@ class Skipped:
     def __len__(self) -> int: return max(0, len(self.sampler) - self.n)     # type: ignore[arg-type]
 
     def __iter__(self) -> "SkippedIterator":
-        self.last = SkippedIterator(iter(self.sampler), self.n, type(self.sampler).__name__)
+        self.last = SkippedIterator(iter(self.sampler), self.n, type([self.sampler, *samplers(self)][-1]).__name__)
         return self.last
 
 
@@ -210,7 +211,7 @@ class PositionLoader(DataLoader[Any]):
     def state_dict(self) -> dict[str, Any]:
         """How many batches the pass has given, and the random states at its beginning; `batch` is 0 between passes."""
         running = self._began if self._given else None
-        return {"batch": self._given if running else 0, "length": len(self), "random": running}
+        return {"batch": self._given if running else 0, "length": len(self), **(running or {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next pass go on from there.
@@ -227,12 +228,13 @@ class PositionLoader(DataLoader[Any]):
         state, self._state = self._state, None
         generators = generators_of(self)
         if state is None:
-            self._given, self._began = 0, random_state(generators)
+            self._given = 0
+            self._began = {"random": random_state(generators), "seeded": self._iterator is None}
             return Counted(self, self.batches())
-        self._given, self._began = state["batch"], state["random"]
+        self._given, self._began = state["batch"], {k: state[k] for k in ("random", "seeded")}
         before = random_state()
         # The loader's own generators are where they belong once the indices are drawn; others' are not its business.
-        try: rest = self.rest(state["batch"], lambda: set_random_state(state["random"], generators))
+        try: rest = self.rest(state["batch"], lambda: set_random_state(state["random"], generators), state["seeded"])
         finally: set_random_state(before)
         return Counted(self, rest)
 
@@ -240,9 +242,9 @@ class PositionLoader(DataLoader[Any]):
         """A whole pass."""
         return super().__iter__()
 
-    def rest(self, n: int, rewound: Callable[[], None]) -> Iterator[Any]:
+    def rest(self, n: int, rewound: Callable[[], None], seeded: bool) -> Iterator[Any]:
         """What `rest_of` says."""
-        return rest_of(self, n, rewound)
+        return rest_of(self, n, rewound, seeded)
 
 
 

@@ -117,7 +117,7 @@ class Resume(Callback):
             if has_position(dl):
                 dl.load_state_dict(decoded(state["loader"]))
                 batches = iter(dl)
-            else: batches = rest_of(dl, self.run.first_batch, rewound)
+            else: batches = rest_of(dl, self.run.first_batch, rewound, self.began["seeded"])
         except LoaderError as e: raise CheckpointError(f"{self.path}: {e}") from e
         put_feeding(dl, state["feeding"])
         set_states(state["random"], self.sources)
