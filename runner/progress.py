@@ -66,11 +66,11 @@ class ProgressCallback(Callback):
         self.label, self.live = label, live
         self.bars: Any = None
         self.bar: Any = None
+        self.row: dict[str, Any] | None = None
         self.batch = self._past = 0             # batches of this pass, while there is a bar; epochs that are over
 
     def begin_fit(self) -> None:
-        self.row: dict[str, Any] | None = None
-        self.table, self._past = False, 0
+        self.row, self.table, self._past = None, False, 0
         self.run.logger = self.take
         live = self.live if self.live is not None else (_in_notebook() or is_terminal())
         if live and self.epochs:
@@ -137,18 +137,19 @@ class ProgressCallback(Callback):
         """How far the bars are, and the seconds: of this epoch, and of the bar of all."""
         seconds = time.perf_counter() - getattr(self, "epoch_start", time.perf_counter())
         main = self.bars and self.bars.main_bar
-        return {"epochs": self._past, "batch": self.batch if self.bar is not None else 0, "seconds": seconds,
+        return {"epochs": self._past, "batch": self.batch, "row": self.row, "seconds": seconds,
                 "all_seconds": time.time() - main.start_t if main else seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there; what was printed is not printed again."""
-        self._past, self.epoch_start = state["epochs"], time.perf_counter() - state["seconds"]
+        self._past, self.batch, self.row = state["epochs"], state["batch"], state["row"]
+        self.epoch_start = time.perf_counter() - state["seconds"]
         if self.bars is not None:
             self.bars.main_bar.start_t = time.time() - state["all_seconds"]
             if self._past: self.bars.update(self._past)
-        if self.bar is None or not state["batch"]: return
-        self.batch, self.bar.start_t = state["batch"], time.time() - state["seconds"]
-        if self.bar.total is None or self.batch <= self.bar.total: self.bar.update(self.batch)
+        if self.bar is None: return
+        self.bar.start_t = time.time() - state["seconds"]
+        if self.batch and (self.bar.total is None or self.batch <= self.bar.total): self.bar.update(self.batch)
 
     def after_fit(self) -> None:
         self.run.logger = None

@@ -120,7 +120,7 @@ class TorchScheduler(Monitor):
         """
         state = None if self.scheduler is None else self.scheduler.state_dict()
         return {**super().state_dict(), "scheduler": state and _plain(state, type(self.scheduler)),
-                "rates": _rates.get(self.run.opt)}
+                "rates": None if self.scheduler is None else _rates.get(self.scheduler.optimizer)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state` with a scheduler made anew."""

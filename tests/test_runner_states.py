@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from test_runner_pickling import PUBLIC, high, low, make_step
 from torch import nn
+from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 import runner
@@ -135,11 +136,14 @@ def learner(cbs=(), seed=0):
     return Learner(model, opt, F.cross_entropy, DataBunch(*dls, 3))
 
 
+LEARNERS = {}       # other ones
+
+
 # --- how a fit is seen --------------------------------------------------------------------------------------------
 
 # Times, files with times in them, and what is at hand within a batch or is to be looked at in the next.
 TIMES = {"seconds", "all_seconds", "epoch_start", "_start", "file", "files", "_fit", "table", "writer"}
-AT_HAND = {"_handles", "_stance", "_before", "_placed"}
+AT_HAND = {"_handles", "_stance", "_before", "_placed", "_averages"}
 OURS = ("Checkpoint", "Resume", "Watch", "Kill")
 
 
@@ -194,11 +198,10 @@ class Watch(Callback):
 
 
 class Kill(Callback):
-    """An exception at the `at`-th event, before any other callback hears of it."""
+    """An exception at the `at`-th event, before all other callbacks hear of it or, if `late`, after all but Checkpoint.
+    """
 
-    _order = -10_000
-
-    def __init__(self, at=None): self.at, self.n = at, 0
+    def __init__(self, at=None, late=False): self.at, self._order, self.n = at, 9_500 if late else -10_000, 0
 
     def __call__(self, event):
         self.n += 1
@@ -208,10 +211,10 @@ class Kill(Callback):
 class Killed(BaseException): pass
 
 
-def fit(name, kill=None, epochs=3, **every):
+def fit(name, kill=None, late=False, epochs=3, **every):
     """A fit in the current folder, which goes on if there is something to go on with, whatever the random state is."""
     cbs = made(name)
-    learn, watch, kill = learner(cbs), Watch(), Kill(kill)
+    learn, watch, kill = LEARNERS.get(name, learner)(cbs), Watch(), Kill(kill, late)
     torch.manual_seed(99 if any(Path("checkpoints").glob("*.pt")) else 1)
     run = Runner([*cbs, watch, kill, Checkpoint("checkpoints", **{"every_batches": 1} | every)])
     try: run.fit(epochs, learn, resume="checkpoints")
@@ -260,19 +263,27 @@ def check(name, tmp_path, monkeypatch, times=4):
     rng = random.Random(zlib.crc32(name.encode()))
     for i in range(times):
         at(f"broken off {i}")
-        every = {"every_batches": rng.choice([1, 2, 3, None])}
+        every = {"every_batches": rng.choice([1, 2, 3, 4]), "every_epochs": rng.choice([1, 2, None])}
         again, parts = True, 0
         while again:
             kill = rng.randrange(20, n) if parts < 4 else None
-            run, learn, watch, again = fit(name, kill, **every)
+            run, learn, watch, again = fit(name, kill, rng.random() < 0.5, **every)
             parts += 1
             for where, what in watch.seen.items(): assert not differing(what, steps[where]), where
         assert not differing(ended(run, learn), want)
+    run, learn, watch, _ = fit(name)
+    assert not watch.seen                       # it was over
+    assert not differing(ended(run, learn), want)
 
 
 @pytest.mark.parametrize("name", FITS)
 def test_a_fit_that_is_broken_off_anywhere_ends_as_one_that_was_not(name, tmp_path, monkeypatch, capsys):
     check(name, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_there_is_a_state_before_any_fit(name, tmp_path):
+    for cb in made(name): assert isinstance(getattr(cb, "state_dict", dict)(), dict)
 
 
 @pytest.mark.parametrize("keeps", ["epochs", "batches"])
@@ -285,3 +296,85 @@ def test_a_callback_without_a_state_does_not_pass(keeps, tmp_path, monkeypatch, 
         def after_epoch(self): self.counted += keeps == "epochs"
     monkeypatch.setitem(MADE, "forgets", lambda: [Forgets()])
     with pytest.raises(AssertionError, match=r"forgets\.counted"): check("forgets", tmp_path, monkeypatch)
+
+
+# --- schedulers ---------------------------------------------------------------------------------------------------
+
+class Halves:
+    """A function of the epoch, that is an object with a memory."""
+
+    def __init__(self): self.asked = 0
+
+    def __call__(self, epoch):
+        self.asked += 1
+        return 0.5 ** (self.asked / 5)
+
+
+class Own(lr_scheduler.LRScheduler):
+    """A scheduler of somebody's own, with a memory."""
+
+    def __init__(self, opt, memory): self.memory, self.f = memory, abs; super().__init__(opt)
+
+    def get_lr(self):
+        if isinstance(self.memory, list): self.memory.append(len(self.memory))
+        return [group["lr"] * 0.9 for group in self.optimizer.param_groups]
+
+
+def sequential(opt):
+    return lr_scheduler.SequentialLR(opt, [lr_scheduler.ConstantLR(opt, 0.5, 2), lr_scheduler.MultiStepLR(opt, [1, 1, 3]),
+                                           lr_scheduler.LambdaLR(opt, Halves())], [4, 8])
+
+
+def chained(opt):
+    return lr_scheduler.ChainedScheduler([lr_scheduler.LinearLR(opt), lr_scheduler.CosineAnnealingLR(opt, 5)])
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda opt: lr_scheduler.LambdaLR(opt, lambda epoch: 0.9 ** epoch),
+    "LambdaLR of an object": lambda opt: lr_scheduler.LambdaLR(opt, Halves()),
+    "MultiplicativeLR": lambda opt: lr_scheduler.MultiplicativeLR(opt, lambda epoch: 0.9),
+    "MultiplicativeLR of an object": lambda opt: lr_scheduler.MultiplicativeLR(opt, Halves()),
+    "StepLR": lambda opt: lr_scheduler.StepLR(opt, 2, 0.5),
+    "MultiStepLR": lambda opt: lr_scheduler.MultiStepLR(opt, [2, 2, 9]),
+    "ConstantLR": lambda opt: lr_scheduler.ConstantLR(opt, 0.3, 4),
+    "LinearLR": lambda opt: lr_scheduler.LinearLR(opt, 0.3, total_iters=11),
+    "ExponentialLR": lambda opt: lr_scheduler.ExponentialLR(opt, 0.9),
+    "PolynomialLR": lambda opt: lr_scheduler.PolynomialLR(opt, 12, 2.0),
+    "CosineAnnealingLR": lambda opt: lr_scheduler.CosineAnnealingLR(opt, 9),
+    "CosineAnnealingWarmRestarts": lambda opt: lr_scheduler.CosineAnnealingWarmRestarts(opt, 3, 2),
+    "CyclicLR": lambda opt: lr_scheduler.CyclicLR(opt, 0.01, 0.2, 4, mode="exp_range", gamma=0.9),
+    "CyclicLR of a function": lambda opt: lr_scheduler.CyclicLR(opt, 0.01, 0.2, 4, scale_fn=lambda x: 1 / (1 + x)),
+    "CyclicLR of an object": lambda opt: lr_scheduler.CyclicLR(opt, 0.01, 0.2, 4, scale_fn=Halves()),
+    "OneCycleLR": lambda opt: lr_scheduler.OneCycleLR(opt, 0.3, total_steps=15),
+    "SequentialLR": sequential,
+    "ChainedScheduler": chained,
+    "SWALR": lambda opt: torch.optim.swa_utils.SWALR(opt, 0.01, anneal_epochs=9),
+    "one's own": lambda opt: Own(opt, [1]),
+}
+
+
+def test_no_scheduler_of_torch_is_left_out():
+    theirs = {name for name in lr_scheduler.__all__ if name not in ("LRScheduler", "ReduceLROnPlateau")}   # it is above
+    assert theirs <= set(SCHEDULERS)
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_every_scheduler_goes_on(kind, tensor, tmp_path, monkeypatch, capsys):
+    class Rates(Callback):
+        _order = -100       # before the scheduler is made
+
+        def begin_fit(self):
+            for group in self.opt.param_groups: group["lr"] = torch.tensor(0.1)
+    cbs = [Rates()] if tensor else []
+    monkeypatch.setitem(MADE, kind, lambda: [*cbs, TorchScheduler(SCHEDULERS[kind], by="batch"), Recorder()])
+    check(kind, tmp_path, monkeypatch, times=2)
+    assert len(set(fit(kind)[0].recorder.lrs[0])) > 1       # what it did is there when a fit that is over goes on
+
+
+def test_a_scheduler_that_keeps_something_else_is_refused_at_the_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(MADE, "odd", lambda: [TorchScheduler(lambda opt: Own(opt, [object()]))])
+    with pytest.raises(TypeError, match=r"TorchScheduler: the scheduler keeps \[<object object at .* \(list\) as 'memory', "
+                                        r"which no checkpoint can hold; give its class Own the methods state_dict\(\)"):
+        fit("odd")

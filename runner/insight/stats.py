@@ -145,6 +145,10 @@ class ParameterStats(Described):
     def candidates(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return {path: p for path, p in model.named_parameters() if p.requires_grad}
 
+    def begin_fit(self) -> None:
+        super().begin_fit()
+        self._before: dict[str, tuple[Tensor, list[float] | Tensor]] = {}
+
     def begin_epoch(self) -> None:
         super().begin_epoch()
         self.follow()
@@ -152,7 +156,7 @@ class ParameterStats(Described):
     def layout(self, path: str, thing: Any) -> dict[str, int | None]:
         return super().layout(path, thing) | dict.fromkeys(("weight", "update", "ratio"))
 
-    def attach(self) -> None: self._before: dict[str, tuple[Tensor, list[float] | Tensor]] = {}
+    def attach(self) -> None: self._before = {}
 
     def detach(self) -> None: self._before = {}
 
