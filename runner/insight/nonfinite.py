@@ -114,6 +114,7 @@ class TerminateOnNonFinite(Callback):
                 raise ValueError(f"TerminateOnNonFinite: {name} is {n!r}; it must be an integer of at least 1")
         self.path, self.keep, self.every, self.grads = path, keep, every, grads
         self.record: dict[str, Any] | None = None
+        self.sound = True                       # the weights, when the fit began
         self._clear()
 
     def _clear(self) -> None:
