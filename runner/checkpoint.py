@@ -12,7 +12,7 @@ from runner.checkpoint_files import VERSION, check, checkpoints_in, number_of, p
 from runner.events import Callback
 from runner.fingerprint import fingerprint, has_state
 from runner.learner_state import learner_state
-from runner.loading import MEND, draws_in_workers, feeding_state, has_position, why_not
+from runner.loading import MEND, draws_in_workers, feeding_state, position_of, why_not
 from runner.sources import set_states, sources_of, states_of
 from runner.values import encoded
 
@@ -203,8 +203,6 @@ class Checkpoint(Callback):
         """What is written: tensors and plain values."""
         run, dl = self.run, self.run.data.train_dl
         in_epoch = self._batch is not None and ended is None
-        position: dict[str, Any] = {}
-        if in_epoch: position = {"began": self._began, "loader": dl.state_dict() if has_position(dl) else None}
         return dict(encoded({
             "version": VERSION, "run": self.run_id, "number": self._number + 1, "fit": run.fits,
             "fingerprint": self.fingerprint, "epoch": epoch, "batch": self._batch if in_epoch else None,
@@ -215,7 +213,8 @@ class Checkpoint(Callback):
             "random": states_of(self.sources), "feeding": feeding_state(dl),
             "seeded": {name: getattr(loader, "_iterator", None) is None
                        for name, loader in (("train", dl), ("valid", run.data.valid_dl))},
-            **position}, "checkpoint"))
+            "began": self._began if in_epoch else None,
+            "loader": position_of(dl, in_epoch)}, "checkpoint"))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy writes a run of its own."""

@@ -25,6 +25,17 @@ def has_position(dl: object) -> bool:
     return all(callable(getattr(dl, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
+def position_of(dl: Any, in_pass: bool) -> dict[str, Any] | None:
+    """The state of a loader that says where it is; None for others.
+
+    Between two passes of a torch `DataLoader`, and of classes made of it, there is none: what it keeps from one to the
+    next its samplers and generators keep.
+    """
+    if not has_position(dl) or (isinstance(dl, DataLoader) and not in_pass): return None
+    state: dict[str, Any] = dl.state_dict()
+    return state
+
+
 def is_torchs(dl: object) -> bool:
     """Whether `dl` iterates as torch's `DataLoader` of a data set with indices does."""
     return (isinstance(dl, DataLoader) and type(dl).__iter__ in (DataLoader.__iter__, PositionLoader.__iter__)

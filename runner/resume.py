@@ -37,7 +37,7 @@ class Resume(Callback):
         self.path: Path | None = None
         self.state: dict[str, Any] | None = None    # None: there is none, and the fit begins anew
         self.began: dict[str, Any] = {}             # the beginning of the pass that goes on
-        self._waiting = False
+        self._waiting = self._placed = False
         if self.source.is_dir():
             if found := newest(self.source): self.path, self.state = found
         elif self.source.exists() or self.source.suffix == ".pt": self.path, self.state = self.source, load(self.source)
@@ -52,12 +52,14 @@ class Resume(Callback):
         self.fingerprint = state["fingerprint"] | ({k: self.fingerprint[k] for k in ("versions", "settings")}
                                                    if not self.strict else {})
         run.first_epoch, run.first_batch = state["epoch"], state["batch"] or 0
-        self.began, self._waiting = state.get("began", {}), state["batch"] is not None
+        self.began, self._waiting = state["began"] or {}, state["batch"] is not None
         self.sources = sources_of_run(run)
         for name, dl in (("train", run.data.train_dl), ("valid", run.data.valid_dl)):
             # Persistent workers draw a seed when they are made. Here they have been, in the run that goes on.
             if getattr(dl, "persistent_workers", False) and not state["seeded"][name] and dl._iterator is None: iter(dl)
         self._put(state)
+        self._placed = state["loader"] is not None and has_position(run.data.train_dl)
+        if self._placed: run.data.train_dl.load_state_dict(decoded(state["loader"]))
         where = f"epoch {state['epoch'] + 1} of {run.epochs}" + f", batch {run.first_batch}" * self._waiting
         if self._is_over(state): where = "the fit was complete"
         say(f"resumed from {self.path}: {where}")
@@ -114,9 +116,7 @@ class Resume(Callback):
             put_feeding(dl, self.began["feeding"])
             set_states(self.began["random"], self.sources)
         try:
-            if has_position(dl):
-                dl.load_state_dict(decoded(state["loader"]))
-                batches = iter(dl)
+            if self._placed: batches = iter(dl)
             else: batches = rest_of(dl, self.run.first_batch, rewound, self.began["seeded"])
         except LoaderError as e: raise CheckpointError(f"{self.path}: {e}") from e
         put_feeding(dl, state["feeding"])
