@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -16,6 +17,7 @@ import torch
 
 from experiments.errors import InputError
 from experiments.results import Row, versions
+from runner.files import replacing, writer_is_gone
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -31,8 +33,9 @@ class Kept(TypedDict):
     curve: Any
 
 
-# Settings that change no figure, so a run may go on with others; and the versions that its last bits depend on.
-FREE = ("out", "data_dir", "resume")
+# Settings that change no figure (the record has the data itself), so a run may go on with others; and the versions that
+# its last bits depend on.
+FREE = ("out", "data", "data_dir", "resume")
 DECISIVE = ("runnernorms", "torch", "machine")
 
 
@@ -62,21 +65,27 @@ class RunFolder:
                    "config": {k: _shareable(v) for k, v in dataclasses.asdict(config).items() if k != "resume"},
                    **facts, "threads": torch.get_num_threads(), "versions": versions(),
                    "started": f"{now:%Y-%m-%d %H:%M:%S}", "argv": [_shareable(a) for a in sys.argv[1:]]}
-        try:
-            if out == "": raise InputError("the run folder has no name; give --out one")
+        if out == "": raise InputError("the run folder has no name; give --out one")
+        with self._writing("name another by --out"):
             self.resumed = resume and (self.path / "config.json").exists()
             if self.resumed:
                 before = self._same_run(content)
                 content = {**before, "resumed": [*before.get("resumed", []), content["started"]]}
+                for part in (*self.path.glob("*.part"), *self.path.glob("arms/*.part")):    # of a killed process
+                    if writer_is_gone(part): part.unlink()
             elif any((self.path / f).exists() for f in ("config.json", "metrics.jsonl", "summary.json")):
                 raise InputError(f"the run folder {str(self.path)!r} holds a run already and results are not "
                                  "overwritten; name another by --out, or delete it")
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("config.json", content)
             if not self.resumed: self.write_metrics([])
+
+    @contextmanager
+    def _writing(self, mend: str = "") -> Iterator[None]:
+        try: yield
         except OSError as e:
-            raise InputError(f"the run folder {str(self.path)!r} can't be written: {e.strerror}; name another by "
-                             "--out") from e
+            mend = mend or f"make room for it, or make it writable. {self.go_on}"
+            raise InputError(f"the run folder {str(self.path)!r} can't be written: {e.strerror}; {mend}") from e
 
     def _same_run(self, now: Mapping[str, Any]) -> dict[str, Any]:
         """`config.json` of the run that the folder holds, after a check that it is the run that `now` describes."""
@@ -102,11 +111,14 @@ class RunFolder:
 
     def write_metrics(self, rows: Iterable[Row]) -> None:
         """Write `metrics.jsonl`, all its rows: what an earlier part of the run has left there is not there twice."""
-        write_whole(self.path / "metrics.jsonl", "".join(json.dumps(_finite(row)) + "\n" for row in rows))
+        self._write("metrics.jsonl", "".join(json.dumps(_finite(row)) + "\n" for row in rows))
 
     def write_json(self, name: str, content: object) -> None:
         """Write `content` as the file `name`."""
-        write_whole(self.path / name, json.dumps(_finite(content), indent=1) + "\n")
+        self._write(name, json.dumps(_finite(content), indent=1) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        with self._writing(): write_whole(self.path / name, text)
 
     @property
     def go_on(self) -> str:
@@ -122,16 +134,17 @@ class RunFolder:
     def checkpoint(self, i: int, name: str, seed: int) -> Path:
         """The folder for checkpoints of arm number `i`, not made yet, in one that is."""
         folder = self._arm(i, name, seed, ".checkpoint")
-        folder.parent.mkdir(exist_ok=True)
+        with self._writing(): folder.parent.mkdir(exist_ok=True)
         return folder
 
     def keep_arm(self, i: int, name: str, seed: int, epochs: list[Row], row: Row, curve: object) -> Kept:
         """Write the file of the finished arm number `i`, remove its checkpoints, and return what the file holds."""
         # Unlike in the other files, which are for everyone, NaN and infinities stay: Python writes and reads them.
         text = json.dumps({"arm": name, "seed": seed, "epochs": epochs, "row": row, "curve": curve})
-        file = self._arm(i, name, seed, ".json")
-        file.parent.mkdir(exist_ok=True)
-        write_whole(file, text + "\n")
+        with self._writing():
+            file = self._arm(i, name, seed, ".json")
+            file.parent.mkdir(exist_ok=True)
+            write_whole(file, text + "\n")
         self.remove_checkpoint(i, name, seed)
         kept: Kept = json.loads(text)
         return kept
@@ -161,16 +174,7 @@ class RunFolder:
 
 def write_whole(path: Path, text: str) -> None:
     """Write `text` to the file `path` in one step: after a kill or a power cut the file is old or new, whole."""
-    half = path.with_name(f".{path.name}.half")
-    with half.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(half, path)
-    if os.name == "posix":      # elsewhere a folder can't be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try: os.fsync(folder)
-        finally: os.close(folder)
+    with replacing(path, durable=True) as part: part.write_text(text, encoding="utf-8")
 
 
 def _unused(path: Path) -> Path:
