@@ -313,7 +313,9 @@ class Halves:
 class Own(lr_scheduler.LRScheduler):
     """A scheduler of somebody's own, with a memory."""
 
-    def __init__(self, opt, memory): self.memory, self.f = memory, abs; super().__init__(opt)
+    def __init__(self, opt, memory):
+        self.memory, self.f = memory, abs
+        super().__init__(opt)
 
     def get_lr(self):
         if isinstance(self.memory, list): self.memory.append(len(self.memory))
@@ -321,8 +323,8 @@ class Own(lr_scheduler.LRScheduler):
 
 
 def sequential(opt):
-    return lr_scheduler.SequentialLR(opt, [lr_scheduler.ConstantLR(opt, 0.5, 2), lr_scheduler.MultiStepLR(opt, [1, 1, 3]),
-                                           lr_scheduler.LambdaLR(opt, Halves())], [4, 8])
+    parts = lr_scheduler.ConstantLR(opt, 0.5, 2), lr_scheduler.MultiStepLR(opt, [1, 1, 3])
+    return lr_scheduler.SequentialLR(opt, [*parts, lr_scheduler.LambdaLR(opt, Halves())], [4, 8])
 
 
 def chained(opt):
@@ -375,6 +377,6 @@ def test_every_scheduler_goes_on(kind, tensor, tmp_path, monkeypatch, capsys):
 def test_a_scheduler_that_keeps_something_else_is_refused_at_the_start(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(MADE, "odd", lambda: [TorchScheduler(lambda opt: Own(opt, [object()]))])
-    with pytest.raises(TypeError, match=r"TorchScheduler: the scheduler keeps \[<object object at .* \(list\) as 'memory', "
-                                        r"which no checkpoint can hold; give its class Own the methods state_dict\(\)"):
+    with pytest.raises(TypeError, match=r"TorchScheduler: the scheduler keeps \[<object object at .* \(list\) as "
+                                        r"'memory', which no checkpoint can hold; give its class Own the methods"):
         fit("odd")
