@@ -15,7 +15,7 @@ from runner.files import replacing, writer_is_gone
 
 VERSION = 1     # of what a file holds
 NAME = re.compile(r"checkpoint-([0-9a-f]{8})-(\d{6,})\.pt")
-PART = re.compile(r"checkpoint-[0-9a-f]{8}-\d{6,}\.pt\.\d+\.part")
+PART = re.compile(r"checkpoint-([0-9a-f]{8}-\d{6,}\.pt|try)\.\d+\.part")
 
 
 class CheckpointError(ValueError):
