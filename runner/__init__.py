@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from runner.accumulation import GradientAccumulation
 from runner.averaged import AveragedWeights
 from runner.backend import CPUBackendCallback
+from runner.base import Learner
 from runner.callbacks import BatchTransformXCallback, CudaCallback, view_tfm
 from runner.checkpoint import Checkpoint
 from runner.checkpoint_files import CheckpointError
 from runner.clipping import GradientClip
 from runner.compiled import CompileError
-from runner.core import Learner, Runner, TrainEvalCallback
+from runner.core import Runner, TrainEvalCallback
 from runner.data import DataBunch, Dataset, get_dls
 from runner.events import (
     EVENTS,

@@ -146,8 +146,7 @@ class Checkpoint(Callback):
     def _watched(self, batches: Iterable[Any]) -> Iterator[Any]:
         run = self.run
         self._batch = run.first_batch
-        resumed = getattr(run, "resume", None)
-        if run.first_batch: self._began = resumed.began
+        if run.first_batch: self._began = run.resume.began
         else:
             self._began = {"random": states_of(self.sources), "feeding": feeding_state(run.data.train_dl),
                            "seeded": getattr(run.data.train_dl, "_iterator", None) is None}

@@ -7,7 +7,7 @@ import warnings
 import zipfile
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -75,7 +75,7 @@ def save(contents: dict[str, Any], path: Path, keep: int) -> None:
     """
     with replacing(path, durable=True) as part, part.open("wb") as f:
         disk = _Disk(f)
-        try: torch.save(contents, disk)
+        try: torch.save(contents, cast(IO[bytes], disk))
         except Exception as e:
             if disk.error is not None: raise disk.error from e      # torch's own error doesn't say why
             raise

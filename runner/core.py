@@ -1,35 +1,26 @@
-"""The training loop: `Learner`, `Runner` and the callback that every runner has; `runner.events` says what it calls."""
+"""The training loop: `Runner` and the callback that every runner has; `runner.events` says what it calls."""
 
-import copy
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from inspect import signature
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
+from runner.base import Learner, RunnerBase
 from runner.batches import NoPair, length_of, no_pair, pair
-from runner.dispatch import Always, answer
+from runner.dispatch import Always
 from runner.events import (
     EVENTS,
-    RUNNER_ATTRS,
-    STEPS,
     Callback,
     CancelBatchException,
     CancelEpochException,
     CancelTrainException,
-    Progress,
     listify,
 )
 
 if TYPE_CHECKING:
     from runner.lr_find import LRFindResult
-from runner.optim import needs_closure
-
-C = TypeVar("C")
 
 
 class TrainEvalCallback(Callback):
@@ -71,17 +62,7 @@ class TrainEvalCallback(Callback):
         self.run.in_train = False
 
 
-@dataclass
-class Learner:
-    """Holds what is trained: a model, its optimizer, a loss function `f(pred, yb)` and a `DataBunch`."""
-
-    model: Any
-    opt: Any
-    loss_func: Any
-    data: Any
-
-
-class Runner(Progress):
+class Runner(RunnerBase):
     """Owns the training loop and calls the callbacks at each of its events.
 
     Args:
@@ -114,10 +95,6 @@ class Runner(Progress):
         TypeError: something that is no callback, `compile` not True or False.
     """
 
-    status: str
-    cbs: list[Any]
-    learn: "Learner | None"
-
     def __init__(self, cbs: "Callback | Iterable[Any] | None" = None,
                  cb_funcs: "Callable[[], Any] | Iterable[Callable[[], Any]] | None" = None, *, compile: bool = False,
                  ) -> None:
@@ -127,9 +104,7 @@ class Runner(Progress):
         self.fits = self.first_epoch = self.first_batch = 0
         # Where a row of statistics goes after each epoch; ProgressCallback sets it.
         self.logger: Callable[[dict[str, Any]], None] | None = None
-        self._answers: dict[str, list[Callable[[], Any]]] = {event: [] for event in EVENTS}
-        self._replaced: set[str] = set()
-        self._around_passes: list[Callable[[Iterable[Any]], Iterable[Any]]] = []
+        self._answers, self._replaced, self._around_passes = {event: [] for event in EVENTS}, set(), []
         always: list[Callback]
         self.cbs, self._lasting, always = [], list[Any](), [TrainEvalCallback()]
         if compile:
@@ -288,13 +263,6 @@ class Runner(Progress):
         """`opt.zero_grad()`."""
         self.opt.zero_grad()
 
-    def __call__(self, event: str) -> bool:
-        """Call every callback that answers `event`, in order; True if one of them returned True."""
-        skip = False
-        for respond in self._answers[event]:
-            if respond() is True: skip = True
-        return skip
-
     def find_lr(self, learn: "Learner", **kwargs: Any) -> "LRFindResult":
         """Search for a learning rate by `LR_Find(**kwargs)`, after which all is as it was; returns what it found.
 
@@ -308,142 +276,6 @@ class Runner(Progress):
         """Print the loop, each event with the callbacks that answer it, in order; `cbs` as in `fit`."""
         from runner.insight.explain import explanation
         print(explanation([*self.cbs, *listify(cbs)]))
-
-    def __getitem__(self, kind: type[C]) -> C:
-        """The callback of this class, or of a subclass: `run[Recorder]`, as `run.recorder` and typed.
-
-        Raises:
-            KeyError: there is none, or there are several.
-        """
-        found = [cb for cb in self.cbs if type(cb) is kind] or [cb for cb in self.cbs if isinstance(cb, kind)]
-        if len(found) == 1: return found[0]
-        there = ", ".join(type(cb).__name__ for cb in found or self.cbs)
-        what = f"has {len(found)} callbacks of class" if found else "has no callback of class"
-        raise KeyError(f"the runner {what} {getattr(kind, '__name__', kind)}: {there}; each is there by its name "
-                       "too, such as run.recorder")
-
-    def __repr__(self) -> str:
-        return f"<Runner, {self.status}: {', '.join(type(cb).__name__ for cb in self.cbs)}>"
-
-    def _repr_html_(self) -> str:
-        from runner.insight.explain import table
-        html: str = table(self.cbs, f"status: {self.status}")
-        return html
-
-    # --- the learner's parts ----------------------------------------------------------------------------------
-
-    @property
-    def model(self) -> Any: return self._of_learner("model")
-
-    @property
-    def opt(self) -> Any: return self._of_learner("opt")
-
-    @property
-    def loss_func(self) -> Any: return self._of_learner("loss_func")
-
-    @property
-    def data(self) -> Any: return self._of_learner("data")
-
-    def _of_learner(self, name: str) -> Any:
-        if self.learn is None: raise AttributeError(f"the runner has no {name!r} without a learner: call fit first")
-        return getattr(self.learn, name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy is idle: it has the lasting callbacks, and neither the learner nor what a fit has at hand."""
-        lasting, fitting = (self._lasting, True) if self._fitting else (self.cbs, False)
-        gone = {"xb", "yb", "pred", "loss", *STEPS, *(cb.name for cb in self.cbs[len(lasting):])}
-        kept = {k: v for k, v in vars(self).items()
-                if k not in gone and not (isinstance(v, torch.Tensor) and not v.is_leaf)}
-        idle: dict[str, Any] = {"learn": None, "cbs": list(lasting), "_lasting": [], "_fitting": False,
-                                "in_train": False, "_replaced": set(), "_around_passes": [],
-                                "_answers": {event: [] for event in EVENTS}}
-        return {**kept, **idle, **({"logger": None} if fitting else {})}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Runner":
-        """As `__getstate__` says, and after a fit with a copy of the learner: `twin.fit(1, twin.learn)`."""
-        new = memo[id(self)] = type(self).__new__(type(self))
-        learn = None if self._fitting else self.learn
-        vars(new).update(copy.deepcopy({**self.__getstate__(), "learn": learn}, memo))
-        return new
-
-    # --- callbacks --------------------------------------------------------------------------------------------
-
-    def _expose(self, cb: Any) -> None:
-        """Make `cb` an attribute of the runner under its name."""
-        if isinstance(cb, type) or not hasattr(cb, "set_runner"):
-            raise TypeError(f"{cb!r} is no callback; `cbs` takes instances, such as Recorder(), and `cb_funcs` what "
-                            "makes them, such as Recorder or partial(AvgStatsCallback, accuracy)")
-        if any(cb.name == other.name for other in self.cbs):
-            raise ValueError(f"two callbacks are named {cb.name!r}; the runner exposes each as run.{cb.name}: leave "
-                             "one out, or subclass it under another class name")
-        if cb.name in RUNNER_ATTRS or hasattr(type(self), cb.name) or cb.name in self.__dict__:
-            raise ValueError(f"a callback is named {cb.name!r}, which is an attribute of the runner: rename its class")
-        setattr(self, cb.name, cb)
-
-    @contextmanager
-    def validating(self, learn: "Learner", cbs: "Callback | Iterable[Any] | None" = None) -> Iterator[None]:
-        """For the length of a validation outside a fit, by those of the callbacks that are not `fit_only`."""
-        self.evaluating = True
-        with self._callbacks(1, learn, cbs, fit=False), Always(self, "after_fit"):
-            self("begin_fit")
-            yield
-
-    @contextmanager
-    def _callbacks(self, epochs: int, learn: "Learner", cbs: "Callback | Iterable[Any] | None", fit: bool = True,
-                   ) -> Iterator[None]:
-        """Settle who answers which event for the length of a fit, with the temporary `cbs` among them."""
-        if self._fitting:
-            raise RuntimeError("this runner is already fitting; a callback that trains or evaluates something needs a "
-                               "Runner of its own")
-        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
-            raise ValueError(f"epochs is {epochs!r}; it must be an integer of at least 0")
-        lasting = self._lasting = list(self.cbs)
-        try:
-            for cb in listify(cbs):
-                self._expose(cb)
-                self.cbs = [*self.cbs, cb]
-            ordered = sorted((cb for cb in self.cbs if fit or not getattr(cb, "fit_only", False)),
-                             key=lambda cb: cb._order)
-            self.learn, self.epochs, self.epoch, self._fitting, self.status = learn, epochs, 0, True, "ok"
-            self.first_epoch = self.first_batch = 0
-            for cb in ordered: cb.set_runner(self)
-            # Looked up once here and not at each of 25,000 batches. A callback with a `__call__` of its own gets
-            # every event's name, as one of the lesson does.
-            self._answers = {e: [a for cb in ordered if (a := answer(cb, e)) is not None] for e in EVENTS}
-            self._around_passes = [cb.around_pass for cb in ordered if hasattr(type(cb), "around_pass")]
-            for step in STEPS: self._take_over(step, ordered)
-            if fit and "step" not in self._replaced and needs_closure(self.opt):
-                raise ValueError(f"{type(self.opt).__name__} needs a closure in its step, since it evaluates the loss "
-                                 "several times: add the callback ClosureStep(), or take another optimizer")
-            if fit: self.opt.zero_grad()
-            yield
-        except BaseException:
-            self.status = "failed"
-            raise
-        finally:
-            for cb in self.cbs[len(lasting):]: delattr(self, cb.name)
-            self.cbs, self._fitting, self.in_train = lasting, False, False
-            self._answers, self._replaced, self._around_passes = {event: [] for event in EVENTS}, set(), []
-            for step in STEPS: self.__dict__.pop(step, None)
-
-    def _take_over(self, step: str, ordered: list[Any]) -> None:
-        """Let the callbacks that have a method called `step` do it for the length of a fit, the first one outermost.
-
-        Raises:
-            ValueError: two callbacks that would both take its place.
-        """
-        methods = [(cb, getattr(cb, step)) for cb in ordered if hasattr(type(cb), step) or step in vars(cb)]
-        around = [method for _, method in methods if signature(method).parameters]
-        alone = [(type(cb).__name__, method) for cb, method in methods if not signature(method).parameters]
-        if len(alone) > 1:
-            names = " and ".join(name for name, _ in alone)
-            raise ValueError(f"{names} take the place of the runner's {step}(), which one callback at most can do; "
-                             f"leave one out, or let it wrap the step: define {step}(self, inner) and call inner() to "
-                             "do what is done without it")
-        if alone: self._replaced.add(step)
-        do = alone[0][1] if alone else getattr(self, step)
-        for method in reversed(around): do = partial(method, do)
-        if methods: setattr(self, step, do)
 
 
 def _no_batches(begin: str, dl: Iterable[Any] | None) -> str:

@@ -29,7 +29,7 @@ def learner_state(model: Any, loss_func: Any, opt: Any) -> dict[str, Any]:
     held = {name: d[k] for name, (_, d, k) in slots.items()}
     params = {name: p for name, p in held.items() if isinstance(p, nn.Parameter) and not is_lazy(p)}
     name_of = {id(p): name for name, p in reversed(params.items())}
-    return encoded({
+    state: dict[str, Any] = encoded({
         "tensors": {name: t for name, t in held.items() if t is None or not is_lazy(t)},
         "grads": {name: p.grad for name, p in params.items() if p.grad is not None},
         "frozen": [name for name, p in params.items() if not p.requires_grad],
@@ -39,6 +39,7 @@ def learner_state(model: Any, loss_func: Any, opt: Any) -> dict[str, Any]:
         "opt": opt.state_dict(),
         "groups": [[name_of[id(p)] for p in group["params"] if id(p) in name_of] for group in opt.param_groups],
     }, "the learner's state")
+    return state
 
 
 def _attributes(m: nn.Module) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def _put(m: nn.Module | None, d: Any, k: Any, name: str, was: Tensor | None, dev
     now = d[k]
     if isinstance(now, nn.Parameter):
         if was is None: raise StateError(f"{name} is None in the checkpoint, and a parameter in the learner")
-        if is_lazy(now): now.materialize(tuple(was.shape), dtype=was.dtype)     # type: ignore[attr-defined]
+        if is_lazy(now): now.materialize(tuple(was.shape), dtype=was.dtype)
         if (now.shape, now.dtype) != (was.shape, was.dtype):
             raise StateError(f"{name} has the shape {tuple(now.shape)} and {now.dtype} in the learner, and "
                              f"{tuple(was.shape)} and {was.dtype} in the checkpoint")
@@ -113,7 +114,7 @@ def _register(modules: dict[str, nn.Module], name: str, was: Tensor | None, devi
 def _put_attributes(m: nn.Module, had: dict[str, Any], device: torch.device) -> None:
     held = vars(m)
     for k, was in had.items():
-        now = held.get(k)
+        now: Any = held.get(k)
         if isinstance(was, Tensor):
             if isinstance(now, Tensor) and now.is_leaf and (now.shape, now.dtype) == (was.shape, was.dtype):
                 now.copy_(was)

@@ -50,9 +50,9 @@ def encoded(o: Any, where: str) -> Any:
     if isinstance(o, (list, tuple)) and set(map(type, o)) <= NUMBERS: return tuple(o) if isinstance(o, tuple) else [*o]
     if isinstance(o, list): return [encoded(v, f"{where}[{i}]") for i, v in enumerate(o)]
     if isinstance(o, tuple): return tuple(encoded(v, f"{where}[{i}]") for i, v in enumerate(o))
-    for plain in (bool, int, float, str, bytes):
-        # An enum's value isn't the enum: a number by another name is left, a choice isn't.
-        if isinstance(o, plain) and not hasattr(kind, "__members__"): return plain(o)
+    for plain in (int, float, str, bytes):
+        # An enum's value isn't the enum: a number by another name is taken for that number, a choice isn't.
+        if isinstance(o, plain) and not hasattr(kind, "__members__"): return plain.__new__(plain, o)    # type: ignore
     raise refusal(o, where)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from runner.backend import use_backend
-from runner.core import Learner
+from runner.base import Learner
 from runner.insight.record import report
 from runner.insight.repeat import Repeat
 from runner.states import random_states
