@@ -233,6 +233,28 @@ def test_sums_of_a_pass_are_float64_on_the_loss_s_device_after_a_state():
     assert {s.dtype for s in again.sums} == {torch.float64}
 
 
+def test_what_lay_elsewhere_goes_to_the_model_s_device_and_nothing_else_does():
+    """The device "meta" stands for a GPU."""
+    metric, meta = Base(), torch.device("meta")
+    metric.reset()
+    metric.right, metric.lists = metric.right.to(meta), [torch.zeros(2), torch.zeros(2, device=meta)]
+    metric.on_host = torch.ones(2)
+    state = state_of(metric, "it")
+    assert state["elsewhere"] == ["right", "lists"]
+    state["values"] |= {"right": torch.tensor(3.0), "lists": [torch.zeros(2)] * 2}      # as a file has them
+    load(metric, state, meta)
+    assert (metric.right.device, metric.lists[0].device, metric.on_host.device) == (meta, meta, torch.device("cpu"))
+
+    averaged = AveragedWeights(norms="recalibrate")
+    averaged.run = SimpleNamespace(model=nn.Linear(2, 2, device=meta))
+    averaged._kept = [((torch.zeros(2, device=meta), torch.ones(2)), torch.zeros(2, device=meta))]
+    state = averaged.state_dict()
+    state["kept"] = [((torch.zeros(2), torch.ones(2)), torch.zeros(2))]
+    averaged.load_state_dict(state)
+    (x, lengths), y = averaged._kept[0]
+    assert (x.device, lengths.device, y.device) == (meta, torch.device("cpu"), meta)
+
+
 # --- times and histories ------------------------------------------------------------------------------------------
 
 class Clock(Callback):
@@ -580,13 +602,22 @@ def diverged(name, folder, monkeypatch, tmp_path, kill=None, **every):
 NO_CHECKPOINTS = {"every_batches": None, "every_epochs": 100}
 
 
+class OffHost(TerminateOnNonFinite):
+    """As on a GPU, where it looks at losses once in a while only."""
+
+    name = "terminate_on_non_finite"
+
+    def begin_fit(self):
+        super().begin_fit()
+        self.host = False
+
+
 @pytest.mark.parametrize(("how", "at"), [("batch", 8), ("batch", 10), ("validation", 9), ("rate", 7), ("rate", 9)])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_what_diverges_after_a_checkpoint_is_found_as_without(how, at, accumulate, make, tmp_path, monkeypatch, capsys):
-    at = at // accumulate
-    cbs = lambda: [Breaks(how, at), TerminateOnNonFinite("diverged.pt", keep=6, every=4),        # noqa: E731
-                   GradientAccumulation(accumulate)]
-    name = make(cbs)
+@pytest.mark.parametrize("kind", [TerminateOnNonFinite, OffHost, "two batches a step"])
+def test_what_diverges_after_a_checkpoint_is_found_as_without(how, at, kind, make, tmp_path, monkeypatch, capsys):
+    if several := isinstance(kind, str): at, kind = at // 2, TerminateOnNonFinite
+    more = [GradientAccumulation(2)] if several else []
+    name = make(lambda: [Breaks(how, at), kind("diverged.pt", keep=6, every=4), *more])
     whole, run, _ = diverged(name, "whole", monkeypatch, tmp_path, **NO_CHECKPOINTS)
     assert run.status == "diverged"
     assert whole.record["finding"] is not None
