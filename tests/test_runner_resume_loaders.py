@@ -216,7 +216,7 @@ def test_noise_drawn_in_workers_is_refused_in_the_middle_of_an_epoch_and_goes_on
         def made(x, y, own=own, **kwargs): return DataLoader(Augmented(x, y, own), BS, num_workers=1, **kwargs)
         for settings in ({"every_batches": 1}, {"every_seconds": 9}):
             learn, run = build(made, tmp_path / "a", **settings)
-            with pytest.raises(ValueError, match="draws random numbers in worker processes.*give num_workers=0, or"):
+            with pytest.raises(ValueError, match=r"draws random numbers in worker processes.*give num_workers=0, or"):
                 run.fit(1, learn)
         learn, run = build(partial(made, persistent_workers=True), tmp_path / "b", every_batches=None)
         with pytest.raises(ValueError, match="draws random numbers in persistent workers"): run.fit(1, learn)
@@ -252,7 +252,7 @@ def test_a_sampler_that_draws_between_batches_from_a_common_source_is_told(tmp_p
     learn, run = build(loader, tmp_path / "told")
     with pytest.raises(KeyboardInterrupt): run.fit(2, learn, cbs=Stop(4))
     learn, run = build(loader, tmp_path / "told")
-    with pytest.raises(CheckpointError, match="sampler, a Slowly, draws random numbers between batches.*of its own"):
+    with pytest.raises(CheckpointError, match=r"sampler, a Slowly, draws random numbers between batches.*of its own"):
         run.fit(2, learn, resume=tmp_path / "told")
 
 
