@@ -1,5 +1,6 @@
 """Files that callbacks write: in a folder that exists, and at no time half-written."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +36,9 @@ def flush(path: Path) -> None:
     if path.is_dir() and os.name == "nt": return        # Windows has no such thing
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
+    except OSError as e:
+        # Some file systems can't do that for a folder, and needn't.
+        if not path.is_dir() or e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF): raise
     finally: os.close(fd)
 
 
