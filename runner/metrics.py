@@ -20,6 +20,7 @@ from runner.console import say
 from runner.events import camel2snake, listify
 from runner.history import History
 from runner.rows import Rows
+from runner.stateful import columns, rows_of
 
 
 def accuracy(out: Tensor, yb: Tensor) -> Tensor:
@@ -283,13 +284,13 @@ class AvgStatsCallback(History):
     def state_dict(self) -> dict[str, Any]:
         """The history, both passes' averages so far, and the seconds of this epoch."""
         seconds = None if self._start is None else time.perf_counter() - self._start
-        return {**super().state_dict(), "history": [*self.history], "seconds": seconds,
+        return {**super().state_dict(), "history": columns(self.history), "seconds": seconds,
                 "train": self.train_stats.state_dict(), "valid": self.valid_stats.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`, in the middle of an epoch or between two."""
         super().load_state_dict(state)
-        self.history, seconds = Rows(state["history"]), state["seconds"]
+        self.history, seconds = Rows(rows_of(state["history"])), state["seconds"]
         self._start = None if seconds is None else time.perf_counter() - seconds
         device = next((p.device for group in self.run.opt.param_groups for p in group["params"]), "cpu")
         for stats, its in ((self.train_stats, state["train"]), (self.valid_stats, state["valid"])):

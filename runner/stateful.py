@@ -1,7 +1,7 @@
-"""What callbacks put in a checkpoint: `Stateful`, by the names of attributes, and `column`, many numbers at once."""
+"""What callbacks put in a checkpoint: `Stateful`, by the names of attributes, and many numbers at once, in columns."""
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -42,3 +42,23 @@ def column(values: Iterable[Any], code: Literal["d", "f", "q"] = "d") -> Tensor:
     """`values` as a tensor of float64 ("d"), float32 ("f") or int64 ("q"), in a quarter of the time of torch's own."""
     numbers = array(code, values)
     return torch.frombuffer(numbers, dtype=DTYPES[code]) if numbers else torch.empty(0, dtype=DTYPES[code])
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`rows` in columns, of floats and of ints as tensors, if all have the same; or else as they are. For `rows_of`."""
+    names = list(rows[0]) if rows else []
+    if any(list(row) != names for row in rows): return {"rows": [dict(row) for row in rows]}
+    return {"columns": {name: _packed([row[name] for row in rows]) for name in names}}
+
+
+def _packed(values: list[Any]) -> Any:
+    kinds = set(map(type, values))
+    try: return column(values, "d") if kinds == {float} else column(values, "q") if kinds == {int} else values
+    except OverflowError: return values
+
+
+def rows_of(state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of which `columns` has made `state`."""
+    if "rows" in state: return list(state["rows"])
+    found = {name: v.tolist() if isinstance(v, Tensor) else v for name, v in state["columns"].items()}
+    return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]

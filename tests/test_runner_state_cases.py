@@ -40,6 +40,7 @@ from runner import (
     sched_lin,
 )
 from runner.attributes import like, load, state_of
+from runner.stateful import columns, rows_of
 from runner.values import decoded, encoded
 
 
@@ -237,7 +238,7 @@ def test_what_lay_elsewhere_goes_to_the_model_s_device_and_nothing_else_does():
     """The device "meta" stands for a GPU."""
     metric, meta = Base(), torch.device("meta")
     metric.reset()
-    metric.right, metric.lists = metric.right.to(meta), [torch.zeros(2), torch.zeros(2, device=meta)]
+    metric.right, metric.lists = metric.right.to(meta), [torch.zeros(2, device=meta) for _ in range(2)]
     metric.on_host = torch.ones(2)
     state = state_of(metric, "it")
     assert state["elsewhere"] == ["right", "lists"]
@@ -276,6 +277,14 @@ def test_seconds_are_summed_over_the_parts(make, tmp_path, monkeypatch, capsys):
         Clock.now += 1000                       # until the script is started again
         kill = kill + 7 if kill < 60 else None
     assert run.avg_stats.history["seconds"] == [6.0] * 3        # five training batches and one of validation
+
+
+@pytest.mark.parametrize("rows", [
+    [], [{"a": 1, "b": 0.5, "c": "x", "d": True, "e": 2 ** 70}, {"a": 2, "b": math.nan, "c": None, "d": 1, "e": 3}],
+    [{"a": 1}, {"a": 1.0, "b": 2}], [{"a": 1, "b": 2}, {"b": 3, "a": 4}]])
+def test_rows_come_back_as_they_were(rows):
+    again = rows_of(through(columns(rows)))
+    assert repr(again) == repr(rows)            # types, the order of keys, nan
 
 
 def test_a_later_fit_goes_on_with_its_history(tmp_path, monkeypatch, capsys):
