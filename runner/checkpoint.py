@@ -33,9 +33,10 @@ class Checkpoint(Callback):
         run.fit(10, learn, resume="runs/1")             # killed, by whatever? Run the script again.
 
     It is written between two training batches, after everything that belongs to the one and before the next is
-    fetched, and at the ends of epochs, after all other callbacks. A further one is written when all epochs are done or
-    a callback has ended the fit (`EarlyStopping`). None is written while a batch is being trained, in a validation, or
-    when an exception ends the fit.
+    fetched, and at the ends of epochs, after all other callbacks. A further one is written when all epochs are done, and
+    when `EarlyStopping` or `TerminateOnNonFinite` has ended the fit: then it is complete. None is written while a batch
+    is being trained, in a validation, or when an exception ends the fit. A fit that another callback has left, by
+    `CancelTrainException`, goes on from the file before, to where it is left again or not.
 
     A file holds the learner (`runner.learner_state`: parameters, buffers, optimizer, waiting gradients), the states of
     all callbacks that have `state_dict` and `load_state_dict`, how far the fit has come, the random states of torch,
@@ -169,7 +170,10 @@ class Checkpoint(Callback):
         if due or self._time_is_up(): self._write(done, None)
 
     def after_cancel_train(self) -> None:
-        if not self._idle: self._write(self.run.epoch, "cancelled")
+        """Write once more if the fit has found its end, which none that was merely left has."""
+        run = self.run
+        found = run.status == "diverged" or any(getattr(cb, "stopped_epoch", None) is not None for cb in run.cbs)
+        if found and not self._idle: self._write(run.epoch, run.status)
 
     def after_fit(self) -> None: self._clear()
 

@@ -78,6 +78,7 @@ def read(source: Any) -> Any:
     """What `torch.save` has written to the file `source`, by torch's reader that takes no code."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Validating sparse tensor invariants", UserWarning)   # it may take a moment
+        warnings.filterwarnings("ignore", "Sparse invariant checks are", UserWarning)           # torch 2.11's
         return torch.load(source, map_location="cpu", weights_only=True)
 
 

@@ -33,6 +33,8 @@ class Resume(Callback):
     fit_only = True
 
     def __init__(self, source: str | os.PathLike[str], strict: bool = True) -> None:
+        if not isinstance(source, (str, os.PathLike)):
+            raise TypeError(f"resume is {source!r}; it must be the path of a checkpoint, or of a folder of them")
         self.source, self.strict = Path(source), strict
         self.path: Path | None = None
         self.state: dict[str, Any] | None = None    # None: there is none, and the fit begins anew

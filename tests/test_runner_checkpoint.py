@@ -16,6 +16,7 @@ from runner import (
     SGD,
     AvgStatsCallback,
     Callback,
+    CancelTrainException,
     Checkpoint,
     CheckpointError,
     ClosureStep,
@@ -437,6 +438,48 @@ def test_a_fit_that_a_callback_ended_is_complete(tmp_path, capsys):
         assert run.sees.seen == []
         assert run.early_stopping.stopped_epoch == stopped
         same(everything(learn, run), want)
+
+
+class Leaves(Callback):
+    """Leaves the fit at a batch, or in an `after_epoch`; or doesn't."""
+
+    def __init__(self, at=None, epoch=None): self.at, self.at_epoch, self.batches = at, epoch, 0
+
+    def after_backward(self):
+        self.batches += 1
+        if self.run.n_iter == self.at: raise CancelTrainException
+
+    def after_epoch(self):
+        if self.run.epoch == self.at_epoch: raise CancelTrainException
+
+
+@pytest.mark.parametrize("where", [{"at": 8}, {"at": 0}, {"epoch": 1}], ids=str)
+def test_a_fit_that_a_callback_left_is_left_again_or_goes_on(where, tmp_path):
+    ends = []
+    for cb in (Leaves(**where), Leaves()):
+        learn, run = build("momentum", cbs=[cb])
+        run.fit(EPOCHS, learn)
+        ends.append(everything(learn, run))
+    learn, run = build("momentum", tmp_path, cbs=[Leaves(**where)])
+    run.fit(EPOCHS, learn)
+    assert run.status == "cancelled"
+    same(everything(learn, run), ends[0])
+    again = build("momentum", tmp_path, cbs=[Leaves(**where)])
+    again[1].fit(EPOCHS, again[0], resume=tmp_path)
+    assert again[1].leaves.batches <= BATCHES
+    same(everything(*again), ends[0])
+    on = build("momentum", tmp_path, cbs=[Leaves()])
+    on[1].fit(EPOCHS, on[0], resume=tmp_path)
+    same(everything(*on), ends[1])
+
+
+@pytest.mark.parametrize("source", [True, 3, None, ["a"]])
+def test_what_is_no_path_is_told(source):
+    learn, run = build("SGD")
+    if source is None: run.fit(1, learn, resume=None)
+    else:
+        with pytest.raises(TypeError, match="resume is .*must be the path of a checkpoint"):
+            run.fit(1, learn, resume=source)
 
 
 def test_fewer_epochs_than_were_done_are_an_error(tmp_path):
