@@ -33,9 +33,9 @@ class Checkpoint(Callback):
         run.fit(10, learn, resume="runs/1")             # killed, by whatever? Run the script again.
 
     It is written between two training batches, after everything that belongs to the one and before the next is
-    fetched, and at the ends of epochs, after all other callbacks. A further one is written when all epochs are done, and
-    when `EarlyStopping` or `TerminateOnNonFinite` has ended the fit: then it is complete. None is written while a batch
-    is being trained, in a validation, or when an exception ends the fit. A fit that another callback has left, by
+    fetched, and at the ends of epochs, after all other callbacks. Further ones are written when all epochs are done,
+    and when `EarlyStopping` or `TerminateOnNonFinite` has ended the fit: then it is complete. None is written while a
+    batch is being trained, in a validation, or when an exception ends the fit. A fit that another callback has left, by
     `CancelTrainException`, goes on from the file before, to where it is left again or not.
 
     A file holds the learner (`runner.learner_state`: parameters, buffers, optimizer, waiting gradients), the states of
@@ -57,7 +57,9 @@ class Checkpoint(Callback):
         every_seconds: write after the batch, or the epoch, with which so many seconds have passed since the last file.
         keep: how many files of the run stay, the newest.
 
-    `path` is the last file written. `write()` writes one now, in an `after_epoch` of yours, say.
+    `path` is the last file written. `request()` asks for one as soon as may be, where a cluster gives notice, say:
+
+        signal.signal(signal.SIGTERM, lambda *_: run.checkpoint.request())
 
     Raises:
         ValueError: an argument out of its range, no interval at all; at the start of a fit, a folder that can't be
@@ -87,11 +89,11 @@ class Checkpoint(Callback):
         self.every_epochs, self.every_batches, self.every_seconds = every_epochs, every_batches, every_seconds
         self.path: Path | None = None
         self.run_id = ""                # of the run whose files these are
-        self._number, self._failing = 0, False
+        self._number, self._failing, self._requested = 0, False, False
         self._clear()
 
     def _clear(self) -> None:
-        self._idle = True
+        self._idle = self._anywhere = True
         self._began: dict[str, Any] = {}        # the beginning of the running pass
         self._batch: int | None = None          # batches done in it; None between passes
         self._batches, self._written = 0, 0.0   # of the fit; when the last file was written
@@ -103,12 +105,13 @@ class Checkpoint(Callback):
         self._clear()
         if any(getattr(cb, "undoes_fit", False) for cb in run.cbs): return
         dl, in_epoch = run.data.train_dl, self.every_batches is not None or self.every_seconds is not None
-        if in_epoch and (reason := why_not(dl)): raise ValueError(f"Checkpoint: {reason}; {MEND}")
+        reason = why_not(dl)
+        if in_epoch and reason: raise ValueError(f"Checkpoint: {reason}; {MEND}")
         resumed = getattr(run, "resume", None)
         found = None if resumed is None else resumed.state
         others = self._take_folder(found)
         self.sources = sources_of_run(run)
-        self._check_workers(dl, in_epoch)
+        self._anywhere = not self._draws_in_workers(dl, in_epoch) and not reason
         self.fingerprint = fingerprint(run) if resumed is None else resumed.fingerprint
         self._idle, self._written = False, time.monotonic()
         if found is None: check(self._contents())       # or it would be told too late
@@ -126,19 +129,20 @@ class Checkpoint(Callback):
         self._number = max((number_of(path) for path in there), default=0)
         return bool(there)
 
-    def _check_workers(self, dl: Any, in_epoch: bool) -> None:
-        if not (in_epoch or getattr(dl, "persistent_workers", False)): return
+    def _draws_in_workers(self, dl: Any, in_epoch: bool) -> bool:
+        """Whether the data set draws random numbers in worker processes; an error where that can't be gone on from."""
         before = states_of(self.sources)
         try: drawn = draws_in_workers(dl, lambda: states_of(self.sources))
         finally: set_states(before, self.sources)
-        if not drawn: return
-        if getattr(dl, "persistent_workers", False):
+        if drawn and dl.persistent_workers:
             raise ValueError("Checkpoint: the data set draws random numbers in persistent workers, whose random states "
                              "nobody can read; give persistent_workers=False and write at the ends of epochs, or "
                              "num_workers=0")
-        raise ValueError("Checkpoint: the data set draws random numbers in worker processes, so its items depend on "
-                         "those fetched before; give num_workers=0, or write at the ends of epochs only: "
-                         "every_batches=None, every_seconds=None")
+        if drawn and in_epoch:
+            raise ValueError("Checkpoint: the data set draws random numbers in worker processes, so its items depend "
+                             "on those fetched before; give num_workers=0, or write at the ends of epochs only: "
+                             "every_batches=None, every_seconds=None")
+        return drawn
 
     def around_pass(self, batches: Iterable[Any]) -> Iterable[Any]:
         """The training batches, with a look at the clock after each."""
@@ -155,11 +159,14 @@ class Checkpoint(Callback):
             yield batch         # the loop asks for the next one when this one is over, and only if all went well
             self._batch += 1
             self._batches += 1
-            if (self.every_batches and not self._batches % self.every_batches) or self._time_is_up(): self.write()
+            due = (self.every_batches and not self._batches % self.every_batches) or self._is_due()
+            if due and self._anywhere:
+                self._write(run.epoch, None)
         self._batch = None
 
-    def _time_is_up(self) -> bool:
-        return self.every_seconds is not None and time.monotonic() - self._written >= self.every_seconds
+    def _is_due(self) -> bool:
+        time_is_up = self.every_seconds is not None and time.monotonic() - self._written >= self.every_seconds
+        return time_is_up or self._requested
 
     def begin_validate(self) -> None: self._batch = None
 
@@ -167,7 +174,7 @@ class Checkpoint(Callback):
         if self._idle: return
         self._batch, done = None, self.run.epoch + 1
         due = done == self.run.epochs or (self.every_epochs and not done % self.every_epochs)
-        if due or self._time_is_up(): self._write(done, None)
+        if due or self._is_due(): self._write(done, None)
 
     def after_cancel_train(self) -> None:
         """Write once more if the fit has found its end, which none that was merely left has."""
@@ -179,18 +186,16 @@ class Checkpoint(Callback):
 
     # --- a file -----------------------------------------------------------------------------------------------
 
-    def write(self) -> Path | None:
-        """Write a checkpoint now, between batches or in an `after_epoch`; its path, None if it couldn't be written.
+    def request(self) -> None:
+        """Have one written as soon as the running batch is over, or the epoch.
 
-        Raises:
-            ValueError: no fit is going on.
+        At this very moment the fit may be in the middle of something. Where the loader can't go on in the middle of an
+        epoch it is written at the end.
         """
-        if self._idle: raise ValueError("Checkpoint.write: no fit is going on, so there is nothing to write")
-        epoch = self.run.epoch
-        return self._write(epoch if self._batch is not None else epoch + 1, None)
+        self._requested = True
 
-    def _write(self, epoch: int, ended: str | None) -> Path | None:
-        contents = self._contents(epoch, ended)
+    def _write(self, epoch: int, ended: str | None) -> None:
+        contents, self._requested = self._contents(epoch, ended), False
         path = path_for(self.folder, self.run_id, self._number + 1)
         try: save(contents, path, self.keep)
         except OSError as e:
@@ -198,9 +203,8 @@ class Checkpoint(Callback):
                 warnings.warn(f"the checkpoint {path} can't be written ({type(e).__name__}: {e.strerror or e}); "
                               "training goes on, and what was written before stays", RuntimeWarning, stacklevel=2)
             self._failing, self._written = True, time.monotonic()
-            return None
+            return
         self._number, self._failing, self.path, self._written = self._number + 1, False, path, time.monotonic()
-        return path
 
     def _contents(self, epoch: int = 0, ended: str | None = None) -> dict[str, Any]:
         """What is written: tensors and plain values."""

@@ -572,19 +572,48 @@ def test_compiled_steps_go_on_to_the_bit(tmp_path):
     same(everything(*script(tmp_path, resume=tmp_path)), want)
 
 
-def test_a_copied_learner_is_what_the_checkpoint_holds(tmp_path):
-    """What is written is the state at that moment, not memory that training goes on writing into."""
+class Asks(Callback):
+    """Asks for a checkpoint in an event, and takes down how the fit was when it was written."""
+
+    _order = 20_000
+
+    def __init__(self, event, at): self.event, self.at, self.asked, self.was = event, at, False, None
+
+    def __call__(self, event):
+        if self.was is None and self.asked and self.run.checkpoint.path is not None:
+            self.was = self.held = torch.load(self.run.checkpoint.path, weights_only=True)
+        if event == self.event and self.run.n_iter >= self.at and not self.asked:
+            self.run.checkpoint.request()
+            self.asked = True
+
+
+@pytest.mark.parametrize("event", ["begin_batch", "after_loss", "after_batch", "begin_validate", "begin_epoch",
+                                   "after_epoch"])
+def test_a_checkpoint_that_was_asked_for_is_written_when_the_batch_or_the_epoch_is_over(event, tmp_path):
+    learn, run = build("momentum")
+    run.fit(EPOCHS, learn)
+    want = everything(learn, run)
     learn, run = build("momentum", tmp_path, every_batches=None, every_epochs=9)
+    at = 0 if event == "begin_epoch" else BATCHES if event in ("begin_validate", "after_epoch") else 3
+    run.fit(EPOCHS, learn, cbs=(asks := Asks(event, at)))
+    assert (asks.held["epoch"], asks.held["batch"]) == {
+        "begin_epoch": (0, 1), "after_batch": (0, 3), "begin_validate": (1, None), "after_epoch": (1, 1)}.get(event, (0, 4))
+    source = min(tmp_path.iterdir())
+    same(everything(*resumed("momentum", tmp_path, source=source, every_batches=None, every_epochs=9)), want)
+
+
+def test_what_is_written_is_the_state_at_that_moment(tmp_path):
+    """And not memory that training goes on writing into."""
+    learn, run = build("momentum", tmp_path, every_batches=None)
+    taken = []
 
     class Takes(Callback):
         _order = 20_000
 
-        def after_epoch(self):
-            if self.run.epoch: return
-            self.path, self.was = self.run.checkpoint.write(), copy.deepcopy(everything(learn, run))
+        def after_epoch(self): taken.append((self.run.checkpoint.path, copy.deepcopy(everything(learn, run))))
 
-    takes = Takes()
-    run.fit(2, learn, cbs=takes)
-    held = torch.load(takes.path, weights_only=True)
-    for name, p in takes.was["model"].items(): assert torch.equal(held["learner"]["tensors"][name], p)
+    run.fit(2, learn, cbs=Takes())
+    path, was = taken[0]
+    held = torch.load(path, weights_only=True)
+    for name, p in was["model"].items(): assert torch.equal(held["learner"]["tensors"][name], p)
     assert (held["epoch"], held["batch"], held["n_iter"]) == (1, None, BATCHES)

@@ -243,6 +243,11 @@ def test_a_loader_that_can_not_go_on_says_so_before_anything_is_trained(loader, 
             run.fit(1, learn)
         assert run.sees2.seen == []
     check(loader, [7, 13], tmp_path / "epochs", every_batches=None)
+    learn, run = build(loader, tmp_path / "asked", every_batches=None, every_epochs=2)
+    run.checkpoint.request()
+    run.fit(1, learn)
+    held = torch.load(min((tmp_path / "asked").iterdir()), weights_only=True)
+    assert (held["epoch"], held["batch"]) == (1, None)
 
 
 def test_a_sampler_that_draws_between_batches_from_a_common_source_is_told(tmp_path):
