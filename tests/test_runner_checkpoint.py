@@ -596,8 +596,8 @@ def test_a_checkpoint_that_was_asked_for_is_written_when_the_batch_or_the_epoch_
     learn, run = build("momentum", tmp_path, every_batches=None, every_epochs=9)
     at = 0 if event == "begin_epoch" else BATCHES if event in ("begin_validate", "after_epoch") else 3
     run.fit(EPOCHS, learn, cbs=(asks := Asks(event, at)))
-    assert (asks.held["epoch"], asks.held["batch"]) == {
-        "begin_epoch": (0, 1), "after_batch": (0, 3), "begin_validate": (1, None), "after_epoch": (1, 1)}.get(event, (0, 4))
+    want_at = {"begin_epoch": (0, 1), "after_batch": (0, 3), "begin_validate": (1, None), "after_epoch": (1, 1)}
+    assert (asks.held["epoch"], asks.held["batch"]) == want_at.get(event, (0, 4))
     source = min(tmp_path.iterdir())
     same(everything(*resumed("momentum", tmp_path, source=source, every_batches=None, every_epochs=9)), want)
 
