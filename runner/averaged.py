@@ -186,6 +186,7 @@ class AveragedWeights(Stateful):
     def after_epoch(self) -> None:
         self._put_back()
         self.begin_validate()       # where there is no validation, it was never called
+        self._kept = []
 
     def after_cancel_train(self) -> None:
         self._put_back()

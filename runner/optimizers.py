@@ -169,6 +169,12 @@ class Turns(Stateful):
                              f"Optimizers({', '.join(f'{name}=...' for name in self.functions)})")
         for cb in run.cbs: refuse(cb, "Turns has several losses in a batch")
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the losses of the last batch."""
+        super().load_state_dict(state)
+        device = self.run.opt.param_groups[0]["params"][0].device
+        self.losses = {name: loss.to(device) for name, loss in self.losses.items()}
+
     def predict(self) -> None:
         """Nothing: a loss predicts what it needs."""
         self.run.pred = None

@@ -52,6 +52,7 @@ from runner import (
     view_tfm,
 )
 from runner.insight.store import Store
+from runner.stateful import Stateful
 
 
 @pytest.fixture(autouse=True)
@@ -301,6 +302,29 @@ def test_a_callback_without_a_state_does_not_pass(keeps, tmp_path, monkeypatch, 
         def after_epoch(self): self.counted += keeps == "epochs"
     monkeypatch.setitem(MADE, "forgets", lambda: [Forgets()])
     with pytest.raises(AssertionError, match=r"forgets\.counted"): check("forgets", tmp_path, monkeypatch)
+
+
+def test_a_callback_of_ones_own_that_names_what_it_keeps_passes(tmp_path, monkeypatch, capsys):
+    class Worst(Stateful):
+        _saved = "loss_then", "at"
+
+        def __init__(self): self.loss_then, self.at = None, (0, 0)
+
+        def after_loss(self):
+            if self.loss_then is None or self.loss > self.loss_then:
+                self.loss_then, self.at = self.loss.detach(), (self.epoch, self.n_iter)
+
+    class Counting(Worst):
+        _saved = ("n",)
+
+        def __init__(self):
+            super().__init__()
+            self.n = 0
+
+        def after_batch(self): self.n += 1
+    monkeypatch.setitem(MADE, "own", lambda: [Counting()])
+    check("own", tmp_path, monkeypatch)
+    assert fit("own")[0].counting.n == 18           # 5 batches of training and 1 of validation, 3 times
 
 
 # --- schedulers ---------------------------------------------------------------------------------------------------
