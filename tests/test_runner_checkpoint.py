@@ -478,7 +478,7 @@ def test_what_is_no_path_is_told(source):
     learn, run = build("SGD")
     if source is None: run.fit(1, learn, resume=None)
     else:
-        with pytest.raises(TypeError, match="resume is .*must be the path of a checkpoint"):
+        with pytest.raises(TypeError, match=r"resume is .*must be the path of a checkpoint"):
             run.fit(1, learn, resume=source)
 
 
