@@ -35,6 +35,7 @@ def test_imports_run_one_way(package):
         if package in ("norms", "runner"):
             others = found - set(sys.stdlib_module_names) - {"torch", package}
             assert others <= {heavy for heavy, home in ONLY_IN.items() if home == name}, name
+        if not name.startswith("experiments/study/"): assert not found & {"joblib", "pandas", "dask", "ray"}, name
         if package == "nbdev_style": continue       # on top of all: the lessons draw
         for heavy, home in ONLY_IN.items(): assert heavy not in found or name == home, f"{name} imports {heavy}"
 
@@ -101,9 +102,10 @@ def test_private_names_of_torch_stand_in_norms_fast_alone():
     assert set(found) <= {"norms/testing/transforms.py"}, found
 
 
-def test_runner_takes_no_matplotlib_and_no_fastprogress_with_it():
-    code = ("import sys; from runner import *; from norms import *; import runner.progress\n"
-            "heavy = 'matplotlib', 'fastprogress', 'tensorboard', 'sklearn', 'torchvision'\n"
+def test_imports_take_no_heavy_package_with_them():
+    code = ("import sys; from runner import *; from norms import *; import runner.progress, experiments.study\n"
+            "heavy = 'matplotlib', 'fastprogress', 'tensorboard', 'sklearn', 'torchvision', "
+            "'joblib', 'pandas', 'scipy'\n"
             "print([m for m in heavy if m in sys.modules])")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

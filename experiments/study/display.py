@@ -1,0 +1,69 @@
+"""The progress of a study: one line for all workers, rewritten in a terminal; elsewhere a line now and then."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from runner.console import columns, is_terminal, shortened
+from runner.progress import format_time
+
+EVERY = 10.0        # seconds between two plain lines
+
+
+class Display:
+    """While the block runs: how many trials of `total` are finished, running and failed, and the time left.
+
+    Args:
+        before: how many were finished already.
+        running: says how many are running now.
+        show: print nothing if False.
+    """
+
+    def __init__(self, name: str, total: int, before: int, running: Callable[[], int], show: bool = True) -> None:
+        self.name, self.total, self.before, self.running = name, total, before, running
+        self.ended = self.failed = 0
+        self.start = self.said_at = time.monotonic()
+        self.out = sys.stdout if show else None         # a trial in this process may replace it
+        self.live, self.width = is_terminal(), columns()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def done(self, status: str) -> None:
+        """Count a trial that has ended."""
+        self.ended += 1
+        self.failed += status != "ok"
+
+    @property
+    def line(self) -> str:
+        """How far the study is."""
+        finished, left = self.before + self.ended, self.total - self.before - self.ended
+        cells = [f"{self.name}: {finished} of {self.total} finished", f"{min(self.running(), left)} running",
+                 f"{self.failed} failed"]
+        seconds = time.monotonic() - self.start
+        if left and self.ended: cells.append(f"{format_time(seconds * left / self.ended)} left")
+        if not left: cells.append(f"took {format_time(seconds)}")
+        return ", ".join(cells)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.5 if self.live else EVERY): self._say()
+
+    def _say(self, end: bool = False) -> None:
+        if self.out is None: return
+        line = self.line
+        if not self.live: self.out.write(line + "\n")
+        else:
+            width = (self.width or 80) - 1
+            self.out.write("\r" + (line if len(line) <= width else shortened(line, width)).ljust(width) + "\n" * end)
+        if hasattr(self.out, "flush"): self.out.flush()
+
+    def __enter__(self) -> "Display":
+        self._say()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._say(end=True)

@@ -1,0 +1,139 @@
+"""Where trials run: in this process, in worker processes of this machine, or on a cluster by joblib's own backends."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any
+
+from experiments.errors import InputError
+from experiments.study.points import Trial, function_name
+from experiments.study.store import Store
+from experiments.study.work import ATTEMPTS, Call, Task, keep_killed, run_trial
+
+Done = Callable[[str], None]        # told the status of each trial that has ended
+
+BACKENDS = ("loky", "sequential", "dask", "ray")
+ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")}
+
+
+def pickled(trial: Trial) -> bytes:
+    """`trial` for other processes; a function of a script or a notebook goes with its code."""
+    from joblib.externals.loky.cloudpickle_wrapper import dumps  # the cloudpickle of this joblib, within it or not
+    try: return bytes(dumps(trial))
+    except Exception as e:
+        raise InputError(f"the trial {function_name(trial)} can't be pickled for the worker processes "
+                         f"({type(e).__name__}: {e}); let it make what can't be pickled itself, or give "
+                         "backend='sequential'") from e
+
+
+def run_here(tasks: Sequence[Task], trial: Trial, store: Store, done: Done) -> None:
+    """One after the other in this process; a trial that kills it ends the study too, and isn't counted."""
+    for task in tasks: done(run_trial(trial, store, task, apart=False))
+
+
+def run_loky(tasks: Sequence[Task], trial: Trial, store: Store, done: Done, jobs: int) -> None:
+    """In `jobs` worker processes of this machine, of one thread each.
+
+    A killed worker takes the whole pool with it, and which trial it ran nobody says. So those that were running go on
+    one at a time, where it is certain; who is killed there too, or by the third attempt, gets a row that says so.
+    """
+    from joblib.externals.loky import ProcessPoolExecutor
+    call = Call(pickled(trial), store, os.getpid())
+    waiting, alone, in_vain = list(tasks), list[Task](), 0
+    while waiting or alone:
+        batch, workers = (alone, 1) if alone else (waiting, min(jobs, len(waiting)))
+        pool = ProcessPoolExecutor(workers, env=ONE_THREAD, initializer=_ignore_interrupts)
+        told: set[str] = set()
+        try:
+            for future in as_completed([pool.submit(call, task) for task in batch]):
+                key, status = future.result()
+                told.add(key)
+                done(status)
+        except BrokenProcessPool as e:
+            pool.shutdown(wait=True, kill_workers=True)         # nobody writes to the store from here on
+            finished, suspects, how = store.finished(), store.begun(), _exits(e)
+            in_vain = 0 if suspects or told else in_vain + 1
+            if in_vain == ATTEMPTS:
+                raise InputError(f"worker processes end before they begin a trial{how}; run one with "
+                                 "backend='sequential' to see why") from e
+            for task in batch:
+                if task.key in told: continue
+                if task.key in finished:
+                    done(str(store.read(task.key, task.point)["status"]))
+                    told.add(task.key)
+                elif store.attempts(task.key) >= ATTEMPTS:
+                    done(keep_killed(store, task, how))
+                    told.add(task.key)
+            left = [task for task in batch if task.key not in told]
+            if batch is alone: alone = left
+            else:
+                alone = [task for task in left if task.key in suspects]
+                waiting = [task for task in left if task.key not in suspects]
+            continue
+        except BaseException:
+            pool.shutdown(wait=True, kill_workers=True)
+            raise
+        pool.shutdown()
+        if batch is alone: alone = []
+        else: waiting = []
+
+
+def run_cluster(tasks: Sequence[Task], trial: Trial, store: Store, done: Done, jobs: int | None, backend: str,
+                scheduler: Any) -> None:
+    """On a cluster, which runs the trial of a killed worker again by itself; all see the store under the same path."""
+    from joblib import Parallel, delayed, parallel_config
+    call = Call(pickled(trial), store)
+    with {"dask": _dask, "ray": _ray}[backend](scheduler), parallel_config(backend, n_jobs=jobs or -1):
+        for _, status in Parallel(return_as="generator_unordered", batch_size=1)(delayed(call)(t) for t in tasks):
+            done(status)
+
+
+@contextmanager
+def _dask(scheduler: Any) -> Iterator[None]:
+    try:
+        from dask.distributed import Client
+    except ImportError as e: raise _missing("dask", "dask.distributed", "distributed") from e
+    if scheduler is None: raise InputError("backend='dask' needs scheduler=, the address of a cluster such as "
+                                           "'tcp://HOST:8786', or a LocalCluster")
+    try: client = Client(scheduler, timeout=10)
+    except (OSError, ValueError) as e:
+        raise InputError(f"no dask scheduler answers at {scheduler!r} ({type(e).__name__}: {e}); start one by `dask "
+                         "scheduler`, or give its address by scheduler=") from e
+    with client:
+        if busy := [worker for worker, threads in client.nthreads().items() if threads > 1]:
+            raise InputError(f"the dask worker {busy[0]} runs several trials in one process, where they share random "
+                             "numbers and output; start workers by `dask worker --nthreads 1 --nworkers N`")
+        yield
+
+
+@contextmanager
+def _ray(scheduler: Any) -> Iterator[None]:
+    try:
+        import ray
+        from ray.util.joblib import register_ray
+    except ImportError as e: raise _missing("ray", "ray", "ray") from e
+    try: ray.init(address=scheduler, ignore_reinit_error=True)
+    except (ConnectionError, ValueError) as e:
+        raise InputError(f"no ray cluster answers at {scheduler!r} ({type(e).__name__}: {e}); start one by `ray start "
+                         "--head`, or give its address by scheduler=") from e
+    register_ray()
+    yield
+
+
+def _missing(backend: str, package: str, install: str) -> InputError:
+    return InputError(f"backend={backend!r} needs {package}, which isn't installed; run `pip install {install}`, or "
+                      "give backend='loky'")
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C is the study's: it ends its workers itself, without a traceback of each."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _exits(error: Exception) -> str:
+    """The signals that ended the workers, from the message of loky."""
+    lines = [line.strip() for line in str(error).splitlines() if "exit code" in line.lower()]
+    return f" ({lines[-1].rstrip('.')})" if lines else ""

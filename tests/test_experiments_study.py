@@ -1,0 +1,381 @@
+"""Studies: trials here and in worker processes, killed and interrupted ones, the store, and what is shown of them."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.errors import InputError
+from experiments.study import Study, grid
+from experiments.study.store import Identity, Store
+from experiments.study.work import ATTEMPTS, Call, Task, run_trial
+
+ROOT = Path(__file__).parent.parent
+POINTS = grid(norm=["a", "b"], seed=range(3))
+OURS = ["seconds", "attempts"]          # what may differ between two runs of a trial
+
+
+def trial(norm, seed):
+    print("trial", norm, seed)
+    if (norm, seed) == ("b", 2): raise RuntimeError("no such luck")
+    x = torch.randn(64, 64)
+    return {"acc": float((x @ x).sum()), "luck": random.random(), "threads": torch.get_num_threads(),
+            "nan": float("nan")}
+
+
+def only(study): return study.frame().drop(columns=OURS)
+
+
+def sequential(out, function=trial, points=POINTS, **given):
+    return Study("s", function, points, out=out, **given).run(backend="sequential", progress=False)
+
+
+# --- rows -----------------------------------------------------------------------------------------------------
+
+
+def test_a_study_is_a_row_for_each_point(tmp_path):
+    study = sequential(tmp_path / "s")
+    frame = study.frame()
+    assert list(frame.columns) == ["norm", "seed", "acc", "luck", "threads", "nan", "status", *OURS, "error",
+                                   "traceback", "key"]
+    assert list(frame.status) == ["ok"] * 5 + ["failed"]
+    assert frame.acc.notna().sum() == 5
+    assert frame.error.iloc[-1] == "RuntimeError: no such luck"
+    assert 'raise RuntimeError("no such luck")' in frame.traceback.iloc[-1]
+    assert "run_trial" not in frame.traceback.iloc[-1]
+    assert frame.key.nunique() == 6
+    assert (study.missing(), len(study.rows())) == (0, 6)
+    assert repr(study) == f"<Study 's': 6 of 6 rows in {str(tmp_path / 's')!r}>"
+    assert (tmp_path / "s" / "logs" / f"{frame.key[0]}.txt").read_text() == "trial a 0\n"
+
+
+def test_a_trial_s_random_numbers_and_threads_are_its_own_and_the_caller_s_stay(tmp_path):
+    torch.set_num_threads(threads := 2)
+    torch.manual_seed(5)
+    random.seed(5)
+    try:
+        state = torch.get_rng_state()
+        first = sequential(tmp_path / "one")
+        assert torch.equal(torch.get_rng_state(), state)
+        assert random.random() == random.Random(5).random()
+        assert torch.get_num_threads() == threads
+        assert set(first.frame().threads.dropna()) == {1}
+        torch.rand(3)
+        backwards = sequential(tmp_path / "two", points=grid(norm=["b", "a"], seed=[2, 1, 0]))
+        both = [only(s).sort_values(["norm", "seed"], ignore_index=True) for s in (first, backwards)]
+        assert both[0].equals(both[1])
+    finally: torch.set_num_threads(1)
+
+
+def killed_once(norm, seed, folder):
+    if (norm, seed) == ("b", 1) and not (mark := Path(folder, "killed")).exists():
+        mark.touch()
+        os.system("echo about to die")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {**trial(norm, seed), "folder": folder}
+
+
+def test_worker_processes_give_the_rows_of_this_process_and_a_killed_one_is_run_again(tmp_path):
+    points = grid(norm=["a", "b"], seed=range(3), folder=[str(tmp_path)])
+    study = Study("s", killed_once, points, out=tmp_path / "workers").run(jobs=2, progress=False)
+    assert (tmp_path / "killed").exists()       # so it isn't killed here
+    here = sequential(tmp_path / "here", killed_once, points)
+    assert only(study).drop(columns="traceback").equals(only(here).drop(columns="traceback"))
+    row = study.frame().iloc[4]
+    assert (row.status, row.attempts) == ("ok", 2)
+    log = tmp_path / "workers" / "logs" / f"{row.key}.txt"
+    assert log.read_text() == "about to die\n--- attempt 2\ntrial b 1\n"
+    assert study.frame().attempts.max() == 2
+
+
+def deadly(seed):
+    print("seed", seed, end="")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_trial_that_is_killed_three_times_is_a_row_that_says_so(tmp_path, capsys):
+    study = Study("s", deadly, grid(seed=[0]), out=tmp_path / "s").run(jobs=1)
+    dead, = study.rows()
+    assert (dead["status"], dead["attempts"], dead["seconds"], dead["traceback"]) == ("killed", ATTEMPTS, None, None)
+    assert dead["error"].startswith("its process was killed in each of 3 attempts")
+    assert "SIGKILL" in dead["error"]
+    assert "acc" not in dead
+    assert study.store.log(dead["key"]).read_text().count("seed 0") <= 3
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "s: 0 of 1 finished, 0 running, 0 failed"
+    assert lines[-1].startswith("s: 1 of 1 finished, 0 running, 1 failed, took 0:")
+    assert not list((tmp_path / "s").rglob("*.part"))
+    assert not study.store.begun()
+
+
+def test_a_cluster_s_fourth_attempt_is_the_row_of_a_killed_trial(tmp_path):
+    study = Study("s", deadly, grid(seed=[0]), out=tmp_path / "s")
+    with study.store.locked({}):
+        for _ in range(ATTEMPTS): study.store.begin(study.tasks[0].key)
+        assert run_trial(deadly, study.store, study.tasks[0], apart=False) == "killed"
+    assert study.rows()[0]["status"] == "killed"
+
+
+# --- going on -------------------------------------------------------------------------------------------------
+
+def counting(seed, folder, fail=None):
+    with Path(folder, "count").open("a") as f: f.write(f"{seed}\n")
+    if seed == fail and not Path(folder, "mended").exists(): raise ValueError("not yet")
+    return {"acc": seed}
+
+
+def count(tmp_path): return sorted(map(int, (tmp_path / "count").read_text().split()))
+
+
+def test_run_does_what_is_missing_and_a_larger_grid_goes_on(tmp_path):
+    axes = {"folder": [str(tmp_path)], "fail": [1]}
+    for _ in range(2): sequential(tmp_path / "s", counting, grid(seed=range(3), **axes))
+    assert count(tmp_path) == [0, 1, 2]
+    study = sequential(tmp_path / "s", counting, grid(seed=range(1, 5), **axes))
+    assert count(tmp_path) == [0, 1, 2, 3, 4]
+    assert list(study.frame().status) == ["failed", "ok", "ok", "ok"]
+    (tmp_path / "mended").touch()
+    study.run(backend="sequential", again=True, progress=False)
+    assert count(tmp_path) == [0, 1, 1, 2, 3, 4]
+    assert list(study.frame().status) == ["ok"] * 4
+    (tmp_path / "s" / "trials" / f"{study.frame().key[0]}.json").unlink()
+    assert (study.missing(), len(study.frame()), study.summary(by="fail", value="acc").attrs) == (1, 3, {"missing": 1})
+    assert count(tmp_path) == [0, 1, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("name", "function", "version", "message"), [
+    ("t", trial, "1", "its name is 's' and not 't'"),
+    ("s", deadly, "1", r"its function is 'test_experiments_study\.trial' and not 'test_experiments_study\.deadly'"),
+    ("s", trial, 2, "its version is '1' and not '2'")])
+def test_the_folder_of_another_study_is_refused(name, function, version, message, tmp_path):
+    sequential(tmp_path / "s")
+    points = POINTS if function is trial else grid(seed=[1])
+    with pytest.raises(InputError, match=f"is of another study: {message}. Name another folder by out="):
+        Study(name, function, points, out=tmp_path / "s", version=version)
+
+
+def test_a_folder_of_other_things_and_damaged_files_are_named(tmp_path):
+    (tmp_path / "letters.txt").touch()
+    with pytest.raises(InputError, match=r"is no folder of a study \(it holds letters\.txt\); name a new or an "):
+        Study("s", trial, POINTS, out=tmp_path)
+    study = sequential(tmp_path / "s")
+    file = tmp_path / "s" / "trials" / f"{study.frame().key[0]}.json"
+    file.write_text(file.read_text()[:40])
+    with pytest.raises(InputError, match=r"the trial of norm='a', seed=0 .*; delete the file, and run\(\) runs"):
+        study.frame()
+    (tmp_path / "s" / "study.json").write_text("{}")
+    with pytest.raises(InputError, match=r"can't read .*study\.json"): Study("s", trial, POINTS, out=tmp_path / "s")
+
+
+def test_a_second_run_in_the_folder_is_refused_while_one_goes_on(tmp_path):
+    begun, end = threading.Event(), threading.Event()
+
+    def waiting(seed):
+        begun.set()
+        end.wait(20)
+        return {"acc": seed}
+    study = Study("s", waiting, grid(seed=[0]), out=tmp_path / "s")
+    thread = threading.Thread(target=study.run, kwargs={"backend": "sequential", "progress": False})
+    thread.start()
+    try:
+        assert begun.wait(20)
+        with pytest.raises(InputError, match=rf"is in use: process {os.getpid()} .*runs the study\. Wait until"):
+            Study("s", waiting, grid(seed=[1]), out=tmp_path / "s").run(backend="sequential", progress=False)
+    finally:
+        end.set()
+        thread.join()
+    assert study.run(backend="sequential", progress=False).missing() == 0
+
+
+SCRIPT = """
+import sys, time
+from experiments.study import Study, grid
+
+def trial(seed):
+    if seed: time.sleep(60)
+    return {"acc": seed}
+
+if __name__ == "__main__": Study("slow", trial, grid(seed=range(4)), out=sys.argv[1]).run(jobs=2)
+"""
+
+
+def test_ctrl_c_ends_at_once_keeps_what_is_finished_and_says_how_to_go_on(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    out = tmp_path / "s"
+    process = subprocess.Popen([sys.executable, "script.py", str(out)], cwd=tmp_path, start_new_session=True, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        for _ in range(600):
+            running = list((out / "running").glob("*.json"))
+            if list((out / "trials").glob("*.json")) and len(running) == 2: break
+            time.sleep(0.1)
+            assert process.poll() is None, process.stderr.read()
+        workers = [json.loads(file.read_text())["pid"] for file in running]
+        os.killpg(process.pid, signal.SIGINT)       # as a terminal does, to the workers too
+        start = time.monotonic()
+        said, errors = process.communicate(timeout=20)
+        took = time.monotonic() - start
+    finally: process.kill()
+    assert process.returncode != 0
+    assert f"slow: stopped with 1 of 4 trials finished and kept in {out}; the same study's run() goes on\n" in said
+    assert errors.count("Traceback") == 1, errors
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert took < 15, "many times what it takes on a quiet machine, which is far below 2 s"
+    for pid in workers:
+        with pytest.raises(ProcessLookupError): os.kill(pid, 0)
+    assert not list((out / "running").iterdir())
+    assert [json.loads(f.read_text())["rows"] for f in (out / "trials").iterdir()] == [[{"acc": 0}]]
+
+
+# --- what a trial returns -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("returned", "error"), [
+    (3, "the trial returned int for a row; it must return a dict of figures"),
+    ({"status": 1}, "the trial returned a figure named 'status', a column of every study; rename it"),
+    ({1: 1}, "the trial returned a figure named 1; name it by a str"),
+    ({"x": object}, "the figure 'x' has the value <class 'object'> of type type, which JSON can't hold"),
+    ({"seed": 7}, "the trial returned 'seed'=7, which is an axis and was 0; rename the figure")])
+def test_a_row_that_is_none_is_a_failed_trial(returned, error, tmp_path):
+    row, = sequential(tmp_path / "s", lambda seed: returned, grid(seed=[0])).rows()
+    assert row["status"] == "failed"
+    assert error in row["error"]
+
+
+def test_figures_are_python_s_whatever_they_were(tmp_path):
+    row, = sequential(tmp_path / "s", lambda seed: {"x": torch.tensor(0.5), "y": float("-inf"), "z": [1, None],
+                                                    "seed": seed}, grid(seed=[0])).rows()
+    assert (row["x"], row["y"], row["z"], row["status"]) == (0.5, float("-inf"), [1, None], "ok")
+
+
+def test_a_trial_that_exits_is_a_failed_one(tmp_path):
+    row, = sequential(tmp_path / "s", lambda seed: sys.exit("enough"), grid(seed=[0])).rows()
+    assert (row["status"], row["error"]) == ("failed", "SystemExit: enough")
+
+
+def stacked(norm, seed, lr): return [{"acc": s + rate} for s, rate in zip(seed, lr, strict=True)]
+
+
+def test_axes_together_give_a_row_for_each_combination(tmp_path):
+    points = grid(norm=["a", "b"], seed=range(3), lr=[0.1, 0.4], together=("seed", "lr"))
+    study = sequential(tmp_path / "s", stacked, points)
+    frame = study.frame()
+    assert (len(study.tasks), len(frame), frame.key.nunique()) == (2, 12, 2)
+    assert list(frame.acc) == [s + lr for s, lr in zip(frame.seed, frame.lr, strict=True)]
+    assert study.summary(by=["norm", "lr"], value="acc")["mean"].tolist() == pytest.approx([1.1, 1.4, 1.1, 1.4])
+
+
+def test_axes_together_with_too_few_rows_and_with_a_failure(tmp_path):
+    points = grid(norm=["a", "b"], seed=range(3), together="seed")
+
+    def one_short(norm, seed):
+        if norm == "b": raise ValueError("all of them")
+        return [{"acc": 1}] * 2
+    frame = sequential(tmp_path / "s", one_short, points).frame()
+    assert list(frame.status) == ["failed"] * 6
+    assert "returned 2 rows; with axes together it must return a list of 3 rows" in frame.error[0]
+    assert list(frame.error[3:]) == ["ValueError: all of them"] * 3
+    assert list(frame.seed) == [0, 1, 2] * 2
+
+
+# --- bad input of run -----------------------------------------------------------------------------------------
+
+def test_a_trial_that_can_t_be_pickled_is_named_before_anything_runs(tmp_path):
+    lock = threading.Lock()
+
+    def locking(seed): return {"acc": lock}
+    study = Study("s", locking, grid(seed=[0]), out=tmp_path / "s")
+    with pytest.raises(InputError, match=r"locking can't be pickled for the worker processes \(TypeError: .*lock.*\); "
+                                         r"let it make what can't be pickled itself, or give backend='sequential'"):
+        study.run()
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_trial_that_a_worker_can_t_load_ends_the_study(tmp_path):
+    store = Store(tmp_path / "s", Identity("s", "f", "1"))
+    with pytest.raises(InputError, match=r"a worker process can't load the trial \(ModuleNotFoundError: .*'nowhere'\)"):
+        Call(b"cnowhere\ntrial\n.", store)(Task("k", ({},), {}, False))
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"backend": "lokey"}, "unknown backend 'lokey': did you mean 'loky'"),
+    ({"jobs": 0}, "jobs is 0; give 1 or more, or None for all cores")])
+def test_bad_arguments_of_run(given, message, tmp_path):
+    with pytest.raises(InputError, match=message): Study("s", trial, POINTS, out=tmp_path / "s").run(**given)
+
+
+@pytest.mark.parametrize(("backend", "package"), [("dask", "dask.distributed"), ("ray", "ray")])
+def test_a_backend_that_isn_t_installed_says_how(backend, package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    study = Study("s", trial, POINTS, out=tmp_path / "s")
+    with pytest.raises(InputError, match=rf"backend='{backend}' needs {package}, which isn't installed; run `pip"):
+        study.run(backend=backend, progress=False)
+
+
+# --- what is shown --------------------------------------------------------------------------------------------
+
+def scores(norm, lr, seed):
+    if norm == "GroupNorm" and seed == 3: raise ValueError("diverged")
+    return {"acc": {"RunningBatchNorm": 0.9, "GroupNorm": 0.6}[norm] + lr / 10 + seed % 3 / 100}
+
+
+@pytest.fixture
+def study(tmp_path):
+    points = grid(norm=["RunningBatchNorm", "GroupNorm"], lr=[0.1, 0.4], seed=range(5))
+    return sequential(tmp_path / "s", scores, points)
+
+
+def test_summary_and_compare_are_tables(study):
+    table = study.summary(by=["norm", "lr"], value="acc", failed_as=0.1, collapsed=0.5)
+    assert list(table.columns) == ["norm", "lr", "n", "failed", "collapsed", "mean", "low", "high", "interval", "std",
+                                   "min", "median", "max"]
+    assert list(table.n) == [5] * 4
+    assert list(table.failed) == [0, 0, 1, 1]
+    table = study.compare("acc", norm=("RunningBatchNorm", "GroupNorm"), pair="seed", by="lr", failed_as=0.1)
+    assert list(table.a_above) == [5, 5]
+    one = study.compare("acc", norm=("RunningBatchNorm", "GroupNorm"), pair="seed", where={"lr": 0.4}, failed_as=0.1)
+    assert one.difference[0] == table.difference[1] == pytest.approx((0.3 * 4 + 0.94 - 0.1) / 5)
+    assert one.p_holm[0] == one.p[0]
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({}, r"compare\(\) got no axis; name one axis and the values to compare"),
+    ({"norm": ("a", "b"), "lr": (1, 2)}, r"compare\(\) got norm, lr; name one axis"),
+    ({"norm": "GroupNorm"}, r"norm='GroupNorm'; give two or more values"),
+    ({"nrom": ("a", "b")}, "unknown axis 'nrom': did you mean 'norm'"),
+    ({"norm": ("a", "b"), "where": {"lr": 0.2}}, r"the axis 'lr' has no value 0\.2; it has: 0\.1, 0\.4"),
+    ({"norm": ("a", "b"), "where": {"rl": 0.2}}, "unknown axis in where 'rl'")])
+def test_compare_says_what_it_needs(given, message, study):
+    with pytest.raises(InputError, match=message): study.compare("acc", pair="seed", **given)
+
+
+def test_a_study_without_rows_says_so(tmp_path):
+    study = Study("s", trial, POINTS, out=tmp_path / "s")
+    assert len(study.frame()) == 0
+    with pytest.raises(InputError, match=r"s has no finished runs to show; call run\(\) first"):
+        study.summary(by="norm", value="acc")
+
+
+def test_plot_has_every_run_the_means_and_n(study):
+    ax = study.plot(x="lr", y="acc", hue="norm", failed_as=0.1)
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["RunningBatchNorm (n = 5 each)",
+                                                                   "GroupNorm (n = 5 each, 2 failed)"]
+    assert ax.get_title() == "mean, 95 % Student t interval"
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["0.1", "0.4"]
+    dots = [line for line in ax.get_lines() if line.get_marker() == "o"]
+    assert sorted(y for line in dots for y in line.get_ydata()) == pytest.approx(sorted(
+        0.1 if row["status"] == "failed" else row["acc"] for row in study.rows()))
+    means = [line.get_ydata() for line in ax.get_lines() if line.get_marker() == "D"]
+    table = study.summary(by=["norm", "lr"], value="acc", failed_as=0.1)
+    assert [y for ys in means for y in ys] == pytest.approx(list(table["mean"]))
+    assert study.plot(x="norm", y="acc", where={"lr": 0.1}, failed_as=0.1).get_legend().get_texts()[0].get_text() == (
+        "n = 5 each, 1 failed")
+    with pytest.raises(InputError, match="would mix lr"): study.plot(x="norm", y="acc", failed_as=0.1)
