@@ -12,6 +12,7 @@ from typing import IO, Any, cast
 import torch
 
 from runner.files import replacing, writer_is_gone
+from runner.values import decoded
 
 VERSION = 1     # of what a file holds
 NAME = re.compile(r"checkpoint-([0-9a-f]{8})-(\d{6,})\.pt")
@@ -146,7 +147,7 @@ def load(path: Path) -> dict[str, Any]:
     if name and (name[1], int(name[2])) != (contents["run"], contents["number"]):
         raise Damaged(f"{path} holds checkpoint {contents['number']} of the run {contents['run']}: it was written "
                       "under another name")
-    return contents
+    return {**contents, "fingerprint": decoded(contents["fingerprint"])}
 
 
 def _first_line(e: Exception) -> str: return f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e) else e!r}"

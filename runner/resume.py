@@ -54,7 +54,8 @@ class Resume(Callback):
         self.fingerprint = state["fingerprint"] | ({k: self.fingerprint[k] for k in ("versions", "settings")}
                                                    if not self.strict else {})
         run.first_epoch, run.first_batch = state["epoch"], state["batch"] or 0
-        self.began, self._waiting = state["began"] or {}, state["batch"] is not None
+        self.began, self._waiting = decoded(state["began"] or {}), state["batch"] is not None
+        self._random, self._feeding = decoded(state["random"]), decoded(state["feeding"])
         self.sources = sources_of_run(run)
         for name, dl in (("train", run.data.train_dl), ("valid", run.data.valid_dl)):
             # Persistent workers draw a seed when they are made. Here they have been, in the run that goes on.
@@ -98,8 +99,8 @@ class Resume(Callback):
         for cb in run.cbs:
             if cb.name in state["callbacks"] and has_state(cb): cb.load_state_dict(decoded(state["callbacks"][cb.name]))
         if (checkpoint := getattr(run, "checkpoint", None)) is not None: checkpoint._batches = state["batches"]
-        put_feeding(run.data.train_dl, state["feeding"])
-        set_states(state["random"], self.sources)
+        put_feeding(run.data.train_dl, self._feeding)
+        set_states(self._random, self.sources)
 
     def begin_epoch(self) -> None:
         if self._waiting and self.state is not None: self._put(self.state)
@@ -121,8 +122,8 @@ class Resume(Callback):
             if self._placed: batches = iter(dl)
             else: batches = rest_of(dl, self.run.first_batch, rewound, self.began["seeded"])
         except LoaderError as e: raise CheckpointError(f"{self.path}: {e}") from e
-        put_feeding(dl, state["feeding"])
-        set_states(state["random"], self.sources)
+        put_feeding(dl, self._feeding)
+        set_states(self._random, self.sources)
         yield from batches
 
     def after_fit(self) -> None:

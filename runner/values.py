@@ -4,12 +4,14 @@ import sys
 from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 TAG = "(kind)"      # the key that marks a dict as something else
+MANY = 32           # so many numbers are written as a tensor: one by one they take ten times as long
 NUMBERS = {type(None), bool, int, float, str}
 AS_THEY_ARE = (torch.dtype, torch.device, torch.Size)
 
@@ -47,7 +49,13 @@ def encoded(o: Any, where: str) -> Any:
         made: dict[Any, Any] = OrderedDict() if isinstance(o, OrderedDict) else {}
         for k, v in o.items(): made[encoded(k, f"a key of {where}")] = encoded(v, f"{where}[{k!r}]")
         return made
-    if isinstance(o, (list, tuple)) and set(map(type, o)) <= NUMBERS: return tuple(o) if isinstance(o, tuple) else [*o]
+    if isinstance(o, (list, tuple)) and (types := set(map(type, o))) <= NUMBERS:
+        if len(o) > MANY and (types == {int} or types == {float}):
+            with suppress(OverflowError):
+                numbers = torch.frombuffer(array("q" if types == {int} else "d", o),
+                                           dtype=torch.int64 if types == {int} else torch.float64)
+                return {TAG: "tuple" if isinstance(o, tuple) else "list", "values": numbers}
+        return tuple(o) if isinstance(o, tuple) else [*o]
     if isinstance(o, list): return [encoded(v, f"{where}[{i}]") for i, v in enumerate(o)]
     if isinstance(o, tuple): return tuple(encoded(v, f"{where}[{i}]") for i, v in enumerate(o))
     for plain in (int, float, str, bytes):
@@ -73,6 +81,8 @@ def decoded(o: Any) -> Any:
 
 
 MADE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "tuple": lambda o: tuple(o["values"].tolist()),
+    "list": lambda o: o["values"].tolist(),
     "numpy array": lambda o: o["values"].clone().numpy(),
     "numpy number": lambda o: o["values"].numpy()[()],
     "array": lambda o: array(o["type"], o["bytes"]),

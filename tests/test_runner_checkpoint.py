@@ -197,6 +197,8 @@ PROGRAMS = {
     "BatchNorm": (lambda: conv(BatchNorm), adam),
     "noise, counters, buffers": (Noisy, adam),
     "a carried state": (Carried, adam),
+    "many groups": (lambda: nn.Sequential(nn.Flatten(), *(nn.Linear(16, 16) for _ in range(36)), nn.Linear(16, 3)),
+                    lambda m, loss: SGD([{"params": [p]} for p in m.parameters()], lr=0.01, momentum=0.9)),
     "tied weights": (Tied, adam),
     "an extra state": (Extra, adam),
     "a loss with weights": (plain, lambda m, loss: SGD([*m.parameters(), *loss.parameters()], 0.1, momentum=0.9), Loss),

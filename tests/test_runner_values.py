@@ -25,6 +25,7 @@ VALUES = [
     {1, "a", (2, 3)}, frozenset({1, 2}), deque([1, [2]], 5), deque(), Counter("hello"), array("q", [1, -2]),
     array("f", [0.5]), np.arange(6.0).reshape(2, 3), np.array(3), np.float32(0.5), np.int64(7), np.bool_(True),
     np.array([], dtype=np.int32), torch.float16, torch.device("cpu"), torch.Size([2, 3]), [*range(1000)],
+    tuple(range(100)), [0.5, float("inf")] * 50, [2 ** 70] * 50, [1, 2.5] * 50, [True] * 50, (None, *range(50)),
     *(torch.tensor([[1, 0], [2, 3]]).to(t) for t in TYPES), torch.zeros(()), torch.zeros(0, 3), torch.ones(2, 3).T,
     torch.ones(1, 4, 3, 3).to(memory_format=torch.channels_last), torch.eye(3).to_sparse(),
     random.getstate(), np.random.default_rng(1).bit_generator.state, random.Random(3).getstate(),
