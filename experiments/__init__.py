@@ -14,6 +14,6 @@ EXPERIMENTS = {
 }
 TOOLS = {
     "inside": ("experiments.inside", "look inside a short training: all pictures on one page", "20 s"),
-    "bench": ("experiments.bench", "what the norms, the runner, hooks and an epoch cost, as ratios", "20 min"),
+    "bench": ("experiments.bench", "what the norms, the runner, hooks and an epoch cost, as ratios", "25 min"),
     "table": ("experiments.table", "print the results table of a run folder as Markdown", "at once"),
 }

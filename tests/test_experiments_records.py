@@ -54,6 +54,16 @@ def test_what_the_readme_says_of_whole_epochs_is_in_their_records():
     assert f"would be {fastest / seconds[1]:.2f})".replace("0.", ".") in words
 
 
+def test_what_the_readme_says_of_a_checkpoint_is_in_its_record():
+    rows = read_summary(ROOT / "experiments/results/bench_checkpoint.json")["rows"]
+    few, many = (r for r in rows if r["arm"] == "a write")
+    assert few["setting"] == "1,000 steps of history"
+    assert (f"One write takes {few['ms']:.0f} ms with 1,000 steps of history behind it and {many['ms']:.0f} ms with "
+            f"25,000, {few['share']:.2%} and {many['share']:.2%} of the 30 seconds".replace("%", " %")) in " ".join(
+                README.split())
+    assert max(few["share"], many["share"]) < 0.01
+
+
 def test_table_goes_between_its_marks_and_nowhere_else():
     a, b, end = table.begin("a"), table.begin("b"), table.END
     text = f"x\n{a}\nold\n{end}\ny\n{b}\nold\n{end}\nz"

@@ -30,6 +30,7 @@ PARTS = {
     "epoch": ("experiments.bench.epoch", "the main job at batch size 2, against the lesson's way of doing it"),
     "whole": ("experiments.bench.whole", "a whole epoch of the main job, compiled too, against the lesson's way"),
     "compiled": ("experiments.bench.compiled", "the Runner with compile=True, against the Runner without"),
+    "checkpoint": ("experiments.bench.checkpoint", "the Runner with a checkpoint every 30 s, against without"),
     "growth": ("experiments.bench.growth", "a step at batch sizes 1 to 512, against the network without a norm"),
     "peers": ("experiments.bench.peers",
               "a training step in our loop and in other libraries', against a hand-written loop"),
