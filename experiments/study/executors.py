@@ -2,10 +2,10 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from typing import Any
 
 from experiments.errors import InputError
@@ -16,6 +16,7 @@ from experiments.study.work import ATTEMPTS, Call, Task, keep_killed, run_trial
 Done = Callable[[str], None]        # told the status of each trial that has ended
 
 BACKENDS = ("loky", "sequential", "dask", "ray")
+ANSWER = 8      # seconds that a scheduler has
 ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")}
 
 
@@ -81,24 +82,17 @@ def run_loky(tasks: Sequence[Task], trial: Trial, store: Store, done: Done, jobs
         else: waiting = []
 
 
-def run_cluster(tasks: Sequence[Task], trial: Trial, store: Store, done: Done, jobs: int | None, backend: str,
-                scheduler: Any) -> None:
-    """On a cluster, which runs the trial of a killed worker again by itself; all see the store under the same path."""
-    from joblib import Parallel, delayed, parallel_config
-    call = Call(pickled(trial), store)
-    with {"dask": _dask, "ray": _ray}[backend](scheduler), parallel_config(backend, n_jobs=jobs or -1):
-        for _, status in Parallel(return_as="generator_unordered", batch_size=1)(delayed(call)(t) for t in tasks):
-            done(status)
+def run_dask(tasks: Sequence[Task], trial: Trial, store: Store, done: Done, scheduler: Any) -> None:
+    """On the workers of a dask cluster, which runs the trial of a killed one again by itself.
 
-
-@contextmanager
-def _dask(scheduler: Any) -> Iterator[None]:
+    By its own client and not by joblib: there a trial that kills its workers may leave the call waiting for ever.
+    """
     try:
-        from dask.distributed import Client
+        from dask.distributed import Client, KilledWorker
     except ImportError as e: raise _missing("dask", "dask.distributed", "distributed") from e
     if scheduler is None: raise InputError("backend='dask' needs scheduler=, the address of a cluster such as "
                                            "'tcp://HOST:8786', or a LocalCluster")
-    try: client = Client(scheduler, timeout=10)
+    try: client = Client(scheduler, timeout=ANSWER, set_as_default=False)
     except (OSError, ValueError) as e:
         raise InputError(f"no dask scheduler answers at {scheduler!r} ({type(e).__name__}: {e}); start one by `dask "
                          "scheduler`, or give its address by scheduler=") from e
@@ -106,11 +100,27 @@ def _dask(scheduler: Any) -> Iterator[None]:
         if busy := [worker for worker, threads in client.nthreads().items() if threads > 1]:
             raise InputError(f"the dask worker {busy[0]} runs several trials in one process, where they share random "
                              "numbers and output; start workers by `dask worker --nthreads 1 --nworkers N`")
-        yield
+        call = Call(pickled(trial), store)
+        by_key = {task.key: task for task in tasks}
+        left = {key: client.submit(call, task, pure=False) for key, task in by_key.items()}
+        while left:
+            finished = store.finished()     # the store says it: an answer can be lost with the worker that has it
+            for key in list(left):
+                if key in finished: done(str(store.read(key, by_key[key].point)["status"]))
+                elif isinstance(left[key].status == "error" and left[key].exception(), KilledWorker):
+                    if store.attempts(key) < ATTEMPTS:      # it only stood beside the one that was killed
+                        left[key] = client.submit(call, by_key[key], pure=False)
+                        continue
+                    done(keep_killed(store, by_key[key]))
+                elif left[key].status in ("error", "cancelled"): left[key].result()         # raises
+                else: continue
+                left.pop(key).release()
+            time.sleep(0.1)
 
 
-@contextmanager
-def _ray(scheduler: Any) -> Iterator[None]:
+def run_ray(tasks: Sequence[Task], trial: Trial, store: Store, done: Done, jobs: int | None, scheduler: Any) -> None:
+    """On a ray cluster, by joblib."""
+    from joblib import Parallel, delayed, parallel_config
     try:
         import ray
         from ray.util.joblib import register_ray
@@ -120,7 +130,10 @@ def _ray(scheduler: Any) -> Iterator[None]:
         raise InputError(f"no ray cluster answers at {scheduler!r} ({type(e).__name__}: {e}); start one by `ray start "
                          "--head`, or give its address by scheduler=") from e
     register_ray()
-    yield
+    call = Call(pickled(trial), store)
+    with parallel_config("ray", n_jobs=jobs or -1):
+        for _, status in Parallel(return_as="generator_unordered", batch_size=1)(delayed(call)(t) for t in tasks):
+            done(status)
 
 
 def _missing(backend: str, package: str, install: str) -> InputError:

@@ -98,8 +98,9 @@ class Study:
                     if backend == "sequential": executors.run_here(tasks, self.trial, self.store, display.done)
                     elif backend == "loky":
                         executors.run_loky(tasks, self.trial, self.store, display.done, jobs or os.cpu_count() or 1)
-                    else:
-                        executors.run_cluster(tasks, self.trial, self.store, display.done, jobs, backend, scheduler)
+                    elif backend == "dask":
+                        executors.run_dask(tasks, self.trial, self.store, display.done, scheduler)
+                    else: executors.run_ray(tasks, self.trial, self.store, display.done, jobs, scheduler)
             except KeyboardInterrupt:
                 kept = len({task.key for task in self.tasks} & self.store.finished())
                 say(f"{self.name}: stopped with {kept} of {len(self.tasks)} trials finished and kept in "

@@ -47,6 +47,8 @@ class Call:
             raise InputError(f"a worker process can't load the trial ({type(e).__name__}: {e}); its module and what it "
                              "uses must be importable there, so install them or set PYTHONPATH") from e
         torch.set_num_threads(1)        # workers are as many as cores
+        if task.key in self.store.finished():       # a cluster asks again where the worker was lost with its answer
+            return task.key, str(self.store.read(task.key, task.point)["status"])
         return task.key, run_trial(trial, self.store, task, apart=True)
 
 
