@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from experiments.errors import InputError
 from experiments.study import Study, grid
@@ -80,7 +81,8 @@ def killed_once(norm, seed, folder):
         mark.touch()
         os.system("echo about to die")
         os.kill(os.getpid(), signal.SIGKILL)
-    return {**trial(norm, seed), "folder": folder}
+    loader = DataLoader(torch.arange(4), num_workers=int((norm, seed) == ("a", 0)))
+    return {**trial(norm, seed), "loaded": sum(int(xb) for xb in loader), "folder": folder}
 
 
 def test_worker_processes_give_the_rows_of_this_process_and_a_killed_one_is_run_again(tmp_path):

@@ -1,5 +1,6 @@
 """Where trials run: in this process, in worker processes of this machine, or on a cluster by joblib's own backends."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -46,7 +47,8 @@ def run_loky(tasks: Sequence[Task], trial: Trial, store: Store, done: Done, jobs
     waiting, alone, in_vain = list(tasks), list[Task](), 0
     while waiting or alone:
         batch, workers = (alone, 1) if alone else (waiting, min(jobs, len(waiting)))
-        pool = ProcessPoolExecutor(workers, env=ONE_THREAD, initializer=_ignore_interrupts)
+        how_to_start = multiprocessing.get_start_method(allow_none=True)
+        pool = ProcessPoolExecutor(workers, env=ONE_THREAD, initializer=_begin_worker, initargs=(how_to_start,))
         told: set[str] = set()
         try:
             for future in as_completed([pool.submit(call, task) for task in batch]):
@@ -141,8 +143,9 @@ def _missing(backend: str, package: str, install: str) -> InputError:
                       "give backend='loky'")
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C is the study's: it ends its workers itself, without a traceback of each."""
+def _begin_worker(how_to_start: str | None) -> None:
+    """Ctrl-C is the study's, which ends its workers; a trial's own processes, as of a DataLoader, start as ever."""
+    multiprocessing.set_start_method(how_to_start, force=True)      # loky's own way starts no others from here
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
