@@ -41,16 +41,16 @@ def test_summary_has_n_mean_median_and_student_s_interval_of_each_cell():
     assert line["interval"] == "95 % Student t"
 
 
-def test_ten_runs_and_more_get_a_bootstrap_that_is_the_same_every_time():
-    line, again = (s.summary(ROWS, AXES, ["norm", "lr"], "acc")[0] for _ in range(2))
+def test_twenty_runs_and_more_get_a_bootstrap_and_it_is_the_same_every_time():
+    line, again = (s.summary(ROWS, AXES, ["norm", "lr"], "acc", kind="bootstrap")[0] for _ in range(2))
     assert line == again
     assert line["interval"] == "95 % bootstrap"
     values = np.array([figure("a", 0.1, i) for i in range(12)])
     means = np.random.default_rng(7).choice(values, (20_000, 12)).mean(1)
     low, high = np.quantile(means, (0.025, 0.975))
     assert (line["low"], line["high"]) == pytest.approx((low, high), abs=0.2 * (high - low))
-    assert s.interval([0.1] * 9 + [0.2])[2] == "95 % bootstrap"
-    assert s.interval([0.1] * 8 + [0.2])[2] == "95 % Student t"
+    assert s.interval([0.1] * 19 + [0.2])[2] == "95 % bootstrap"
+    assert s.interval([0.1] * 18 + [0.2])[2] == "95 % Student t"
 
 
 def test_intervals_of_one_run_and_of_equal_runs():
@@ -132,7 +132,8 @@ def test_random_signs_of_few_are_all_of_them_and_of_many_agree_with_scipy():
     exact = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=9999,
                                    rng=np.random.default_rng(3)).pvalue
     assert s.p_value(d, "signs")[0] == pytest.approx(exact, abs=0.02)
-    assert s.compare(ROWS, AXES, "acc", "norm", ("a", "b"), "seed", by="lr")[0]["test"] == "random signs"
+    line = s.compare(ROWS, AXES, "acc", "norm", ("a", "b"), "seed", by="lr", kind="bootstrap")[0]
+    assert (line["test"], line["interval"]) == ("random signs", "95 % bootstrap")
 
 
 def test_compare_of_equal_differences_of_one_pair_and_of_none():

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
@@ -43,12 +44,12 @@ def run_loky(tasks: Sequence[Task], trial: Trial, store: Store, done: Done, jobs
     one at a time, where it is certain; who is killed there too, or by the third attempt, gets a row that says so.
     """
     from joblib.externals.loky import ProcessPoolExecutor
-    call = Call(pickled(trial), store, os.getpid())
+    call = Call(pickled(trial), store)
     waiting, alone, in_vain = list(tasks), list[Task](), 0
     while waiting or alone:
         batch, workers = (alone, 1) if alone else (waiting, min(jobs, len(waiting)))
-        how_to_start = multiprocessing.get_start_method(allow_none=True)
-        pool = ProcessPoolExecutor(workers, env=ONE_THREAD, initializer=_begin_worker, initargs=(how_to_start,))
+        pool = ProcessPoolExecutor(workers, env=ONE_THREAD, initializer=_begin_worker,
+                                   initargs=(os.getpid(), multiprocessing.get_start_method(allow_none=True)))
         told: set[str] = set()
         try:
             for future in as_completed([pool.submit(call, task) for task in batch]):
@@ -143,10 +144,17 @@ def _missing(backend: str, package: str, install: str) -> InputError:
                       "give backend='loky'")
 
 
-def _begin_worker(how_to_start: str | None) -> None:
+def _begin_worker(parent: int, how_to_start: str | None) -> None:
     """Ctrl-C is the study's, which ends its workers; a trial's own processes, as of a DataLoader, start as ever."""
     multiprocessing.set_start_method(how_to_start, force=True)      # loky's own way starts no others from here
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the study's is gone, killed: the next run does its trial anew, and only one may."""
+    while os.getppid() == parent: time.sleep(0.5)
+    os._exit(1)
 
 
 def _exits(error: Exception) -> str:

@@ -11,7 +11,7 @@ from experiments.study.cells import Names, Row, cells, figures, finite, level, n
 from experiments.study.points import cell
 
 RESAMPLES = 9999
-FEW = 10        # runs: of fewer the bootstrap's intervals are too short
+FEW = 20        # runs: of fewer the bootstrap's intervals are too short
 
 Axes = Mapping[str, Sequence[Any]]
 Interval = tuple[float, float, str]     # low, high, what it is
@@ -21,8 +21,8 @@ def interval(values: Sequence[float], kind: str | None = None) -> Interval:
     """A 95 % interval of the mean of `values`, and what it is.
 
     `kind` is "t" (Student's, which takes the mean for normal) or "bootstrap" (bias-corrected and accelerated, of 9999
-    resamples, the same every time); None takes "t" for fewer than 10 values, where a bootstrap's is too short. Of one
-    value it is NaN, and of equal values of no width.
+    resamples, the same every time); None takes "t" for fewer than 20 values, where a bootstrap's is too short. Of one
+    value it is NaN, and of equal values of no width: like any interval, it knows of no failure that hasn't been seen.
     """
     if kind not in (None, "t", "bootstrap"):
         raise InputError(f"interval={kind!r}; give 't', 'bootstrap', or None, which chooses by the number of runs")

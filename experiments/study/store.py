@@ -96,6 +96,10 @@ class Store:
         """The keys of the trials that have a file."""
         return {file.stem for file in self.trials.glob("*.json")}
 
+    def has(self, key: str) -> bool:
+        """Whether the trial has a file."""
+        return (self.trials / f"{key}.json").exists()
+
     def keep(self, key: str, record: Record) -> None:
         """Write the file of a finished trial, and take it off the running ones."""
         with self._writing():

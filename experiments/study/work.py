@@ -33,21 +33,19 @@ class Task:
 
 @dataclass(frozen=True)
 class Call:
-    """What a worker process gets: run the trial of a task. `parent` is the process without which it shall not go on."""
+    """What a worker process gets: run the trial of a task."""
 
     pickled: bytes
     store: Store
-    parent: int | None = None
 
     def __call__(self, task: Task) -> tuple[str, str]:
         """Run it and return its key and its status."""
-        if self.parent is not None and os.getppid() != self.parent: os._exit(1)     # nobody waits for it any more
         try: trial = pickle.loads(self.pickled)
         except Exception as e:
             raise InputError(f"a worker process can't load the trial ({type(e).__name__}: {e}); its module and what it "
                              "uses must be importable there, so install them or set PYTHONPATH") from e
         torch.set_num_threads(1)        # workers are as many as cores
-        if task.key in self.store.finished():       # a cluster asks again where the worker was lost with its answer
+        if self.store.has(task.key):        # a cluster asks again where the worker was lost with its answer
             return task.key, str(self.store.read(task.key, task.point)["status"])
         return task.key, run_trial(trial, self.store, task, apart=True)
 
