@@ -12,7 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_a
 
 from runner.backend import without_hooks
 from runner.batches import NoPair, described, leaves, map_tensors, size_of
-from runner.learner_state import learner_state, put_learner
+from runner.learner_load import put_learner
+from runner.learner_state import learner_state
 from runner.stateful import Stateful
 from runner.states import random_states
 

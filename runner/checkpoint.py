@@ -10,9 +10,10 @@ from typing import Any
 
 from runner.checkpoint_files import VERSION, check, checkpoints_in, number_of, path_for, prepare, save
 from runner.events import Callback
-from runner.fingerprint import fingerprint, has_state
-from runner.learner_state import learner_state
+from runner.fingerprint import fingerprint, has_state, loader
+from runner.learner_state import Begun, learner_state
 from runner.loading import MEND, draws_in_workers, feeding_state, position_of, why_not
+from runner.midfit import Marks, loaders_of
 from runner.sources import set_states, sources_of, states_of
 from runner.values import encoded
 
@@ -97,6 +98,9 @@ class Checkpoint(Callback):
         self._began: dict[str, Any] = {}        # the beginning of the running pass
         self._batch: int | None = None          # batches done in it; None between passes
         self._batches, self._written = 0, 0.0   # of the fit; when the last file was written
+        self._before: dict[str, Any] = {}       # random states before the epoch
+        self.begun: Begun | None = None
+        self.marks: Marks | None = None
 
     # --- the fit ----------------------------------------------------------------------------------------------
 
@@ -110,9 +114,11 @@ class Checkpoint(Callback):
         resumed = getattr(run, "resume", None)
         found = None if resumed is None else resumed.state
         others = self._take_folder(found)
-        self.sources = sources_of_run(run)
         self._anywhere = not self._draws_in_workers(dl, in_epoch) and not reason
         self.fingerprint = fingerprint(run) if resumed is None else resumed.fingerprint
+        if resumed is None: self.begun, self.marks = begun_of(run, anew=True), Marks(run)
+        else: self.begun, self.marks = resumed.begun, resumed.marks
+        self._before = states_of(sources_of_run(run)) if found is None else found["before"]
         self._idle, self._written = False, time.monotonic()
         if found is None: check(self._contents())       # or it would be told too late
         if found is None and others: self._write(0, None)
@@ -131,9 +137,10 @@ class Checkpoint(Callback):
 
     def _draws_in_workers(self, dl: Any, in_epoch: bool) -> bool:
         """Whether the data set draws random numbers in worker processes; an error where that can't be gone on from."""
-        before = states_of(self.sources)
-        try: drawn = draws_in_workers(dl, lambda: states_of(self.sources))
-        finally: set_states(before, self.sources)
+        sources = sources_of_run(self.run)
+        before = states_of(sources)
+        try: drawn = draws_in_workers(dl, lambda: states_of(sources))
+        finally: set_states(before, sources)
         if drawn and dl.persistent_workers:
             raise ValueError("Checkpoint: the data set draws random numbers in persistent workers, whose random states "
                              "nobody can read; give persistent_workers=False and write at the ends of epochs, or "
@@ -153,8 +160,8 @@ class Checkpoint(Callback):
         self._batch = run.first_batch
         if run.first_batch: self._began = run.resume.began
         else:
-            self._began = {"random": states_of(self.sources), "feeding": feeding_state(run.data.train_dl),
-                           "seeded": getattr(run.data.train_dl, "_iterator", None) is None}
+            self._began = {"random": states_of(sources_of_run(run)), "feeding": feeding_state(run._loader),
+                           "seeded": getattr(run._loader, "_iterator", None) is None}
         for batch in batches:
             yield batch         # the loop asks for the next one when this one is over, and only if all went well
             self._batch += 1
@@ -173,6 +180,7 @@ class Checkpoint(Callback):
     def after_epoch(self) -> None:
         if self._idle: return
         self._batch, done = None, self.run.epoch + 1
+        self._before = states_of(sources_of_run(self.run))
         due = done == self.run.epochs or (self.every_epochs and not done % self.every_epochs)
         if due or self._is_due(): self._write(done, None)
 
@@ -208,27 +216,40 @@ class Checkpoint(Callback):
 
     def _contents(self, epoch: int = 0, ended: str | None = None) -> dict[str, Any]:
         """What is written: tensors and plain values."""
-        run, dl = self.run, self.run.data.train_dl
-        in_epoch = self._batch is not None and ended is None
+        run, in_epoch = self.run, self._batch is not None and ended is None
+        dl, marks, sources = run._loader if in_epoch else run.data.train_dl, self.marks, sources_of_run(run)
+        assert marks is not None
         return dict(encoded({
             "version": VERSION, "run": self.run_id, "number": self._number + 1, "fit": run.fits,
             "fingerprint": self.fingerprint, "epoch": epoch, "batch": self._batch if in_epoch else None,
             "epochs": run.epochs, "ended": ended, "status": run.status, "n_iter": run.n_iter, "n_epochs": run.n_epochs,
-            "batches": self._batches, "learner": learner_state(run.model, run.loss_func, run.opt),
-            "callbacks": {cb.name: encoded(cb.state_dict(), f"{type(cb).__name__}.state_dict()")
-                          for cb in run.cbs if cb is not self and has_state(cb)},
-            "random": states_of(self.sources), "feeding": feeding_state(dl),
-            "seeded": {name: getattr(loader, "_iterator", None) is None
-                       for name, loader in (("train", dl), ("valid", run.data.valid_dl))},
-            "began": self._began if in_epoch else None,
-            "loader": position_of(dl, in_epoch)}, "checkpoint"))
+            "batches": self._batches, "random": states_of(sources), "before": self._before,
+            "feeding": feeding_state(dl), "feeding of validation": feeding_state(run.data.valid_dl),
+            "seeded": {name: getattr(one, "_iterator", None) is None
+                       for name, one in (("train", dl), ("valid", run.data.valid_dl))},
+            "began": self._began if in_epoch else None, "loader": position_of(dl, in_epoch),
+            "loaders": {name: loader(one) for name, one in loaders_of(run)}, "replaced": marks.replaced(run),
+            "old loader": in_epoch and dl is not run.data.train_dl,
+            "changed data": marks.changed_data(run), "forgotten": marks.forgotten(run)}, "checkpoint"),
+            callbacks={cb.name: encoded(cb.state_dict(), f"{type(cb).__name__}.state_dict()")
+                       for cb in run.cbs if cb is not self and has_state(cb)},
+            learner={**learner_state(run.model, run.loss_func, run.opt, self.begun)})
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy writes a run of its own."""
-        return {**super().__getstate__(), "sources": {}, "path": None, "_idle": True, "_began": {}}
+        return {**super().__getstate__(), "path": None, "_idle": True, "_began": {}, "begun": None, "marks": None}
+
+
+def begun_of(run: Any, anew: bool = False) -> Begun:
+    """What the learner was made of when its fit began, which may have been broken off before and go on now."""
+    found: Begun | None = vars(run.learn).get("_begun")
+    if anew or found is None or not found.is_of(run.model, run.loss_func, run.opt):
+        found = vars(run.learn)["_begun"] = Begun(run.model, run.loss_func, run.opt)
+    else: found.restore()
+    return found
 
 
 def sources_of_run(run: Any) -> dict[str, Any]:
     """The random sources that the parts of a fit hold."""
     return sources_of(model=run.model, loss_func=run.loss_func, train_dl=run.data.train_dl, valid_dl=run.data.valid_dl,
-                      **{cb.name: cb for cb in run.cbs if cb.name != "resume"})
+                      **{cb.name: cb for cb in run.cbs if cb.name not in ("checkpoint", "resume")})

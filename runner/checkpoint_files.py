@@ -70,7 +70,7 @@ def check(contents: dict[str, Any]) -> None:
 
 def _without_tensors(o: Any) -> Any:
     """`o` with empty tensors in the place of its own, which may be large."""
-    if isinstance(o, torch.Tensor): return torch.empty(0, dtype=o.dtype)
+    if isinstance(o, torch.Tensor): return o if o.is_quantized else torch.empty(0, dtype=o.dtype)
     if isinstance(o, dict): return type(o)((k, _without_tensors(v)) for k, v in o.items())
     return type(o)(map(_without_tensors, o)) if type(o) in (list, tuple) else o
 

@@ -187,7 +187,7 @@ class Runner(RunnerBase):
     def all_batches(self, begin: str, dl: Iterable[Any] | None, skip: bool = True) -> None:
         """One pass over `dl`, unless a callback returns True from the event `begin` (and `skip` lets it)."""
         try:
-            self.iters, some = length_of(dl), self.first_batch > 0
+            self._loader, self.iters, some = dl, length_of(dl), self.first_batch > 0
             if self(begin) and skip: return
             batches: Iterable[Any] = () if dl is None else dl
             for around in self._around_passes: batches = around(batches)

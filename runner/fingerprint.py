@@ -89,7 +89,7 @@ def differences(saved: Fingerprint, now: Fingerprint, in_epoch: bool) -> tuple[l
         a, b = saved.get(what), now.get(what)
         if a == b: continue
         needed = what in NEEDED or (in_epoch and what == "training loader" and not _same_order(a, b))
-        (never if needed else perhaps).append(_words(what, a, b))
+        (never if needed else perhaps).append(words(what, a, b))
     return never, perhaps
 
 
@@ -100,11 +100,11 @@ def _same_order(a: Any, b: Any) -> bool:
         k: v for k, v in b.items() if k not in free}
 
 
-def _words(what: str, a: Any, b: Any) -> str:
+def words(what: str, a: Any, b: Any) -> str:
     """How two values of `what` differ: the first entries that do, if they are dicts."""
     if not (isinstance(a, dict) and isinstance(b, dict)): return f"{what} {_value(a)}, now {_value(b)}"
     keys = [k for k in dict.fromkeys((*a, *b)) if a.get(k) != b.get(k)]
-    parts = [_words(f"{what}: {k}", a.get(k), b.get(k)) for k in keys[:3]]
+    parts = [words(f"{what}: {k}", a.get(k), b.get(k)) for k in keys[:3]]
     return "; ".join(parts) + (f"; and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 

@@ -1,125 +1,194 @@
-"""All that training changes in a learner, as plain values, and put into a learner that was built alike."""
+"""All that training changes in a learner, as plain values; `runner.learner_load` puts it into one that was built alike.
+"""
 
+import copy
+from collections import deque
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from runner.batches import leaves
-from runner.states import TORCHS, parts_of
-from runner.values import can_be_encoded, decoded, encoded
+from runner.holders import OPTIMIZER, drop, held, holders_of, put, slots_of
+from runner.memory import alike, encoded_together
+from runner.sources import described
+from runner.values import Kept, can_be_encoded, decoded, encoded
+
+BEGUN = "(begun)"           # before the name of a parameter that the model had when the fit began, and has no longer
+CONTAINERS = (list, dict, set, deque)
+NOT_PLAIN = (TypeError, RecursionError)     # what `encoded` raises
 
 
-class StateError(ValueError):
-    """A state is of another learner; the text says what differs."""
+class Begun:
+    """What a learner was made of when a fit began: by that is told what has taken the place of something since."""
+
+    def __init__(self, model: Any, loss_func: Any, opt: Any) -> None:
+        self.of = model, loss_func, opt
+        self.holders = holders_of(model, loss_func, opt)
+        self.held = {path: held(o) for path, o in self.holders.items()}
+        self.utilities = {path: utilities(m) for path, m in self.holders.items() if isinstance(m, nn.Module)}
+        self.slots = [(d, dict(d)) for o in self.holders.values() if isinstance(o, nn.Module)
+                      for d in (o._parameters, o._buffers)]
+        self.tensors = {name: d[k] for name, (_, d, k) in slots_of(self.holders, opt).items()}
+        self.objects = self.tensors |  {joined(path, k): v for path, had in self.held.items() for k, v in had.items()}
+        self.values: dict[str, Any] = {}            # of what is no module: copies
+        for path, had in self.held.items():
+            if isinstance(self.holders[path], nn.Module): continue
+            for k, v in had.items():
+                inside = copy.copy(v) if isinstance(v, CONTAINERS) else v
+                try: self.values[joined(path, k)] = decoded(encoded(v, k)), inside
+                except NOT_PLAIN: pass
+
+    def is_of(self, *parts: Any) -> bool:
+        """Whether it is of these three, the very objects."""
+        return all(a is b for a, b in zip(self.of, parts, strict=True))
+
+    def has(self, place: str, now: object) -> bool:
+        """Whether `now` was at `place` when the fit began."""
+        return place in self.objects and self.objects[place] is now
+
+    def changed(self, path: str, o: object, k: str, value: Any) -> bool:
+        """Whether `o`, which is no module, keeps something else as `k` than when the fit began."""
+        place = joined(path, k)
+        return self.holders.get(path) is not o or place not in self.values or not alike(value, self.values[place][0])
+
+    def gone(self, holders: dict[str, Any]) -> list[str]:
+        """In words, which modules there are no longer, and which of torch's utilities have come to others or left them.
+        """
+        found = [f"{path} ({type(m).__name__}, taken away)" for path, m in self.holders.items()
+                 if isinstance(m, nn.Module) and path not in holders]
+        for path, m in holders.items():
+            if isinstance(m, nn.Module) and (now := utilities(m)) != (had := self.utilities.get(path, now)):
+                found.append(f"{path} ({', '.join({*now} ^ {*had})})")
+        return found
+
+    def restore(self, all: bool = True) -> None:
+        """Put everything back that the learner was made of; unless `all`, functions and the like stay as they are now.
+        """
+        for d, was in self.slots:
+            d.clear()
+            d.update(was)
+        for path, had in self.held.items():
+            o = self.holders[path]
+            if isinstance(o, list): del o[len(had):]
+            now = held(o)
+            for k, v in now.items():
+                if k not in had and can_be_encoded(v): drop(o, k)
+            for k, v in had.items():
+                if changeable(v) and joined(path, k) in self.values:
+                    values, inside = self.values[joined(path, k)]
+                    refill(v, copy.copy(inside) if isinstance(v, CONTAINERS) else values)
+                if now.get(k, self) is not v and (all or can_be_encoded(v)): put(o, k, v)
 
 
-def learner_state(model: Any, loss_func: Any, opt: Any) -> dict[str, Any]:
-    """What training has changed or may have: tensors and plain values.
-
-    tensors         parameters and buffers, the unsaved ones too, of model, optimizer and a loss that is a module
-    grads           gradients that an accumulation, or a cancelled batch, has left
-    frozen          parameters that get no gradient
-    attributes      of modules: numbers, strings, tensors and containers of them, their training mode among them
-    extra           of modules: what `get_extra_state` gives
-    opt, groups     the optimizer's state dict, and the names of the parameters in each group
-    """
-    modules, slots = parts_of(model, loss_func, opt)
-    held = {name: d[k] for name, (_, d, k) in slots.items()}
-    params = {name: p for name, p in held.items() if isinstance(p, nn.Parameter) and not is_lazy(p)}
-    name_of = {id(p): name for name, p in reversed(params.items())}
-    state: dict[str, Any] = encoded({
-        "tensors": {name: t for name, t in held.items() if t is None or not is_lazy(t)},
-        "grads": {name: p.grad for name, p in params.items() if p.grad is not None},
-        "frozen": [name for name, p in params.items() if not p.requires_grad],
-        "attributes": {path: found for path, m in modules.items() if (found := _attributes(m))},
-        "extra": {path: m.get_extra_state() for path, m in modules.items()
-                  if type(m).get_extra_state is not nn.Module.get_extra_state},
-        "opt": opt.state_dict(),
-        "groups": [[name_of[id(p)] for p in group["params"] if id(p) in name_of] for group in opt.param_groups],
-    }, "the learner's state")
-    return state
+def utilities(m: nn.Module) -> list[str]:
+    """Which of torch's utilities that work by hooks `m` has, such as pruning."""
+    return sorted(type(hook).__name__ for hook in m._forward_pre_hooks.values()
+                  if type(hook).__module__.startswith("torch.nn.utils"))
 
 
-def _attributes(m: nn.Module) -> dict[str, Any]:
-    """The plain attributes of a module; not those that hold its parameters once more, as an RNN's lists do."""
-    return {k: v for k, v in vars(m).items() if (k == "training" or k not in TORCHS) and can_be_encoded(v)
-            and not any(isinstance(t, nn.Parameter) or _holds(m, t) for t in leaves(v))}
+def joined(path: str, k: str) -> str: return f"{path}.{k}" if path else k
 
 
-def _holds(m: nn.Module, t: Any) -> bool: return isinstance(t, Tensor) and any(t is b for b in m._buffers.values())
+def changeable(v: Any) -> bool:
+    """Whether `v` can be written to and stay the same object: a tensor, an array, a container."""
+    return isinstance(v, (Tensor, *CONTAINERS)) or (type(v).__module__, type(v).__name__) == ("numpy", "ndarray")
 
 
 @torch.no_grad()
-def put_learner(model: Any, loss_func: Any, opt: Any, state: dict[str, Any]) -> None:
-    """Put `learner_state`'s `state` into a learner that was built alike; tensors in place, each stays the same object.
+def refill(now: Any, was: Any) -> None:
+    """Let `now`, one of the `changeable` things, hold what `was` does."""
+    if not isinstance(now, CONTAINERS):
+        now[...] = was
+        return
+    now.clear()
+    (now.extend if isinstance(now, (list, deque)) else now.update)(was)
 
-    A parameter group that the optimizer lacks, since it was added in mid-fit, is added.
 
-    Raises:
-        StateError: a learner that can't hold it.
+def learner_state(model: Any, loss_func: Any, opt: Any, begun: Begun | None = None) -> Kept:
+    """What training has changed or may have: tensors and plain values.
+
+    tensors         parameters and buffers, the unsaved ones too, of model, optimizer and a loss that is a module
+    params, unsaved which of them are parameters; which are in no state dict
+    trained         those, and what else the optimizer has
+    grads           gradients that an accumulation, or a cancelled batch, has left
+    frozen          which of the trained get no gradient
+    attributes      of modules: numbers, strings, tensors and containers of them, their training mode among them; of
+                    other objects (see `runner.holders`) those that have changed since the fit began
+    extra           of modules: what `get_extra_state` gives
+    opt, groups     the optimizer's state dict, and the names of the parameters in each group
+    new, gone       what has another tensor or container than when the fit began; attributes, and `gone tensors`, that
+                    have been taken away since
+    classes         of modules and other objects that have come since, or are of another class
+    sources         of random numbers that have come since
+    lost            in words, what has changed and can't be held
+
+    Two names of one tensor or container stay that, and views of one memory too.
     """
-    modules, slots = parts_of(model, loss_func, opt)
-    device = next((p.device for group in opt.param_groups for p in group["params"]), torch.device("cpu"))
-    for name, was in state["tensors"].items():
-        if name not in slots: _register(modules, name, was, device)
-        else: _put(*slots[name], name, was, device)
-    _, slots = parts_of(model, loss_func, opt)
-    params = {name: d[k] for name, (_, d, k) in slots.items() if isinstance(d[k], nn.Parameter)}
-    frozen = set(state["frozen"])
-    for name, p in params.items():
-        if name in state["tensors"]: p.requires_grad_(name not in frozen)
-    for path, had in state["attributes"].items():
-        if path in modules: _put_attributes(modules[path], decoded(had), device)
-    for path, extra in state["extra"].items():
-        if path in modules: modules[path].set_extra_state(decoded(extra))
-    for names in state["groups"][len(opt.param_groups):]:
-        if gone := [name for name in names if name not in params]:
-            raise StateError(f"a parameter group that was added in mid-fit has {gone[0]!r}, which the model lacks; add "
-                             "the group before the fit, or as a part of the model")
-        opt.add_param_group({"params": [params[name] for name in names]})
-    opt.load_state_dict(decoded(state["opt"]))
-    for name, p in params.items():
-        grad = state["grads"].get(name)
-        p.grad = None if grad is None else grad.to(p.device, copy=True)
+    holders = holders_of(model, loss_func, opt)
+    slots = slots_of(holders, opt)
+    tensors = {_name(name, d[k], begun): d[k] for name, (_, d, k) in slots.items()}
+    name_of = {id(t): name for name, t in reversed(tensors.items())}
+    tensors = {name: t for name, t in tensors.items() if t is None or not is_lazy(t)}
+    optimized = {id(p) for group in opt.param_groups for p in group["params"]}
+    trained = {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter) or id(t) in optimized}
+    parts = {path: held(o) for path, o in holders.items()}
+    known = encoded_together([*tensors.values(), *parts.values()], trained.values())
+    places, attributes, of_holders = dict(tensors), dict[str, dict[str, Any]](), {id(o) for o in holders.values()}
+    sources = list[list[Any]]()
+    lost = begun.gone(holders) if begun else []
+    for path, o in holders.items():
+        found = {}
+        for k, v in parts[path].items():
+            if not isinstance(o, nn.Module) and (begun is None or not begun.changed(path, o, k, v)): continue
+            place = joined(path, k)
+            source = described(v)
+            if source is not None:          # its state is told elsewhere (`runner.sources`), if it was there
+                if begun and not begun.has(place, v): sources.append([path, k, encoded(source, place)])
+                continue
+            try: found[k], places[place] = encoded(v, place, known), v
+            except NOT_PLAIN:
+                if begun and place in begun.objects and not begun.has(place, v) and id(v) not in of_holders:
+                    lost.append(f"{place} ({getattr(v, '__name__', type(v).__name__)})")
+        if found: attributes[path] = found
+    here = slots.keys() | {joined(path, k) for path, part in parts.items() for k in part}
+    return Kept({
+        "tensors": {name: encoded(t, name, known) for name, t in tensors.items()},
+        "params": [name for name, t in tensors.items() if isinstance(t, nn.Parameter)], "trained": [*trained],
+        "unsaved": [joined(path, k) for path, m in holders.items() if isinstance(m, nn.Module)
+                    for k in m._non_persistent_buffers_set],
+        "grads": {name: encoded(p.grad, name) for name, p in trained.items() if p.grad is not None},
+        "frozen": [name for name, p in trained.items() if not p.requires_grad],
+        "attributes": attributes,
+        "extra": {path: encoded(m.get_extra_state(), f"{path}'s extra state") for path, m in holders.items()
+                  if isinstance(m, nn.Module) and type(m).get_extra_state is not nn.Module.get_extra_state},
+        "opt": encoded(_state_dict(opt), "the optimizer's state"),
+        "groups": [[name_of[id(p)] for p in group["params"]] for group in opt.param_groups],
+        "new": [place for place, v in places.items()
+                if begun and changeable(v) and not begun.has(place.removeprefix(BEGUN), v)],
+        "gone": [[path, k] for path, had in (begun.held.items() if begun else ()) for k, v in had.items()
+                 if path in holders and joined(path, k) not in here and can_be_encoded(v)],
+        "gone tensors": [name for name in (begun.tensors if begun else ()) if name not in here],
+        "classes": {path: type(o).__name__ for path, o in holders.items() if begun and (
+            type(begun.holders.get(path)) is not type(o) if isinstance(o, nn.Module) else path in attributes)},
+        "sources": sources, "lost": lost})
 
 
-def _put(m: nn.Module | None, d: Any, k: Any, name: str, was: Tensor | None, device: torch.device) -> None:
-    now = d[k]
-    if isinstance(now, nn.Parameter):
-        if was is None: raise StateError(f"{name} is None in the checkpoint, and a parameter in the learner")
-        if is_lazy(now): now.materialize(tuple(was.shape), dtype=was.dtype)
-        if (now.shape, now.dtype) != (was.shape, was.dtype):
-            raise StateError(f"{name} has the shape {tuple(now.shape)} and {now.dtype} in the learner, and "
-                             f"{tuple(was.shape)} and {was.dtype} in the checkpoint")
-        now.copy_(was)
-    elif was is None or now is None: d[k] = None if was is None else was.to(device, copy=True)
-    elif is_lazy(now):
-        now.materialize(tuple(was.shape), dtype=was.dtype)
-        now.copy_(was)
-    elif (now.shape, now.dtype) == (was.shape, was.dtype): now.copy_(was)
-    else: d[k] = was.to(now.device, copy=True)      # a buffer that grows
+def _name(name: str, t: Any, begun: Begun | None) -> str:
+    """`name`, or of a parameter that only the optimizer has, the one that it had in the model."""
+    if not begun or not name.startswith(OPTIMIZER): return name
+    return next((f"{BEGUN}{place}" for place, was in begun.tensors.items()
+                 if was is t and not place.startswith(OPTIMIZER)), name)
 
 
-def _register(modules: dict[str, nn.Module], name: str, was: Tensor | None, device: torch.device) -> None:
-    """A buffer that a module has registered while it was trained."""
-    path, _, k = name.rpartition(".")
-    if path not in modules or isinstance(was, nn.Parameter):
-        raise StateError(f"the checkpoint has {name!r}, which the learner lacks; build model, loss and optimizer as "
-                         "they were")
-    modules[path].register_buffer(k, None if was is None else was.to(device, copy=True))
+def _state_dict(opt: Any) -> dict[str, Any]:
+    """The optimizer's state dict, without the state of parameters that are in none of its groups any more.
 
-
-def _put_attributes(m: nn.Module, had: dict[str, Any], device: torch.device) -> None:
-    held = vars(m)
-    for k, was in had.items():
-        now: Any = held.get(k)
-        if isinstance(was, Tensor):
-            if isinstance(now, Tensor) and now.is_leaf and (now.shape, now.dtype) == (was.shape, was.dtype):
-                now.copy_(was)
-            else: held[k] = was.to(now.device if isinstance(now, Tensor) else device)
-        elif type(now) is type(was) and isinstance(was, (list, dict, set)):
-            now.clear()
-            (now.extend if isinstance(now, list) else now.update)(was)
-        else: held[k] = was
+    torch's can't be made with it.
+    """
+    params = {id(p) for group in opt.param_groups for p in group["params"]}
+    alone = [p for p in opt.state if isinstance(p, Tensor) and id(p) not in params] if hasattr(opt, "state") else []
+    had = {p: opt.state.pop(p) for p in alone}
+    try: state: dict[str, Any] = opt.state_dict()
+    finally: opt.state.update(had) if had else None
+    return state

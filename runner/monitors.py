@@ -232,6 +232,9 @@ class KeepBest(Monitor):
         super().load_state_dict(state)
         if self.kept is None: return
         model, own = self.run.model, tensors_of(self.run.model)
+        if len(own) != len(self.kept):          # the model has got another buffer since; nor can `apply` do anything
+            self.kept = [t.to(own[0].device) for t in self.kept]
+            return
         self.kept = [t.to(now.device) for t, now in zip(self.kept, own, strict=True)]
         best = {id(now): t for t, now in zip(self.kept, own, strict=True)}
         self._write({name: best.get(id(t), t) for name, t in model.state_dict(keep_vars=True).items()})

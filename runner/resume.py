@@ -3,19 +3,21 @@
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoint import sources_of_run
+from runner.checkpoint import begun_of, sources_of_run
 from runner.checkpoint_files import CheckpointError, load, newest
 from runner.console import say
 from runner.events import Callback
-from runner.fingerprint import differences, fingerprint, has_state
-from runner.learner_state import StateError, put_learner
+from runner.fingerprint import differences, fingerprint, has_state, loader, words
+from runner.learner_load import StateError, put_learner
 from runner.loading import LoaderError, has_position, put_feeding, rest_of
+from runner.midfit import Marks, loaders_of
 from runner.sources import set_states
 from runner.values import decoded
+
+AGAIN = "let the callback that does so do it again in its load_state_dict"
 
 
 class Resume(Callback):
@@ -43,26 +45,31 @@ class Resume(Callback):
         if self.source.is_dir():
             if found := newest(self.source): self.path, self.state = found
         elif self.source.exists() or self.source.suffix == ".pt": self.path, self.state = self.source, load(self.source)
+        # These three are decoded anew each time that they are put somewhere.
+        if self.state: self.state = {k: v if k in ("learner", "callbacks", "loader") else decoded(v)
+                                     for k, v in self.state.items()}
 
     def begin_fit(self) -> None:
         run, state = self.run, self.state
         self.fingerprint = fingerprint(run)
         if any(getattr(cb, "undoes_fit", False) for cb in run.cbs):
             raise CheckpointError("a fit that is undone at its end, as by LR_Find, can't be resumed; leave resume out")
+        self.begun, self.marks = begun_of(run, anew=state is None), Marks(run)
         if state is None: return
         self._check(state)
         self.fingerprint = state["fingerprint"] | ({k: self.fingerprint[k] for k in ("versions", "settings")}
                                                    if not self.strict else {})
         run.first_epoch, run.first_batch = state["epoch"], state["batch"] or 0
-        self.began, self._waiting = decoded(state["began"] or {}), state["batch"] is not None
-        self._random, self._feeding = decoded(state["random"]), decoded(state["feeding"])
-        self.sources = sources_of_run(run)
+        self.began, self._waiting = state["began"] or {}, state["batch"] is not None
         for name, dl in (("train", run.data.train_dl), ("valid", run.data.valid_dl)):
             # Persistent workers draw a seed when they are made. Here they have been, in the run that goes on.
             if getattr(dl, "persistent_workers", False) and not state["seeded"][name] and dl._iterator is None: iter(dl)
         self._put(state)
-        self._placed = state["loader"] is not None and has_position(run.data.train_dl)
-        if self._placed: run.data.train_dl.load_state_dict(decoded(state["loader"]))
+        if state["forgotten"]:
+            say(f"not in {self.path}, and so as begin_fit left it: {', '.join(state['forgotten'])}; a callback that "
+                "keeps something needs state_dict and load_state_dict")
+        if self._waiting: set_states(state["before"], sources_of_run(run))      # as they were before begin_epoch
+        else: self._place(run.data.train_dl, state)
         where = f"epoch {state['epoch'] + 1} of {run.epochs}" + f", batch {run.first_batch}" * self._waiting
         if self._is_over(state): where = "the fit was complete"
         say(f"resumed from {self.path}: {where}")
@@ -72,7 +79,7 @@ class Resume(Callback):
 
     def _check(self, state: dict[str, Any]) -> None:
         run = self.run
-        if state["fit"] > run.fits:
+        if state["fit"] != run.fits:
             raise CheckpointError(f"{self.path} is of fit {state['fit'] + 1} of its runner, and this is fit "
                                   f"{run.fits + 1}; give each fit a folder of its own")
         if state["epoch"] > run.epochs or (state["epoch"] == run.epochs and state["batch"] is not None):
@@ -92,24 +99,80 @@ class Resume(Callback):
 
     def _put(self, state: dict[str, Any]) -> None:
         run = self.run
-        try: put_learner(run.model, run.loss_func, run.opt, state["learner"])
-        except StateError as e: raise CheckpointError(f"{self.path}: {e}") from e
+        if not self._other_parts(state): self._put_learner(state)
         run.n_iter, run.n_epochs, run.status = state["n_iter"], state["n_epochs"], state["status"]
         if self._is_over(state): run.first_epoch, run.epoch = run.epochs, max(0, state["epoch"] - (not state["ended"]))
         for cb in run.cbs:
             if cb.name in state["callbacks"] and has_state(cb): cb.load_state_dict(decoded(state["callbacks"][cb.name]))
         if (checkpoint := getattr(run, "checkpoint", None)) is not None: checkpoint._batches = state["batches"]
-        put_feeding(run.data.train_dl, self._feeding)
-        set_states(self._random, self.sources)
+        if self._other_parts(state): self._put_learner(state)       # by now a callback has put them there
+        put_feeding(run.data.train_dl, state["feeding"])
+        put_feeding(run.data.valid_dl, state["feeding of validation"])
+        set_states(state["random"], sources_of_run(run))
+
+    def _other_parts(self, state: dict[str, Any]) -> bool:
+        """Whether the checkpoint is of another model, loss or optimizer than the fit began with."""
+        return not {"model", "optimizer", "loss function"}.isdisjoint(state["replaced"])
+
+    def _put_learner(self, state: dict[str, Any]) -> None:
+        run = self.run
+        if missing := [name for name in state["replaced"] if name not in self.marks.replaced(run)]:
+            raise CheckpointError(f"{self.path}: the {missing[0]} had been replaced in mid-fit, and now it isn't; "
+                                  f"{AGAIN}")
+        if self.begun.is_of(run.model, run.loss_func, run.opt): self.begun.restore(all=False)
+        try: troubles = put_learner(run.model, run.loss_func, run.opt, state["learner"])
+        except StateError as e: raise CheckpointError(f"{self.path}: {e}") from e
+        if troubles:
+            self._tell(f"{self.path} can't hold all that was changed in mid-fit: {'; '.join(troubles)}; do that before "
+                       "the fit, or keep it as numbers and tensors (get_extra_state)")
+
+    def _tell(self, text: str) -> None:
+        """An error, or where the user wants to go on all the same a warning."""
+        if self.strict: raise CheckpointError(f"{text}, or go on all the same, and not to the bit, by fit(..., "
+                                              "strict=False)")
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+    def _place(self, dl: Any, state: dict[str, Any]) -> None:
+        """Let the training loader be where it was."""
+        self._check_loaders(state)
+        put_feeding(dl, state["feeding"])
+        self._placed = state["loader"] is not None and has_position(dl)
+        try:
+            if self._placed: dl.load_state_dict(decoded(state["loader"]))
+        except LoaderError as e: raise CheckpointError(f"{self.path}: {e}") from e
+
+    def _check_loaders(self, state: dict[str, Any]) -> None:
+        """See that the loaders are what they were then, if they weren't what the fit began with."""
+        replaced = self.marks.replaced(self.run)
+        for name, dl in loaders_of(self.run):
+            then, now = name in state["replaced"], name in replaced
+            if then != now:
+                self._tell(f"{self.path}: the {name} {'had' if then else 'has'} been replaced in mid-fit, and "
+                           f"{'now it is' if then else 'it had'}n't; {AGAIN}")
+            was, there = state["loaders"][name], loader(dl)
+            if was not in (there, state["fingerprint"][name]):
+                self._tell(f"{self.path}: the {name} had changed in mid-fit: {words(name, was, there)}; {AGAIN}")
 
     def begin_epoch(self) -> None:
-        if self._waiting and self.state is not None: self._put(self.state)
+        state, run = self.state, self.run
+        if state is None: return
+        if self._waiting:
+            self._put(state)
+            if state["old loader"] != (run._loader is not run.data.train_dl):
+                raise CheckpointError(f"{self.path}: the training loader was replaced while a pass over it went on; go "
+                                      "on from the end of an epoch: every_batches=None, every_seconds=None")
+            self._place(run._loader, state)
+        changed = self.marks.changed_data(run)
+        if missing := [what for what in state["changed data"] if what not in changed]:
+            warnings.warn(f"{self.path}: data was changed in mid-fit, and no checkpoint holds it: "
+                          f"{', '.join(missing)}; {AGAIN}", RuntimeWarning, stacklevel=2)
+        state["changed data"] = []
 
     def around_pass(self, batches: Iterable[Any]) -> Iterable[Any]:
         """What is left of the epoch."""
         if not self._waiting: return batches
         self._waiting = False
-        return self._rest(self.run.data.train_dl)
+        return self._rest(self.run._loader)
 
     def _rest(self, dl: Any) -> Iterator[Any]:
         state = self.state
@@ -117,15 +180,13 @@ class Resume(Callback):
 
         def rewound() -> None:
             put_feeding(dl, self.began["feeding"])
-            set_states(self.began["random"], self.sources)
+            set_states(self.began["random"], sources_of_run(self.run))
         try:
             if self._placed: batches = iter(dl)
             else: batches = rest_of(dl, self.run.first_batch, rewound, self.began["seeded"])
         except LoaderError as e: raise CheckpointError(f"{self.path}: {e}") from e
-        put_feeding(dl, self._feeding)
-        set_states(self._random, self.sources)
+        put_feeding(dl, state["feeding"])
+        set_states(state["random"], sources_of_run(self.run))
         yield from batches
 
-    def after_fit(self) -> None:
-        with suppress(AttributeError): del self.sources
-        self.state = None
+    def after_fit(self) -> None: self.state = None

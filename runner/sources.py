@@ -5,6 +5,7 @@ import sys
 import types
 from collections.abc import Iterator, Mapping
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from torch.utils.data import Dataset
 from runner.states import random_state, set_random_state
 from runner.values import decoded, encoded
 
-DEPTH = 8           # attributes of attributes; no pipeline of transforms goes deeper
+DEPTH = 100         # attributes of attributes: two for each level of modules in modules
 MANY = 1000         # a list that is longer holds data
-MOST = 20_000       # objects that are looked at
+MOST = 100_000      # objects that are looked at
 LEAVES = (type(None), bool, int, float, complex, str, bytes, type, range, slice, types.ModuleType, Tensor,
           types.BuiltinFunctionType, torch.dtype, torch.device)
 
@@ -25,19 +26,21 @@ def sources_of(**roots: object) -> dict[str, Any]:
     """The random sources that the objects hold, or what these hold, and so on: `{"train_dl.sampler.generator": g}`.
 
     Sources are `torch.Generator`, `random.Random` and numpy's `Generator`, `BitGenerator` and `RandomState`. Each is
-    there once, under the shortest path. Long lists, arrays and tensors are passed over, and so are worker processes.
+    there once, under the shortest path from the first of the roots that it can be reached from. Long lists, arrays and
+    tensors are passed over, and so are worker processes.
     """
     found: dict[str, Any] = {}
     seen: dict[int, object] = {}
-    level: list[tuple[str, object]] = list(roots.items())
-    for _ in range(DEPTH):
-        below: list[tuple[str, object]] = []
-        for path, o in level:
-            if isinstance(o, LEAVES) or id(o) in seen or len(seen) > MOST: continue
-            seen[id(o)] = o
-            if _kind(o): found[path] = o
-            else: below += ((f"{path}{step}", part) for step, part in _parts(o))
-        level = below
+    for root in roots.items():      # one after the other: a path must not depend on who else has got hold of a thing
+        level = [root]
+        for _ in range(DEPTH):
+            below: list[tuple[str, object]] = []
+            for path, o in level:
+                if isinstance(o, LEAVES) or id(o) in seen or len(seen) > MOST: continue
+                seen[id(o)] = o
+                if _kind(o): found[path] = o
+                else: below += ((f"{path}{step}", part) for step, part in _parts(o))
+            level = below
     return found
 
 
@@ -69,6 +72,26 @@ def _parts(o: Any) -> Iterator[tuple[str, object]]:
         for cls in type(o).__mro__:
             for k in getattr(cls, "__slots__", ()) if not isinstance(o, Dataset) else ():
                 if isinstance(k, str) and hasattr(o, k): yield f".{k}", getattr(o, k)
+
+
+def described(o: Any) -> dict[str, Any] | None:
+    """A source as plain values, for `made`; None of what is none."""
+    if (kind := _kind(o)) is None: return None
+    return {"kind": kind, "device": str(o.device) if kind == "torch" else None, "state": _state(o),
+            "class": type(getattr(o, "bit_generator", o)).__name__, "generator": hasattr(o, "bit_generator")}
+
+
+def made(description: Mapping[str, Any]) -> Any:
+    """A source like the one that `described` was given."""
+    kind, name = description["kind"], description["class"]
+    if kind == "torch": o: Any = torch.Generator(description["device"])
+    elif kind == "python": o = random.Random()
+    else:
+        numpys: Any = import_module("numpy.random")
+        o = numpys.RandomState() if kind == "numpy.RandomState" else getattr(numpys, name)()
+        if kind == "numpy.Generator" and description["generator"]: o = numpys.Generator(o)
+    _set(o, description["state"])
+    return o
 
 
 def states_of(sources: Mapping[str, Any]) -> dict[str, Any]:

@@ -152,5 +152,5 @@ def test_a_loop_of_references_and_many_objects_end():
     a.other, b.other = b, a
     assert len(sources_of(a=a)) == 2
     deep = [random.Random()]
-    for _ in range(50): deep = [deep]
+    for _ in range(200): deep = [deep]
     assert sources_of(deep=deep) == {}
