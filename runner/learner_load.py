@@ -103,7 +103,7 @@ class _Load:
     def written(self, name: str, now: Tensor, was: Tensor) -> bool:
         """Write `was` into `now`; False if it doesn't fit in there."""
         trained = name in self.trained
-        if is_lazy(now): now.materialize(tuple(was.shape), dtype=was.dtype)     # type: ignore[attr-defined]
+        if is_lazy(now): now.materialize(tuple(was.shape), dtype=was.dtype)
         if trained and (now.shape, now.dtype) != (was.shape, was.dtype): raise mismatch(name, now, was)
         if not trained and now.is_leaf and now.requires_grad != was.requires_grad: return False
         if fits(now, was) and not overlaps(now): now.copy_(was)
@@ -130,8 +130,8 @@ class _Load:
         if memory is not None and memory._cdata in self.bases:
             base, there = self.bases[memory._cdata]
             size, into = was.element_size(), there.untyped_storage()
-            at = there.storage_offset() * there.element_size() + was.storage_offset() * size - (
-                base.storage_offset() * base.element_size())
+            at = int(there.storage_offset()) * there.element_size() + int(was.storage_offset()) * size - (
+                int(base.storage_offset()) * base.element_size())
             if at >= 0 and not at % size and at + extent(was) <= into.nbytes():
                 return placed(into, was.dtype, at // size, was.shape, was.stride())
         device = near.device if isinstance(near, Tensor) else self.device if elsewhere else was.device

@@ -27,8 +27,9 @@ class Begun:
         self.holders = holders_of(model, loss_func, opt)
         self.held = {path: held(o) for path, o in self.holders.items()}
         self.utilities = {path: utilities(m) for path, m in self.holders.items() if isinstance(m, nn.Module)}
-        self.slots = [(d, dict(d)) for o in self.holders.values() if isinstance(o, nn.Module)
-                      for d in (o._parameters, o._buffers)]
+        modules = [o for o in self.holders.values() if isinstance(o, nn.Module)]
+        slots: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._buffers)]
+        self.slots = [(d, dict(d)) for d in slots]
         self.tensors = {name: d[k] for name, (_, d, k) in slots_of(self.holders, opt).items()}
         self.objects = self.tensors |  {joined(path, k): v for path, had in self.held.items() for k, v in had.items()}
         self.values: dict[str, Any] = {}            # of what is no module: copies

@@ -58,7 +58,7 @@ def _collect(o: Any, found: dict[int, Tensor], seen: set[int]) -> None:
 
 def _ends(t: Tensor) -> tuple[int, int]:
     """The first byte of `t` in its memory, and the one after its last."""
-    first = t.storage_offset() * t.element_size()
+    first = int(t.storage_offset()) * t.element_size()
     return first, first + extent(t)
 
 

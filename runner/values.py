@@ -141,7 +141,7 @@ def placed(memory: torch.UntypedStorage, dtype: torch.dtype, offset: int, size: 
            ) -> Tensor:
     """The tensor that lies so in `memory`; `offset` in entries."""
     t = torch.empty(0, dtype=dtype, device=memory.device)
-    return t.set_(memory, offset, tuple(size), tuple(stride))                       # type: ignore[arg-type]
+    return t.set_(memory, offset, tuple(size), tuple(stride))
 
 
 MADE: dict[str, Callable[[dict[str, Any], Known | None], Any]] = {

@@ -576,8 +576,8 @@ def seen(o, depth=6):
         return type(o).__name__.removeprefix("Lazy"), {k: seen(v, depth) for k, v in held.items()
                                                        if "hook" not in k and "dynamo" not in k}
     if isinstance(o, torch.optim.Optimizer):
-        return [({k: seen(v) for k, v in group.items() if k != "params"}, [seen(o.state.get(p)) for p in group["params"]])
-                for group in o.param_groups]
+        return [({k: seen(v) for k, v in group.items() if k != "params"},
+                 [seen(o.state.get(p)) for p in group["params"]]) for group in o.param_groups]
     if callable(o) and not hasattr(o, "state_dict"): return getattr(o, "__name__", type(o).__name__)
     if depth == 0: return type(o).__name__
     if isinstance(o, dict): return {str(k): seen(v, depth - 1) for k, v in o.items() if k not in TIMES}
