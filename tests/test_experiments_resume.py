@@ -65,7 +65,7 @@ def interrupter(monkeypatch):
 
 # experiment: (options, the most batches that a part of the run has)
 EVERY = {
-    "small-batch": ([*SMALL[1:], "--norms", "none", "GroupNorm", "RunningBatchNorm"], 40),
+    "small-batch": ([*SMALL[1:], "--norms", "none", "RunningBatchNorm"], 40),
     "lenet": (["--data", "digits", "--limit", "300", "--epochs", "2"], 8),
     "vmap": (["--data", "digits", "--limit", "500", "--steps", "13"], 20),
     "lesson": (["--data", "digits", "--limit", "600", "--arms", "none,BatchNorm-hooked,LayerNorm"], 8),
@@ -132,11 +132,11 @@ def test_killed_at_random_moments_and_resumed_it_ends_as_if_nothing_had_been(tmp
     def run(kills, folder):
         return subprocess.run([sys.executable, "-c", DRIVER, str(kills), "0", *argv, "--out", str(folder)], cwd=ROOT,
                               env=env, capture_output=True, text=True, timeout=300)
-    whole, parts = run(0, tmp_path / "whole"), run(10, tmp_path / "parts")
+    whole, parts = run(0, tmp_path / "whole"), run(6, tmp_path / "parts")
     assert whole.stderr == parts.stderr == ""
     assert whole.returncode == parts.returncode == 1                # two epochs on 80 images show nothing
     begun = json.loads((tmp_path / "parts" / "config.json").read_text())
-    assert len(begun["resumed"]) > 3
+    assert len(begun["resumed"]) > 1
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
 
 

@@ -67,7 +67,7 @@ from runner import (
     sched_lin,
 )
 
-PROGRAMS = 24       # how many the test draws; more by hand: FIRST is the number of the first
+PROGRAMS = 16       # how many the test draws; more by hand: FIRST is the number of the first
 FIRST = 0
 SIDE, CLASSES = 4, 3
 

@@ -257,7 +257,7 @@ def events(folder):
                      for tag in tags["histograms"]}
 
 
-def check(name, tmp_path, monkeypatch, times=3):
+def check(name, tmp_path, monkeypatch, times=1):
     """Fit once undisturbed, and so many `times` broken off at random moments until it is done; compare."""
     def at(folder):
         (tmp_path / folder).mkdir(exist_ok=True)
