@@ -91,7 +91,7 @@ class RunnerBase(Progress):
     def __getstate__(self) -> dict[str, Any]:
         """A copy is idle: it has the lasting callbacks, and neither the learner nor what a fit has at hand."""
         lasting, fitting = (self._lasting, True) if self._fitting else (self.cbs, False)
-        gone = {"xb", "yb", "pred", "loss", *STEPS, *(cb.name for cb in self.cbs[len(lasting):])}
+        gone = {"xb", "yb", "pred", "loss", "_loader", *STEPS, *(cb.name for cb in self.cbs[len(lasting):])}
         kept = {k: v for k, v in vars(self).items()
                 if k not in gone and not (isinstance(v, torch.Tensor) and not v.is_leaf)}
         idle: dict[str, Any] = {"learn": None, "cbs": list(lasting), "_lasting": [], "_fitting": False,
