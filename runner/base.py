@@ -38,6 +38,7 @@ class RunnerBase(Progress):
 
     _lasting: list[Any]             # the callbacks that stay after a fit, while one is going on
     _fitting: bool
+    _loader: Any                    # of the pass that goes on
     _answers: dict[str, list[Callable[[], Any]]]                        # of each event
     _replaced: set[str]                                                 # steps that a callback does alone
     _around_passes: list[Callable[[Iterable[Any]], Iterable[Any]]]
@@ -95,7 +96,7 @@ class RunnerBase(Progress):
         kept = {k: v for k, v in vars(self).items()
                 if k not in gone and not (isinstance(v, torch.Tensor) and not v.is_leaf)}
         idle: dict[str, Any] = {"learn": None, "cbs": list(lasting), "_lasting": [], "_fitting": False,
-                                "in_train": False, "_replaced": set(), "_around_passes": [],
+                                "in_train": False, "_replaced": set(), "_around_passes": [], "_loader": None,
                                 "_answers": {event: [] for event in EVENTS}}
         return {**kept, **idle, **({"logger": None} if fitting else {})}
 
@@ -162,7 +163,7 @@ class RunnerBase(Progress):
             raise
         finally:
             for cb in self.cbs[len(lasting):]: delattr(self, cb.name)
-            self.cbs, self._fitting, self.in_train = lasting, False, False
+            self.cbs, self._fitting, self.in_train, self._loader = lasting, False, False, None
             self._answers, self._replaced, self._around_passes = {event: [] for event in EVENTS}, set(), []
             for step in STEPS: self.__dict__.pop(step, None)
 

@@ -99,7 +99,7 @@ class Runner(RunnerBase):
                  cb_funcs: "Callable[[], Any] | Iterable[Callable[[], Any]] | None" = None, *, compile: bool = False,
                  ) -> None:
         if not isinstance(compile, bool): raise TypeError(f"compile is {compile!r}; it must be True or False")
-        self.in_train, self.learn, self._fitting, self.status = False, None, False, "ok"
+        self.in_train, self.learn, self._fitting, self._loader, self.status = False, None, False, None, "ok"
         self.reset_history = self.evaluating = False
         self.fits = self.first_epoch = self.first_batch = 0
         # Where a row of statistics goes after each epoch; ProgressCallback sets it.

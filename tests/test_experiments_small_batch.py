@@ -326,7 +326,7 @@ def test_bad_input_is_one_line_and_exit_status_2(argv, text, capsys):
 def test_interrupted_run_keeps_the_finished_rows(tmp_path):
     folder = tmp_path / "run"
     process = subprocess.Popen([sys.executable, "-m", "experiments", "small-batch", "--data", "digits", "--out",
-                                str(folder), "--norms", "none", "BatchNorm2d", "RunningBatchNorm", "--epochs", "3"],
+                                str(folder), "--norms", "none", "BatchNorm2d", "RunningBatchNorm", "--epochs", "8"],
                                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONUNBUFFERED": "1"})
     until = time.monotonic() + 100
