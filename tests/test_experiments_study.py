@@ -209,6 +209,8 @@ if __name__ == "__main__": Study("slow", trial, grid(seed=range(4)), out=sys.arg
 """
 
 
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="beside other tests it has once taken over 20 s; not "
+                    "explained yet, so it is run alone")
 def test_ctrl_c_ends_at_once_keeps_what_is_finished_and_says_how_to_go_on(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     out = tmp_path / "s"
@@ -224,7 +226,7 @@ def test_ctrl_c_ends_at_once_keeps_what_is_finished_and_says_how_to_go_on(tmp_pa
         workers = [json.loads(file.read_text())["pid"] for file in running]
         os.killpg(process.pid, signal.SIGINT)       # as a terminal does, to the workers too
         start = time.monotonic()
-        said, errors = process.communicate(timeout=90)
+        said, errors = process.communicate(timeout=20)
         took = time.monotonic() - start
     finally: process.kill()
     assert process.returncode != 0
