@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from runner.attributes import like
 from runner.holders import OPTIMIZER, drop, held, holders_of, put, slots_of
-from runner.learner_state import BEGUN, CONTAINERS, changeable, joined, refill
+from runner.learner_state import BEGUN, CONTAINERS, changeable, joined, refill, set_groups
 from runner.memory import extent, fits, memory_of, overlaps
 from runner.sources import made
 from runner.values import Known, decoded, placed
@@ -168,7 +168,9 @@ class _Load:
         params = {name: self.done[id(was)][1] for name, was in self.tensors.items()
                   if name in self.trained and was is not None}
         lazy = {name: t for name, t in self.fresh.items() if t is not None and is_lazy(t)}
-        self.groups([[{**lazy, **params}[name] for name in names] for names in self.state["groups"]])
+        if not set_groups(self.opt, [[{**lazy, **params}[name] for name in names] for names in self.state["groups"]]):
+            raise StateError("parameters were added to the optimizer, or taken from it, in mid-fit, which can't be "
+                             f"done again in a {type(self.opt).__name__}; build it with them")
         state = decoded(self.state["opt"])
         self.opt.load_state_dict(decoded(self.state["opt"]))
         if isinstance(state, dict) and isinstance(state.get("state"), dict) and "param_groups" in state:
@@ -180,24 +182,6 @@ class _Load:
             p.requires_grad_(name not in frozen)
             grad = self.state["grads"].get(name)
             p.grad = None if grad is None else grad.to(p.device, copy=True)
-
-    def groups(self, wanted: list[list[Tensor]]) -> None:
-        """Let the optimizer's groups be of these parameters."""
-        groups = self.opt.param_groups
-        now = [[id(p) for p in group["params"]] for group in groups]
-        if now == [[id(p) for p in params] for params in wanted]: return
-        if groups is not self.opt.param_groups:         # made anew by each look, as those of Optimizers
-            raise StateError("parameters were added to the optimizer, or taken from it, in mid-fit, which can't be "
-                             f"done again in a {type(self.opt).__name__}; build it with them")
-        left = {tuple(ids): group for ids, group in zip(now, groups, strict=True)}
-        found = [left.pop(tuple(map(id, params)), None) for params in wanted]
-        others = [group for group in groups if any(group is g for g in left.values())]
-        chosen = [group if group is not None else others.pop(0) if others else None for group in found]
-        groups[:] = [group for group in chosen if group is not None]
-        for group, params in zip(chosen, wanted, strict=True):
-            if group is not None and [*map(id, group["params"])] != [*map(id, params)]: group["params"][:] = params
-        for group, params in zip(chosen, wanted, strict=True):
-            if group is None: self.opt.add_param_group({"params": params})
 
 
 def exactly(now: Any, was: Any) -> None:

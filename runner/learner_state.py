@@ -30,6 +30,8 @@ class Begun:
         modules = [o for o in self.holders.values() if isinstance(o, nn.Module)]
         slots: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._buffers)]
         self.slots = [(d, dict(d)) for d in slots]
+        self.modules = [(o._modules, dict(o._modules)) for o in self.holders.values() if isinstance(o, nn.Module)]
+        self.groups = [[*group["params"]] for group in opt.param_groups]
         self.tensors = {name: d[k] for name, (_, d, k) in slots_of(self.holders, opt).items()}
         self.objects = self.tensors |  {joined(path, k): v for path, had in self.held.items() for k, v in had.items()}
         self.values: dict[str, Any] = {}            # of what is no module: copies
@@ -64,9 +66,10 @@ class Begun:
         return found
 
     def restore(self, all: bool = True) -> None:
-        """Put everything back that the learner was made of; unless `all`, functions and the like stay as they are now.
+        """Put everything back that the learner was made of; unless `all`, modules and functions stay as they are now.
         """
-        for d, was in self.slots:
+        if all: set_groups(self.of[2], self.groups)
+        for d, was in [*self.slots, *(self.modules if all else ())]:
             d.clear()
             d.update(was)
         for path, had in self.held.items():
@@ -104,6 +107,25 @@ def refill(now: Any, was: Any) -> None:
         return
     now.clear()
     (now.extend if isinstance(now, (list, deque)) else now.update)(was)
+
+
+def set_groups(opt: Any, wanted: list[list[Tensor]]) -> bool:
+    """Let the optimizer's groups be of these parameters; False if that isn't possible. A group stays the same object.
+    """
+    groups = opt.param_groups
+    now = [[id(p) for p in group["params"]] for group in groups]
+    if now == [[id(p) for p in params] for params in wanted]: return True
+    if groups is not opt.param_groups: return False         # made anew at each look, as those of Optimizers
+    left = {tuple(ids): group for ids, group in zip(now, groups, strict=True)}
+    found = [left.pop(tuple(map(id, params)), None) for params in wanted]
+    others = [group for group in groups if any(group is g for g in left.values())]
+    chosen = [group if group is not None else others.pop(0) if others else None for group in found]
+    groups[:] = [group for group in chosen if group is not None]
+    for group, params in zip(chosen, wanted, strict=True):
+        if group is not None and [*map(id, group["params"])] != [*map(id, params)]: group["params"][:] = params
+    for group, params in zip(chosen, wanted, strict=True):
+        if group is None: opt.add_param_group({"params": params})
+    return True
 
 
 def learner_state(model: Any, loss_func: Any, opt: Any, begun: Begun | None = None) -> Kept:

@@ -51,10 +51,10 @@ class Resume(Callback):
 
     def begin_fit(self) -> None:
         run, state = self.run, self.state
-        self.fingerprint = fingerprint(run)
         if any(getattr(cb, "undoes_fit", False) for cb in run.cbs):
             raise CheckpointError("a fit that is undone at its end, as by LR_Find, can't be resumed; leave resume out")
-        self.begun, self.marks = begun_of(run, anew=state is None), Marks(run)
+        self.begun = begun_of(run, anew=state is None)
+        self.fingerprint, self.marks = fingerprint(run), Marks(run)
         if state is None: return
         self._check(state)
         self.fingerprint = state["fingerprint"] | ({k: self.fingerprint[k] for k in ("versions", "settings")}
@@ -81,7 +81,8 @@ class Resume(Callback):
         run = self.run
         if state["fit"] != run.fits:
             raise CheckpointError(f"{self.path} is of fit {state['fit'] + 1} of its runner, and this is fit "
-                                  f"{run.fits + 1}; give each fit a folder of its own")
+                                  f"{run.fits + 1}; give each fit a folder of its own, or, to go on with that one, make "
+                                  "the runner anew")
         if state["epoch"] > run.epochs or (state["epoch"] == run.epochs and state["batch"] is not None):
             raise CheckpointError(f"{self.path} was written in epoch {state['epoch'] + 1}, and the fit is to have "
                                   f"{run.epochs}; epochs are counted from the beginning: give at least "

@@ -3,6 +3,7 @@
 import random
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib import import_module
@@ -20,6 +21,7 @@ MANY = 1000         # a list that is longer holds data
 MOST = 100_000      # objects that are looked at
 LEAVES = (type(None), bool, int, float, complex, str, bytes, type, range, slice, types.ModuleType, Tensor,
           types.BuiltinFunctionType, torch.dtype, torch.device)
+QUICK = {type(None), bool, int, float, str, Tensor, torch.nn.Parameter}
 
 
 def sources_of(**roots: object) -> dict[str, Any]:
@@ -68,7 +70,9 @@ def _parts(o: Any) -> Iterator[tuple[str, object]]:
     else:
         held = getattr(o, "__dict__", None)
         for k, v in list(held.items()) if held else ():
-            if k not in ("run", "_iterator"): yield f".{k}", v
+            kind = type(v)      # of a module's attributes most are empty dicts of hooks
+            if kind in QUICK or (kind in (dict, OrderedDict, list) and not v) or k in ("run", "_iterator"): continue
+            yield f".{k}", v
         for cls in type(o).__mro__:
             for k in getattr(cls, "__slots__", ()) if not isinstance(o, Dataset) else ():
                 if isinstance(k, str) and hasattr(o, k): yield f".{k}", getattr(o, k)
