@@ -27,6 +27,10 @@ class Learner:
     loss_func: Any
     data: Any
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy takes its four parts along, and not what a fit has noted of them."""
+        return {k: v for k, v in vars(self).items() if k != "_begun"}
+
 
 class RunnerBase(Progress):
     """Holds the callbacks of a `Runner`, and settles who answers which event and takes over which step."""

@@ -17,6 +17,8 @@ from runner.midfit import Marks, loaders_of
 from runner.sources import set_states, sources_of, states_of
 from runner.values import encoded
 
+ACTIVE: set[Path] = set()       # the folders of fits that are going on
+
 
 class Checkpoint(Callback):
     """Writes checkpoints from which `run.fit(..., resume=folder)` goes on, to the last bit as if nothing had been.
@@ -113,6 +115,9 @@ class Checkpoint(Callback):
         if in_epoch and reason: raise ValueError(f"Checkpoint: {reason}; {MEND}")
         resumed = getattr(run, "resume", None)
         found = None if resumed is None else resumed.state
+        if (folder := self.folder.absolute()) in ACTIVE:
+            raise ValueError(f"Checkpoint: another fit that is going on writes to {os.fspath(self.folder)!r}; give "
+                             "each a folder of its own")
         others = self._take_folder(found)
         self._anywhere = not self._draws_in_workers(dl, in_epoch) and not reason
         self.fingerprint = fingerprint(run) if resumed is None else resumed.fingerprint
@@ -120,6 +125,7 @@ class Checkpoint(Callback):
         else: self.begun, self.marks = resumed.begun, resumed.marks
         self._before = states_of(sources_of_run(run)) if found is None else found["before"]
         self._idle, self._written = False, time.monotonic()
+        ACTIVE.add(folder)
         if found is None: check(self._contents())       # or it would be told too late
         if found is None and others: self._write(0, None)
 
@@ -190,7 +196,9 @@ class Checkpoint(Callback):
         found = run.status == "diverged" or any(getattr(cb, "stopped_epoch", None) is not None for cb in run.cbs)
         if found and not self._idle: self._write(run.epoch, run.status)
 
-    def after_fit(self) -> None: self._clear()
+    def after_fit(self) -> None:
+        if not self._idle: ACTIVE.discard(self.folder.absolute())
+        self._clear()
 
     # --- a file -----------------------------------------------------------------------------------------------
 
@@ -203,6 +211,8 @@ class Checkpoint(Callback):
         self._requested = True
 
     def _write(self, epoch: int, ended: str | None) -> None:
+        # Another run may have written here meanwhile: what is written last has the highest number.
+        self._number = max([self._number, *map(number_of, checkpoints_in(self.folder))])
         contents, self._requested = self._contents(epoch, ended), False
         path = path_for(self.folder, self.run_id, self._number + 1)
         try: save(contents, path, self.keep)
@@ -230,7 +240,8 @@ class Checkpoint(Callback):
             "began": self._began if in_epoch else None, "loader": position_of(dl, in_epoch),
             "loaders": {name: loader(one) for name, one in loaders_of(run)}, "replaced": marks.replaced(run),
             "old loader": in_epoch and dl is not run.data.train_dl,
-            "changed data": marks.changed_data(run), "forgotten": marks.forgotten(run)}, "checkpoint"),
+            "changed data": marks.changed_data(run), "forgotten": marks.forgotten(run),
+            "settings": marks.settings}, "checkpoint"),
             callbacks={cb.name: encoded(cb.state_dict(), f"{type(cb).__name__}.state_dict()")
                        for cb in run.cbs if cb is not self and has_state(cb)},
             learner={**learner_state(run.model, run.loss_func, run.opt, self.begun)})

@@ -17,6 +17,7 @@ class Marks:
     def __init__(self, run: Any) -> None:
         self.parts = parts_of_run(run)
         self.data = {name: _marks(dl) for name, dl in loaders_of(run)}
+        self.settings = {cb.name: settings_of(cb) for cb in run.cbs if cb.name not in ("checkpoint", "resume")}
         self.callbacks = {cb.name: {k: _deep(v) for k, v in vars(cb).items()} for cb in run.cbs if _forgets(cb)}
 
     def replaced(self, run: Any) -> list[str]:
@@ -36,6 +37,11 @@ class Marks:
         """Which attributes of callbacks that have no `state_dict` have changed."""
         return [f"{cb.name}.{k}" for cb in run.cbs if cb.name in self.callbacks for k, v in vars(cb).items()
                 if k != "run" and not same(_deep(v), self.callbacks[cb.name].get(k))]
+
+
+def settings_of(cb: Any) -> dict[str, Any]:
+    """The plain settings of a callback."""
+    return {k: v for k, v in vars(cb).items() if k[:1] != "_" and type(v) in (bool, int, float, str)}
 
 
 def parts_of_run(run: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from runner.events import Callback
 from runner.fingerprint import differences, fingerprint, has_state, loader, words
 from runner.learner_load import StateError, put_learner
 from runner.loading import LoaderError, has_position, put_feeding, rest_of
-from runner.midfit import Marks, loaders_of
+from runner.midfit import Marks, loaders_of, same
 from runner.sources import set_states
 from runner.values import decoded
 
@@ -68,6 +68,9 @@ class Resume(Callback):
         if state["forgotten"]:
             say(f"not in {self.path}, and so as begin_fit left it: {', '.join(state['forgotten'])}; a callback that "
                 "keeps something needs state_dict and load_state_dict")
+        other = [f"{name}.{k} {v}, now {self.marks.settings[name][k]}" for name, had in state["settings"].items()
+                 for k, v in had.items() if not same(v, self.marks.settings.get(name, {}).get(k, v))]
+        if other: say(f"other settings than in {self.path}: {'; '.join(other)}")
         if self._waiting: set_states(state["before"], sources_of_run(run))      # as they were before begin_epoch
         else: self._place(run.data.train_dl, state)
         where = f"epoch {state['epoch'] + 1} of {run.epochs}" + f", batch {run.first_batch}" * self._waiting
@@ -81,8 +84,8 @@ class Resume(Callback):
         run = self.run
         if state["fit"] != run.fits:
             raise CheckpointError(f"{self.path} is of fit {state['fit'] + 1} of its runner, and this is fit "
-                                  f"{run.fits + 1}; give each fit a folder of its own, or, to go on with that one, make "
-                                  "the runner anew")
+                                  f"{run.fits + 1}; give each fit a folder of its own, or, to go on with that one, "
+                                  "make the runner anew")
         if state["epoch"] > run.epochs or (state["epoch"] == run.epochs and state["batch"] is not None):
             raise CheckpointError(f"{self.path} was written in epoch {state['epoch'] + 1}, and the fit is to have "
                                   f"{run.epochs}; epochs are counted from the beginning: give at least "
