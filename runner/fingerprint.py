@@ -32,7 +32,7 @@ def fingerprint(run: Any) -> Fingerprint:
         "loss function": getattr(run.loss_func, "__name__", type(run.loss_func).__name__),
         "optimizer": type(run.opt).__name__,
         "parameters": {name: None if is_lazy(p) else [list(p.shape), str(p.dtype)] for name, p in params.items()},
-        "modules": {path: type(m).__name__ for path, m in modules.items()},
+        "modules": {path: type(m).__name__.removeprefix("Lazy") for path, m in modules.items()},
         "groups": [len(group["params"]) for group in run.opt.param_groups],
         "callbacks": {cb.name: type(cb).__name__ for cb in run.cbs if has_state(cb)},
         **({"epochs of a schedule": run.epochs} if by_position else {}),
@@ -87,10 +87,16 @@ def differences(saved: Fingerprint, now: Fingerprint, in_epoch: bool) -> tuple[l
     perhaps: list[str] = []
     for what in dict.fromkeys((*saved, *now)):
         a, b = saved.get(what), now.get(what)
+        if what == "parameters": a, b = _made(a, b), _made(b, a)
         if a == b: continue
         needed = what in NEEDED or (in_epoch and what == "training loader" and not _same_order(a, b))
         (never if needed else perhaps).append(words(what, a, b))
     return never, perhaps
+
+
+def _made(a: Any, b: Any) -> Any:
+    """The parameters `a`, with what those of `b` say of one that was yet to be made."""
+    return {name: b.get(name) if shape is None else shape for name, shape in a.items()}
 
 
 def _same_order(a: Any, b: Any) -> bool:

@@ -33,6 +33,8 @@ class Begun:
         self.modules = [(o._modules, dict(o._modules)) for o in self.holders.values() if isinstance(o, nn.Module)]
         self.groups = [[*group["params"]] for group in opt.param_groups]
         self.tensors = {name: d[k] for name, (_, d, k) in slots_of(self.holders, opt).items()}
+        self.trained = [(t, t.requires_grad) for t in self.tensors.values()
+                        if isinstance(t, nn.Parameter) and not is_lazy(t)]
         self.objects = self.tensors |  {joined(path, k): v for path, had in self.held.items() for k, v in had.items()}
         self.values: dict[str, Any] = {}            # of what is no module: copies
         for path, had in self.held.items():
@@ -69,6 +71,7 @@ class Begun:
         """Put everything back that the learner was made of; unless `all`, modules and functions stay as they are now.
         """
         if all: set_groups(self.of[2], self.groups)
+        for t, trained in self.trained: t.requires_grad_(trained)
         for d, was in [*self.slots, *(self.modules if all else ())]:
             d.clear()
             d.update(was)

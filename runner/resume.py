@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,13 @@ class Resume(Callback):
         # These three are decoded anew each time that they are put somewhere.
         if self.state: self.state = {k: v if k in ("learner", "callbacks", "loader") else decoded(v)
                                      for k, v in self.state.items()}
+
+    @contextmanager
+    def around_fit(self, run: Any, learn: Any) -> Iterator[None]:
+        """Before all others begin: the learner may be one that has been trained since the checkpoint was written."""
+        begun = vars(learn).get("_begun") if self.state is not None else None
+        if begun is not None and begun.is_of(learn.model, learn.loss_func, learn.opt): begun.restore()
+        yield
 
     def begin_fit(self) -> None:
         run, state = self.run, self.state

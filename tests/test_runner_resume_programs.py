@@ -119,6 +119,18 @@ class Carried(nn.Module):
         return self.head(out[:, -1])
 
 
+class Memory:
+    """Of no module's class, and an object in a module."""
+
+    def __init__(self): self.calls, self.mean, self.latest = 0, torch.zeros(()), []
+
+    def note(self, x):
+        self.calls += 1
+        self.mean.lerp_(x.mean(), 0.3)
+        self.latest = [*self.latest[-2:], float(x.max())]
+        return self.mean + sum(self.latest) / self.calls
+
+
 class Odd(nn.Module):
     """Around a net: buffers, attributes and random sources of all kinds, which its output depends on."""
 
@@ -132,7 +144,9 @@ class Odd(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.previous = self.current = torch.zeros(CLASSES)         # one and the same, until a batch has been
         self.log, self.table, self.chosen = [], {"n": 0, "mean": torch.zeros(())}, set()
-        self.settings = types.SimpleNamespace(a=1)
+        self.settings, self.memory, self.unlisted = types.SimpleNamespace(a=1), Memory(), [nn.BatchNorm1d(CLASSES)]
+        self.whole = torch.zeros(6)
+        self.part, self.made = self.whole[2:4], None            # which are written through one another
 
     def forward(self, x):
         out = self.inner(x)
@@ -150,8 +164,16 @@ class Odd(nn.Module):
         self.table["mean"] = self.table["mean"] + now.mean()
         self.chosen.add(self.step % 5)
         if self.step == 4: self.register_buffer("added", torch.full((2,), 4.0))
+        if self.step == 3: self.whole = torch.ones(8)
+        if self.step == 5: self.made = self.whole[1:5].view(2, 2)
+        if self.step == 6: self.python = random.Random(8)
+        self.whole.add_(now.mean())
+        self.part.mul_(0.9)
+        if self.made is not None: self.made.t()[0].mul_(0.8)
+        self.unlisted[0](now)
         extra = self.queue.sum() + self.later.mean() + (self.current - self.previous).sum() + sum(self.log)
         extra = extra + self.table["mean"] / self.table["n"] + len(self.chosen) + self.count / 9
+        extra = extra + self.memory.note(now) + self.unlisted[0].running_mean.sum() + self.whole.sum() + self.part.sum()
         return out * (1 + 0.001 * extra) + noise / self.step
 
 
@@ -167,6 +189,27 @@ class Loss(nn.Module):
         loss = F.cross_entropy(pred.float() * self.scale, yb)
         if self.training: self.mean.lerp_(loss.detach(), 0.2)
         return loss + 0.1 * self.mean
+
+
+class Plain:
+    """A loss of no module's class, with a memory."""
+
+    def __init__(self): self.memory = Memory()
+
+    def __call__(self, pred, yb):
+        loss = F.cross_entropy(pred.float(), yb)
+        return loss * (1 + 0.01 * self.memory.note(loss.detach()))
+
+
+def closure():
+    """A loss that counts in a variable of its own."""
+    n = 0
+
+    def loss(pred, yb):
+        nonlocal n
+        n += 1
+        return F.cross_entropy(pred.float(), yb) * (1 + n / 100)
+    return loss
 
 
 def wrapped(draw, words, layer):
@@ -381,6 +424,14 @@ class Noise(Callback):
         self.run.xb = self.run.xb * (1 + 0.1 * noise.to(self.run.xb.dtype))
 
 
+class Mask(Callback):
+    """Without a state: drawn at the beginning of each epoch."""
+
+    def begin_epoch(self): self.mask = (torch.rand(SIDE, SIDE) < 0.8).float()
+
+    def begin_batch(self): self.run.xb = self.run.xb * self.mask.to(self.run.xb.dtype)
+
+
 class Cancels(Callback):
     """Leaves batches, passes or the fit, by what the run has come to."""
 
@@ -471,7 +522,7 @@ def callbacks_of(draw, words, learn, epochs, folder):
         half = lbfgs or has(0.5)
         cbs.append(MixedPrecision("bf16") if half else MixedPrecision("fp16", init_scale=2.0 ** 24, growth_interval=3,
                                                                        verbose=False))
-    if has(0.35) and not lazy:
+    if has(0.35) and not lazy and "odd" not in words:
         how = ["average", "copy", *(["recalibrate"] if running else [])]
         cbs.append(AveragedWeights(draw.choice([0.8, None]), by=draw.choice(["batch", "batch", "epoch"]),
                                    start=draw.choice([0, 2]), every=draw.choice([1, 2]), norms=draw.choice(how),
@@ -499,6 +550,7 @@ def callbacks_of(draw, words, learn, epochs, folder):
     if has(0.2): cbs.append(BatchTransformXCallback(Whitened()))
     if has(0.2): cbs.append(CSVLogger(folder / "history.csv", append=has(0.5)))
     if has(0.25): cbs.append(Noise(has(0.5)))
+    if has(0.15): cbs.append(Mask())
     if has(0.25):
         event = draw.choice(["begin_batch", "after_pred", "after_loss", "after_backward", "after_step"])
         what = draw.choice([CancelBatchException, CancelBatchException, CancelEpochException, CancelTrainException])
@@ -533,10 +585,9 @@ def build(seed, folder, every=None, at=None, order=0):
     draw, words = random.Random(seed), []
     for source in (torch.manual_seed, random.seed, np.random.seed): source(seed)
     model = model_of(draw, words)
-    loss = F.cross_entropy
-    if draw.random() < 0.2 and "float64" not in words:
-        words.append("a loss with weights")
-        loss = Loss()
+    kind = draw.choice([Loss, Plain, closure, *[None] * 6])
+    if kind is not None: words.append(f"the loss {kind.__name__}")
+    loss = F.cross_entropy if kind is None else kind()
     opt = optimizer_of(draw, words, model, loss)
     data = data_of(draw, words, torch.float64 if "float64" in words else torch.float32)
     epochs, learn = draw.randint(2, 4), Learner(model, opt, loss, data)
@@ -643,7 +694,12 @@ def check(seed, folder):
         elif begun and (folder / "history.csv").exists(): (folder / "history.csv").unlink()
         begun += 1
         try: run.fit(epochs, learn, resume=folder / "checkpoints")
-        except KeyboardInterrupt: pass
+        except KeyboardInterrupt:
+            if draw.random() < 0.7 or not any((folder / "checkpoints").glob("*.pt")): continue
+            vars(run)["break"].at = None            # in the same process, with the same objects
+            scramble()
+            run.fit(epochs, learn, resume=folder / "checkpoints")
+            break
     return differing(everything(learn, run, folder), want), words
 
 
