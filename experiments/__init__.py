@@ -2,14 +2,17 @@
 
 # name: (module, what it shows, usual running time on two cores). Nothing is imported before it is asked for.
 EXPERIMENTS = {
-    "small-batch": ("experiments.small_batch", "batch norm fails at batch size 2, running batch norm does not",
+    "small-batch": ("experiments.published.small_batch",
+                    "batch norm fails at batch size 2, running batch norm does not",
                     "5 min on MNIST, 40 s on the digits"),
-    "breast-cancer": ("experiments.breast_cancer", "five exercises on batch norm, the breast cancer data", "2 s"),
-    "vmap": ("experiments.vmap_batchnorm", "batch norm written for one image and mapped over the batch", "2 min"),
-    "lenet": ("experiments.lenet", "LeNet takes fewer epochs with batch norm, on Fashion-MNIST", "5 min"),
-    "lesson": ("experiments.lesson", "every training run of the batch norm lesson", "5 min"),
-    "one-epoch": ("experiments.one_epoch", "how accurate a network becomes in one epoch", "3 min"),
-    "best": ("experiments.best", "the best that the small-batch network learns at batch size 2, recipe free",
+    "breast-cancer": ("experiments.published.breast_cancer",
+                      "five exercises on batch norm, the breast cancer data", "2 s"),
+    "vmap": ("experiments.published.vmap_batchnorm",
+             "batch norm written for one image and mapped over the batch", "2 min"),
+    "lenet": ("experiments.published.lenet", "LeNet takes fewer epochs with batch norm, on Fashion-MNIST", "5 min"),
+    "lesson": ("experiments.published.lesson", "every training run of the batch norm lesson", "5 min"),
+    "one-epoch": ("experiments.published.one_epoch", "how accurate a network becomes in one epoch", "3 min"),
+    "best": ("experiments.beyond.best", "the best that the small-batch network learns at batch size 2, recipe free",
              "4 min, of 20 seeds half an hour"),
 }
 TOOLS = {

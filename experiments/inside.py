@@ -20,10 +20,10 @@ from experiments.arms import check_batch_size, heading, plural, seeds_and_device
 from experiments.data import ImageData, load_data
 from experiments.errors import pick
 from experiments.models import CHANNELS, get_runner
+from experiments.published.small_batch import NORMS, build
 from experiments.report import Report
 from experiments.results import Result, Row, versions
 from experiments.run_folder import RunFolder
-from experiments.small_batch import NORMS, build
 from runner import (
     ActivationStats,
     BatchTransformXCallback,

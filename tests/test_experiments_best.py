@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments import best
 from experiments.__main__ import main
 from experiments.arms import train
-from experiments.best import BEST, GROUP, RUNNING, TRIED, Config, Recipe, judge, paired, train_together
+from experiments.beyond import best
+from experiments.beyond.best import BEST, GROUP, RUNNING, TRIED, Config, Recipe, judge, paired, train_together
 from experiments.data import load_data
 from experiments.errors import InputError
 

@@ -7,9 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import breast_cancer
 from experiments.__main__ import main
-from experiments.breast_cancer import EXERCISES, FIGURES, Config, judge, load_samples, perceptron, table, train
+from experiments.published import breast_cancer
+from experiments.published.breast_cancer import (
+    EXERCISES,
+    FIGURES,
+    Config,
+    judge,
+    load_samples,
+    perceptron,
+    table,
+    train,
+)
 from experiments.results import read_summary
 from norms import BatchNorm
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from experiments.eigen import EigenAdam, patches
-from experiments.small_batch import build
-from experiments.stacked import GroupedLinear
+from experiments.beyond.eigen import EigenAdam, patches
+from experiments.published.small_batch import build
+from experiments.study.stacked import GroupedLinear
 
 
 @pytest.fixture(autouse=True)

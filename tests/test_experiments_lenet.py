@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import lenet
 from experiments.__main__ import main
-from experiments.lenet import ARMS, Config, epochs_needed, judge, table
+from experiments.published import lenet
+from experiments.published.lenet import ARMS, Config, epochs_needed, judge, table
 from norms import BatchNorm
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import data, lesson, published
+from experiments import data
 from experiments.__main__ import main
 from experiments.data import load_data
+from experiments.published import lesson, runs
 
 REAL_DIGITS = data._digits      # which call themselves MNIST in a test
 
@@ -52,7 +53,7 @@ def test_a_run_that_is_refused_is_a_row(tmp_path, capsys):
 
 
 def test_a_run_outside_its_tolerance_is_exit_status_1(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(published, "TRAIN_IMAGES", 40)
+    monkeypatch.setattr(runs, "TRAIN_IMAGES", 40)
 
     def digits(limit):
         images = REAL_DIGITS(limit)

@@ -20,7 +20,7 @@ from experiments.models import (
     init_alike,
     init_cnn,
 )
-from experiments.small_batch import NORMS, build
+from experiments.published.small_batch import NORMS, build
 from norms import BatchNorm, GroupNorm
 from runner import AvgStatsCallback, DataBunch, Dataset, Recorder, accuracy, get_dls
 

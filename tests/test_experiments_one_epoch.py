@@ -5,9 +5,9 @@ import json
 import torch
 from torch import nn
 
-from experiments import one_epoch
 from experiments.__main__ import main
 from experiments.models import ResidualBlock
+from experiments.published import one_epoch
 from norms import RunningBatchNorm
 
 

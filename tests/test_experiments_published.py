@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from experiments import lesson
 from experiments.arms import schedule
-from experiments.published import Run
+from experiments.published import lesson
+from experiments.published.runs import Run
 
 
 def test_rates_by_hand():

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import EXPERIMENTS, best, table
+from experiments import EXPERIMENTS, table
 from experiments.__main__ import main
 from experiments.arms import by_arm
+from experiments.beyond import best
 from experiments.errors import InputError
 from experiments.results import read_summary
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import arms, breast_cancer, run_folder, small_batch
+from experiments import arms, run_folder
 from experiments.__main__ import main
 from experiments.errors import InputError
+from experiments.published import breast_cancer, small_batch
+from experiments.published.small_batch import Config
 from experiments.run_folder import RunFolder
-from experiments.small_batch import Config
 from runner import Runner
 
 ROOT = Path(__file__).parent.parent
@@ -104,7 +105,8 @@ def test_interrupted_anywhere_and_resumed_it_ends_as_if_nothing_had_been(name, i
 DRIVER = """
 import os, random, signal, sys, time
 import torch
-from experiments import arms, small_batch
+from experiments import arms
+from experiments.published import small_batch
 from experiments.__main__ import main
 from experiments.data import load_data
 import runner.insight.plots

@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import EXPERIMENTS, TOOLS, arms, small_batch
+from experiments import EXPERIMENTS, TOOLS, arms
 from experiments.__main__ import main
 from experiments.data import load_data
 from experiments.errors import InputError
+from experiments.published import small_batch
+from experiments.published.small_batch import NORMS, Config, judge
 from experiments.results import read_summary, text_table
 from experiments.run_folder import RunFolder
 from experiments.settings import parse_seeds
-from experiments.small_batch import NORMS, Config, judge
 
 ROOT = Path(__file__).parent.parent
 FIELDS = {"norm", "batch_size", "lr", "seed", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds",

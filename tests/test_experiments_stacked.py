@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from experiments.models import GeneralRelu, Lambda, flatten
-from experiments.small_batch import build
-from experiments.stacked import GroupedLinear, stack, unstack
+from experiments.published.small_batch import build
+from experiments.study.stacked import GroupedLinear, stack, unstack
 from norms import RunningBatchNorm
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments import vmap_batchnorm
 from experiments.__main__ import main
 from experiments.data import load_data
+from experiments.published import vmap_batchnorm
+from experiments.published.vmap_batchnorm import ARMS, Config, Perceptron, judge, pixels, table
 from experiments.results import read_summary
-from experiments.vmap_batchnorm import ARMS, Config, Perceptron, judge, pixels, table
 
 
 def reference(model, x, stats=None):

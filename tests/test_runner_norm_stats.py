@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from experiments.data import load_data
-from experiments.small_batch import build
+from experiments.published.small_batch import build
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
 from runner import (
     Callback,

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments import small_batch
 from experiments.bench import Config
 from experiments.bench.lesson_form import LessonRunningBatchNorm, fit
 from experiments.bench.norms import network
 from experiments.bench.timing import interleave, row, settings
 from experiments.data import load_data
 from experiments.models import NormFactory
+from experiments.published import small_batch
 from experiments.results import Row
 
 STEPS = 2000

@@ -15,12 +15,12 @@ import time
 
 import torch
 
-from experiments import small_batch
 from experiments.bench import Config
 from experiments.bench.epoch import lessons_way
 from experiments.bench.lesson_form import LessonRunningBatchNorm
 from experiments.bench.timing import row
 from experiments.data import load_data
+from experiments.published import small_batch
 from experiments.results import Row
 
 LESSON, OURS = "lesson's way, RunningBatchNorm", "ours, RunningBatchNorm"

@@ -11,9 +11,9 @@ from torch import nn
 
 from experiments.arms import by_arm, course, finite, heading, plural, seeds_and_device, statuses, train
 from experiments.data import TRAIN_IMAGES, ImageData
+from experiments.published.small_batch import FAILED, least_median
 from experiments.results import Row, Summary, Table, Verdict
 from experiments.settings import ImageSettings, choose
-from experiments.small_batch import FAILED, least_median
 
 # The standard deviation of one run above batch size 2. The lesson ran one function twice, or nearly: its own BatchNorm
 # and torch's, 3 epochs at lr 1.0. They differ by 0.0110 after the first epoch and by 0.0106 after the third, and a

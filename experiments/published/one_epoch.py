@@ -18,14 +18,14 @@ from pathlib import Path
 
 from torch import nn
 
-from experiments import published
 from experiments.arms import run_arms, windows
 from experiments.data import load_data
 from experiments.models import Lambda, NormFactory, ResidualBlock, conv_layer, flatten, init_alike
-from experiments.published import Curves, Run, train_run
+from experiments.published import runs
+from experiments.published.runs import Curves, Run, train_run
+from experiments.published.small_batch import build
 from experiments.results import Result, Row
 from experiments.settings import add_choice, add_image_arguments, from_args
-from experiments.small_batch import build
 from norms import RunningBatchNorm
 
 CHANNELS = [8, 16, 32, 64]
@@ -56,7 +56,7 @@ PUBLISHED = {name: list(run.published) for name, run in RUNS.items() if run.publ
 
 
 @dataclass
-class Config(published.RunSettings):
+class Config(runs.RunSettings):
     """Settings of the experiment; `arms` are names in `RUNS`."""
 
     runs = RUNS
@@ -73,12 +73,12 @@ def run(config: Config) -> Result:
         return rows, row, {"losses": windows(losses, 50)}
     n = sum(p.numel() for p in as_published(0).parameters())
     return run_arms("one-epoch", config, images, [(a, s) for s in config.seeds for a in config.arms], arm,
-                    header=published.header(images, config, f"the lesson's, and a variant of {n:,} parameters"),
+                    header=runs.header(images, config, f"the lesson's, and a variant of {n:,} parameters"),
                     judge=judge, table=table, published=PUBLISHED,
-                    draw=lambda rows, curves, path: published.picture(RUNS, rows, curves, images, path))
+                    draw=lambda rows, curves, path: runs.picture(RUNS, rows, curves, images, path))
 
 
-judge, table = published.judge(RUNS, "runs of one epoch"), published.table(RUNS)
+judge, table = runs.judge(RUNS, "runs of one epoch"), runs.table(RUNS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

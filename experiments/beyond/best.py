@@ -47,12 +47,12 @@ from experiments.arms import (
     seeds_and_device,
     statuses,
 )
+from experiments.beyond.eigen import EigenAdam
 from experiments.data import TRAIN_IMAGES, ImageData, load_data
-from experiments.eigen import EigenAdam
 from experiments.models import CHANNELS, conv_layer, get_cnn_model, init_alike
 from experiments.results import Result, Row, Summary, Table, Verdict
 from experiments.settings import ImageSettings, add_choice, add_image_arguments, choose, from_args, positive
-from experiments.stacked import stack, unstack
+from experiments.study.stacked import stack, unstack
 from norms import GroupNorm, RunningBatchNorm, recalibrate
 from runner import (
     BatchTransformXCallback,

@@ -273,6 +273,6 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"--recipe best comes with its own {' and '.join(changed)}; leave out "
                          f"{' and '.join('--' + name.replace(' ', '-') for name in changed)}, or take "
                          "--recipe published")
-    from experiments import best
+    from experiments.beyond import best
     for name in own: del options[name]
     return best.run(best.Config(**from_args(args))).status

@@ -20,14 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from experiments import one_epoch, published
 from experiments.arms import run_arms, windows
 from experiments.data import ImageData, load_data
 from experiments.models import CHANNELS, conv_layer, get_cnn_layers, init_alike
-from experiments.published import Curves, Run, train_run
+from experiments.published import one_epoch, runs
+from experiments.published.runs import Curves, Run, train_run
+from experiments.published.small_batch import build
 from experiments.results import Result, Row
 from experiments.settings import add_choice, add_image_arguments, from_args
-from experiments.small_batch import build
 from runner import Hooks, append_stats
 
 HOOKED = "BatchNorm-hooked"
@@ -51,7 +51,7 @@ PUBLISHED = {name: list(run.published) for name, run in RUNS.items()}
 
 
 @dataclass
-class Config(published.RunSettings):
+class Config(runs.RunSettings):
     """Settings of the experiment; `arms` are names in `RUNS`."""
 
     runs = RUNS
@@ -134,17 +134,17 @@ def run(config: Config) -> Result:
     n = sum(p.numel() for p in build("none", 0).parameters())
     network = f"conv layers {CHANNELS}, pool, linear; {n:,} parameters without a norm"
     return run_arms("lesson", config, images, [(a, s) for s in config.seeds for a in config.arms], arm,
-                    header=published.header(images, config, network), judge=judge, table=table, published=PUBLISHED,
+                    header=runs.header(images, config, network), judge=judge, table=table, published=PUBLISHED,
                     draw=lambda rows, curves, path: draw(rows, curves, images, path))
 
 
-judge, table = published.judge(RUNS, "lesson's runs"), published.table(RUNS)
+judge, table = runs.judge(RUNS, "lesson's runs"), runs.table(RUNS)
 
 
 def draw(rows: Sequence[Row], curves: Mapping[str, LessonCurves], images: ImageData, path: Path) -> None:
     """The pictures: accuracies and losses, and beside it the means and deviations of the hooked run's layers."""
     from runner import plots
-    published.picture(RUNS, rows, curves, images, path)
+    runs.picture(RUNS, rows, curves, images, path)
     if HOOKED not in curves: return
     series = {layer: (range(len(means)), means, stds) for layer, (means, stds) in
               curves[HOOKED]["activations"].items()}

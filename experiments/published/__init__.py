@@ -1,0 +1,1 @@
+"""One file per published result: its source, its figures, the run, and whether it was reproduced."""
