@@ -4,7 +4,7 @@ import copy
 import statistics
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,11 +36,13 @@ class CPUBackendCallback(Stateful):
     that is too few to tell. Validation in batches 8 times as large as the measured one, or more, goes by the user's own
     settings. After the fit they are back.
 
-    The choice comes with rounding of its own. To repeat a fit bit for bit, give the choice of the first. A fit that is
-    resumed takes it over, for training and for validation.
+    The choice comes with rounding of its own. To repeat a fit bit for bit, give the choice of the first, or a rule. A
+    fit that is resumed takes it over, for training and for validation.
 
     Args:
-        onednn, threads: the setting to use, unmeasured; None is measured (if both are) or left as it is.
+        onednn, threads: the setting to use, unmeasured; None is measured (if both are) or left as it is. `onednn` may
+            be a rule, a function of the images in a batch: it is asked about the first batch of the training, and of
+            each validation, and answers for those that follow. One that can't be counted has 0 images.
 
     `choice` is `{"onednn": bool, "threads": int}` once a fit has begun, `times` maps `(onednn, threads)` to the median
     milliseconds measured, and `reason` says in words why.
@@ -50,7 +52,7 @@ class CPUBackendCallback(Stateful):
     _saved = "choice", "reason", "_measured", "_settled"
     fit_only = True
 
-    def __init__(self, onednn: bool | None = None, threads: int | None = None) -> None:
+    def __init__(self, onednn: bool | Callable[[int], bool] | None = None, threads: int | None = None) -> None:
         if threads is not None and not (isinstance(threads, int) and threads >= 1):
             raise ValueError(f"threads is {threads!r}; it must be a positive integer, or None to have it measured")
         self.onednn, self.threads = onednn, threads
@@ -60,23 +62,36 @@ class CPUBackendCallback(Stateful):
         self._before: Setting | None = None         # the user's own
         self._usual: Setting | None = None          # and as it was when the fit began, which may be resumed elsewhere
         self._measured: int | None = None           # images in the measured batch
-        self._settled = False
+        self._settled = self._validating = False
 
     def begin_fit(self) -> None:
         self._before = onednn, threads = bool(torch.backends.mkldnn.enabled), torch.get_num_threads()
         self._usual = self._before
         self.choice, self.times, self._settled, self._measured = None, {}, False, None
-        if self.onednn is None and self.threads is None: return
+        if callable(self.onednn) or (self.onednn is None and self.threads is None): return
         self._use(onednn if self.onednn is None else bool(self.onednn), self.threads or threads, "as given")
 
     def begin_epoch(self) -> None:
-        if self._measured and self.choice: use_backend(**self.choice)
+        if (self._measured or callable(self.onednn)) and self.choice: use_backend(**self.choice)
+
+    def begin_validate(self) -> None: self._validating = False
 
     def begin_batch(self) -> None:
         if self.run.in_train:
-            if not self._settled and self._before: self._settle(self._before)
+            if self._settled or not self._before: return
+            if callable(self.onednn): self._use(*self._by_rule(self.onednn), "by rule")
+            else: self._settle(self._before)
+        elif callable(self.onednn):
+            if not self._validating and self._before: use_backend(*self._by_rule(self.onednn))
+            self._validating = True
         elif self._measured and self._usual and size_of(self.xb) >= LARGER * self._measured:
             use_backend(*self._usual)
+
+    def _by_rule(self, rule: Callable[[int], bool]) -> Setting:
+        """What the rule says of the batch at hand"""
+        try: images = size_of(self.xb)
+        except TypeError: images = 0
+        return bool(rule(images)), self.threads or torch.get_num_threads()
 
     def _settle(self, now: Setting) -> None:
         """Choose by the batch at hand, the first; `now` is the user's own setting."""

@@ -23,10 +23,10 @@ def user():
     torch.set_num_threads(before)
 
 
-def learner(batches=2000, model=None, lr=0.05):
+def learner(batches=2000, model=None, lr=0.05, **dls):
     rng = torch.Generator().manual_seed(0)
     ds = Dataset(torch.randn(40, 1, 6, 6, generator=rng), torch.randint(0, 3, (40,), generator=rng))
-    train, valid = get_dls(ds, ds, 2, generator=torch.Generator().manual_seed(1))
+    train, valid = get_dls(ds, ds, 2, generator=torch.Generator().manual_seed(1), **dls)
     train = Claims(train, batches)
     torch.manual_seed(2)
     model = model or nn.Sequential(nn.Conv2d(1, 4, 3), RunningBatchNorm(4), nn.Dropout(0.3), nn.Flatten(),
@@ -170,3 +170,35 @@ def test_a_thread_count_that_makes_no_sense_is_refused():
         CPUBackendCallback(threads=0)
 
 
+
+
+class Settings(Callback):
+    """What is set while each batch is in the model, with its size."""
+
+    _order = 200
+
+    def __init__(self): self.seen = []
+
+    def after_pred(self): self.seen.append((self.in_train, len(self.xb), *settings()))
+
+
+def test_a_rule_answers_for_each_pass(user):
+    learn = learner(batches=20, valid_bs=30)
+    rule, watch = CPUBackendCallback(lambda images: images > 8, threads=1), Settings()
+    Runner([rule, watch]).fit(2, learn)
+    assert {seen for seen in watch.seen if seen[0]} == {(True, 2, False, 1)}
+    assert {seen[1:] for seen in watch.seen if not seen[0]} == {(30, True, 1), (10, True, 1)}
+    assert rule.choice == {"onednn": False, "threads": 1}
+    assert (rule.reason, rule.times) == ("by rule", {})
+    asked = []
+    Runner([CPUBackendCallback(lambda images: asked.append(images) or True)]).fit(2, learner(batches=20))
+    assert len(asked) == 3          # once for the training, and once for each validation
+    assert asked[0] == 2
+
+
+def test_a_rule_of_a_batch_that_can_not_be_counted(user):
+    asked = []
+    rule = CPUBackendCallback(lambda images: asked.append(images) or False)
+    rule.run = type("Run", (), {"xb": object(), "in_train": True})()
+    assert rule._by_rule(rule.onednn)[0] is False
+    assert asked == [0]
