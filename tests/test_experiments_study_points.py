@@ -24,6 +24,21 @@ def test_grid_is_every_combination_in_the_order_of_its_axes():
     assert [len(group) for group in points.trials()] == [1] * 6
 
 
+def test_grids_are_added():
+    both = grid(norm=["none"], seed=[0]) + grid(seed=range(3), norm=["a"], together="seed")
+    assert (len(both), both.axes) == (4, {"norm": ("none", "a"), "seed": (0, 1, 2)})
+    assert [*both] == [{"norm": "none", "seed": 0}, *({"norm": "a", "seed": s} for s in range(3))]
+    assert [(h.arguments, h.together) for h in both.handed()] == [
+        ({"norm": "none", "seed": 0}, False), ({"norm": "a", "seed": [0, 1, 2]}, True)]
+    three = both + grid(norm=["b"], seed=[7])
+    assert [len(h.points) for h in three.handed()] == [1, 3, 1]
+    assert three.axes["seed"] == (0, 1, 2, 7)
+    with pytest.raises(InputError, match="grids that are added have norm='a', seed=2 twice; name each point once"):
+        three + grid(norm=["a", "c"], seed=[2])
+    with pytest.raises(InputError, match="grids of the axes norm, seed and norm can't be added"):
+        both + grid(norm=["a"])
+
+
 @pytest.mark.parametrize(("together", "trials", "handed"), [
     ("seed", 4, {"norm": "a", "lr": 0.1, "seed": [0, 1, 2]}),
     (("lr", "seed"), 2, {"norm": "a", "lr": [0.1, 0.1, 0.1, 0.4, 0.4, 0.4], "seed": [0, 1, 2, 0, 1, 2]})])
@@ -31,7 +46,7 @@ def test_axes_together_are_handed_as_lists_of_a_value_for_each_row(together, tri
     points = grid(norm=["a", "b"], lr=[0.1, 0.4], seed=range(3), together=together)
     groups = list(points.trials())
     assert (len(points), len(groups)) == (12, trials)
-    assert points.handed(groups[0]) == handed
+    assert points.arguments(groups[0]) == handed
     assert sorted(map(str, points)) == sorted(map(str, grid(norm=["a", "b"], lr=[0.1, 0.4], seed=range(3))))
 
 

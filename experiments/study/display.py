@@ -35,6 +35,14 @@ class Display:
         self.ended += 1
         self.failed += status != "ok"
 
+    def say(self, text: str) -> None:
+        """Print `text` above the line."""
+        if self.out is None: return
+        if self.live: self.out.write("\r" + " " * ((self.width or 80) - 1) + "\r")
+        self.out.write(text + "\n")
+        if self.live: self._say()
+        elif hasattr(self.out, "flush"): self.out.flush()
+
     @property
     def line(self) -> str:
         """How far the study is."""

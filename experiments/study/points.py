@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.errors import InputError, pick
 
@@ -21,28 +21,62 @@ Trial = Callable[..., Any]
 OWN = ("status", "seconds", "attempts", "error", "traceback", "key")
 
 
+class Handed(NamedTuple):
+    """A trial: the points that it gives rows for, what it is called with, and whether that is lists of values."""
+
+    points: tuple[Point, ...]
+    arguments: Point
+    together: bool
+
+
 @dataclass(frozen=True)
 class Grid:
-    """Every combination of the values of `axes`; those of the axes `together` go to one trial."""
+    """Every combination of the values of `axes`; those of the axes `together` go to one trial.
+
+    `a + b` has the trials of both, one after the other: grids of the same axes that have no point in common.
+    """
 
     axes: Mapping[str, tuple[Any, ...]]
     together: tuple[str, ...] = ()
+    added: "tuple[Grid, ...]" = ()      # `axes` are those of all, then, and the points are theirs
 
     def trials(self) -> Iterator[list[Point]]:
         """The points of each trial: one, or with `together` one for each combination of those axes' values."""
+        if self.added: return itertools.chain.from_iterable(part.trials() for part in self.added)
         apart = {name: values for name, values in self.axes.items() if name not in self.together}
         joint = {name: self.axes[name] for name in self.together}
-        for outer in _product(apart):
-            points = ({**outer, **inner} for inner in _product(joint))
-            yield [{name: point[name] for name in self.axes} for point in points]
+        return ([{name: {**outer, **inner}[name] for name in self.axes} for inner in _product(joint)]
+                for outer in _product(apart))
 
-    def handed(self, points: Sequence[Point]) -> Point:
-        """What a trial of `points` is called with: of an axis in `together` the list of its values, point by point."""
+    def handed(self) -> Iterator[Handed]:
+        """Each trial with what it is called with: of an axis in `together` the list of its values, point by point."""
+        for part in self.added or (self,):
+            for points in part.trials():
+                yield Handed(tuple(points), part.arguments(points), bool(part.together))
+
+    def arguments(self, points: Sequence[Point]) -> Point:
+        """What a trial of `points` is called with."""
         return {name: [p[name] for p in points] if name in self.together else points[0][name] for name in self.axes}
 
     def __iter__(self) -> Iterator[Point]: return itertools.chain.from_iterable(self.trials())
 
-    def __len__(self) -> int: return math.prod(map(len, self.axes.values()))
+    def __len__(self) -> int: return sum(map(len, self.added)) if self.added else math.prod(map(len, self.axes.values()))
+
+    def __add__(self, other: "Grid") -> "Grid":
+        if not isinstance(other, Grid): return NotImplemented
+        if set(self.axes) != set(other.axes):
+            raise InputError(f"grids of the axes {', '.join(self.axes)} and {', '.join(other.axes)} can't be added; give "
+                             "both the same axes, one with a single value if need be")
+        parts = tuple(Grid({name: part.axes[name] for name in self.axes}, part.together)
+                      for grid in (self, other) for part in grid.added or (grid,))
+        values = {name: {cell(v): v for part in parts for v in part.axes[name]} for name in self.axes}
+        seen: set[str] = set()
+        for point in itertools.chain.from_iterable(parts):
+            if (text := cell(point)) in seen:
+                raise InputError(f"grids that are added have {shown(point)} twice; name each point once")
+            seen.add(text)
+        together = dict.fromkeys(name for part in parts for name in part.together)
+        return Grid({name: tuple(found.values()) for name, found in values.items()}, tuple(together), parts)
 
 
 def grid(*, together: str | Collection[str] = (), **axes: Iterable[Any]) -> Grid:
@@ -50,6 +84,9 @@ def grid(*, together: str | Collection[str] = (), **axes: Iterable[Any]) -> Grid
 
         grid(norm=["BatchNorm", "RunningBatchNorm"], lr=[0.1, 0.4], seed=range(20))                     # 80 trials
         grid(norm=["BatchNorm", "RunningBatchNorm"], lr=[0.1, 0.4], seed=range(20), together="seed")    # 4 trials
+
+    Grids of the same axes can be added, for settings that get other seeds: `grid(norm=["BatchNorm"], seed=[0]) +
+    grid(norm=["GroupNorm"], seed=range(20))`.
 
     Args:
         together: the axis, or axes, whose values one trial takes all at once: `seed=[0, 1, ..., 19]`. It returns a list

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,13 +60,12 @@ class Study:
         check_takes(trial, points.axes)
         self.name, self.trial, self.points, self.out = name, trial, points, Path(out)
         self.store = Store(out, Identity(name, function_name(trial), str(version)))
-        self.tasks = []
-        for group in points.trials():
-            handed = points.handed(group)
-            self.tasks.append(Task(self.store.key(handed), tuple(group), handed, bool(points.together)))
+        self.tasks = [Task(self.store.key(handed), group, handed, together)
+                      for group, handed, together in points.handed()]
+        self.go_on = "the same study's run() goes on"
 
     def run(self, jobs: int | None = None, *, backend: str = "loky", scheduler: Any = None, again: bool = False,
-            progress: bool = True) -> "Study":
+            progress: bool = True, each: Callable[[list[dict[str, Any]]], str | None] | None = None) -> "Study":
         """Run the trials that have no file yet, and return the study.
 
         A trial that raises becomes a row with its traceback. One whose process is killed is run again, at most twice,
@@ -80,6 +79,7 @@ class Study:
                 cluster on this machine.
             again: run those again that have failed or were killed.
             progress: show how many are finished, running and failed, and the time left.
+            each: called in this process after each trial with its rows, as `rows` has them; what it returns is printed.
 
         Raises:
             InputError: another run is going on in the folder, or it can't be written; the trial can't be pickled; a
@@ -95,16 +95,24 @@ class Study:
             before = len(self.tasks) - len(tasks)
             try:
                 with Display(self.name, len(self.tasks), before, lambda: len(self.store.begun()), progress) as display:
-                    if backend == "sequential": executors.run_here(tasks, self.trial, self.store, display.done)
+                    told = {task.key: task for task in tasks}
+
+                    def done(status: str) -> None:
+                        display.done(status)
+                        if each is None: return
+                        for key in [key for key in told if self.store.has(key)]:
+                            text = each(self._rows_of(told.pop(key)))
+                            if text: display.say(text)
+                    if backend == "sequential": executors.run_here(tasks, self.trial, self.store, done)
                     elif backend == "loky":
-                        executors.run_loky(tasks, self.trial, self.store, display.done, jobs or os.cpu_count() or 1)
+                        executors.run_loky(tasks, self.trial, self.store, done, jobs or os.cpu_count() or 1)
                     elif backend == "dask":
-                        executors.run_dask(tasks, self.trial, self.store, display.done, scheduler)
-                    else: executors.run_ray(tasks, self.trial, self.store, display.done, jobs, scheduler)
+                        executors.run_dask(tasks, self.trial, self.store, done, scheduler)
+                    else: executors.run_ray(tasks, self.trial, self.store, done, jobs, scheduler)
             except KeyboardInterrupt:
                 kept = len({task.key for task in self.tasks} & self.store.finished())
                 say(f"{self.name}: stopped with {kept} of {len(self.tasks)} trials finished and kept in "
-                    f"{self.out}; the same study's run() goes on")
+                    f"{self.out}; {self.go_on}")
                 raise
         return self
 
@@ -123,10 +131,15 @@ class Study:
         These are its `status` ("ok", "failed" or "killed"), its `seconds` (of all its rows, with axes together), its
         `attempts`, `error` and `traceback`, and the `key` that its files are named by.
         """
+        finished = self.store.finished()
+        return [row for task in self.tasks if task.key in finished for row in self._rows_of(task)]
+
+    def _rows_of(self, task: Task) -> list[dict[str, Any]]:
+        """The rows of a finished trial."""
+        record = self.store.read(task.key, task.point)
         return [{**point, **row, "status": record["status"], "seconds": record["seconds"],
                  "attempts": record["attempts"], "error": record["error"], "traceback": record["traceback"],
-                 "key": task.key}
-                for task, record in self._records() for point, row in zip(task.points, record["rows"], strict=True)]
+                 "key": task.key} for point, row in zip(task.points, record["rows"], strict=True)]
 
     def frame(self) -> "pd.DataFrame":
         """`rows()` as a DataFrame, a row for each finished point; failed and killed ones have no figures."""

@@ -1,0 +1,184 @@
+"""Training one arm of an experiment, its convolutions by a fixed rule, and its checkpoints: a row of figures."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from experiments.data import ImageData
+from experiments.errors import InputError
+from experiments.models import channels_last_, get_runner
+from experiments.results import Row
+from runner import (
+    AvgStatsCallback,
+    BatchTransformXCallback,
+    Callback,
+    Checkpoint,
+    CheckpointError,
+    CPUBackendCallback,
+    CudaCallback,
+    DataBunch,
+    Learner,
+    ParamScheduler,
+    ProgressCallback,
+    Recorder,
+    Runner,
+    accuracy,
+    combine_scheds,
+    get_dls,
+    sched_lin,
+    view_tfm,
+)
+
+FIGURES = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
+VALID_BATCH = 250   # images at least in a batch of validation, which has nothing to learn from small ones
+EVERY_SECONDS = 30  # between two checkpoints of an arm, beside those at the ends of epochs
+WARM_UP = 0.3       # the part of training in which a rate of three stops goes from the first to the second
+
+# The rule for convolutions on a CPU: up to so many images in a batch torch's own and channels last, above oneDNN's and
+# the usual layout; one thread. It is fixed, so that a seed fixes the rows; `python -m experiments convolutions` measures
+# it anew. In the committed records, 94 first batches, oneDNN's took 1.6 to 6.5 times as long as torch's own at batch size
+# 2, and .64 to .75 of the time at 16, .43 to .63 at 32, .35 to .75 at 128, .23 to .41 at 512.
+SMALL_BATCH = 8
+CONVOLUTIONS = ("rule", "onednn", "own", "measured")
+
+Rate = float | Sequence[float]      # a learning rate, or its stops: see `schedule`
+Trained = tuple[list[Row], Row, list[float]]        # rows per epoch, final row, training losses
+
+
+def onednn_is_faster(images: int) -> bool:
+    """The rule for convolutions of so many images at once."""
+    return images > SMALL_BATCH
+
+
+def backend_of(convolutions: str) -> CPUBackendCallback:
+    """The callback for a name in `CONVOLUTIONS`; "own" are torch's."""
+    if convolutions == "measured": return CPUBackendCallback()
+    return CPUBackendCallback(onednn_is_faster if convolutions == "rule" else convolutions == "onednn", threads=1)
+
+
+def convolutions_in_words(convolutions: str) -> str:
+    """What a header says of a name in `CONVOLUTIONS`."""
+    return {"rule": f"torch's own up to batch size {SMALL_BATCH}, oneDNN's above", "onednn": "oneDNN's",
+            "own": "torch's own", "measured": "whichever is faster on the first batch, measured"}[convolutions]
+
+
+def train(model: nn.Module, images: ImageData, row: Row, device: str | torch.device, label: str,
+          cbs: Iterable[Callback] = (), *, tfm: Callable[[Tensor], Tensor] | None = None,
+          convolutions: str = "rule", drop_last: bool = False, compile: bool = False,
+          checkpoint: Path | None = None) -> Trained:
+    """Train `model` as `row` says: `(rows per epoch, final row, training losses)`.
+
+    Args:
+        model: what to train, by plain SGD and cross entropy.
+        images: an `ImageData`.
+        row: what the arm is, and the beginning of all its rows: the arm's name first, and `batch_size`, `lr` (see
+            `schedule`), `epochs` and `seed`, which decides the order of the training images.
+        device: where to.
+        label: for the progress bar.
+        cbs: further callbacks.
+        tfm: transform of the flat images of a batch; None views them as `(N, 1, 28, 28)`.
+        convolutions: what a model with convolutions runs on a CPU, a name in `CONVOLUTIONS`.
+        drop_last: whether to leave out the last training batch if it is smaller than the others.
+        compile: whether to compile the steps.
+        checkpoint: the folder for checkpoints; training goes on from the newest there. None keeps none.
+
+    The final row has the last epoch's figures, seconds and the status: "ok", "diverged" (a figure that is not finite)
+    or "failed", with the error of a norm that refused its input.
+    """
+    order, device = torch.Generator().manual_seed(row["seed"]), torch.device(device)
+    train_dl, valid_dl = get_dls(images.train, images.valid, row["batch_size"], drop_last=drop_last,
+                                 valid_bs=max(2 * row["batch_size"], VALID_BATCH), generator=order)
+    rate, sched = schedule(row["lr"])
+    convolves = device.type == "cpu" and any(isinstance(m, nn.Conv2d) for m in model.modules())
+    if convolves and not onednn_is_faster(row["batch_size"]): channels_last_(model)
+    backend, watch = backend_of(convolutions), Stopwatch()
+    learn, run = get_runner(model, DataBunch(train_dl, valid_dl, images.c), rate, [
+        Recorder(), AvgStatsCallback(accuracy), CudaCallback(device),
+        BatchTransformXCallback(tfm or view_tfm(1, 28, 28)), ProgressCallback(label),
+        *([backend] if convolves else []), *([ParamScheduler("lr", sched)] if sched else []), watch, *cbs],
+        compile=compile)
+    row = {**row, "parameters": sum(p.numel() for p in model.parameters())}
+    error: str | None = None
+    # A norm that refuses its input (torch's batch norm does, one value per channel) is a row, not a crash.
+    try: fit_from(checkpoint, run, row["epochs"], learn)
+    except ValueError as e:
+        if isinstance(e, InputError): raise
+        if not watch.running: raise InputError(str(e)) from e
+        error = str(e)
+    if convolves: row["backend"] = {**(backend.choice or {}), "reason": backend.reason}
+    arm = next(iter(row))
+    epochs = [{arm: row[arm], "seed": row["seed"], **r} for r in run[AvgStatsCallback].history]
+    row.update({n: epochs[-1][n] if epochs else math.nan for n in FIGURES})
+    row["valid_accuracies"] = [r["valid_accuracy"] for r in epochs]
+    row["seconds"] = watch.seconds
+    finite = all(math.isfinite(row[n]) for n in FIGURES)
+    row["status"] = "failed" if error else "ok" if finite else "diverged"
+    if error: row["error"] = error
+    return epochs, row, run[Recorder].losses
+
+
+def fit_from(checkpoint: Path | None, run: Runner, epochs: int, learn: Learner) -> None:
+    """`run.fit(epochs, learn)`, from the newest checkpoint in the folder `checkpoint` on and with more written there.
+
+    None is a fit without checkpoints.
+
+    Raises:
+        InputError: the checkpoint is of another run.
+    """
+    if checkpoint is None: return run.fit(epochs, learn)
+    try: run.fit(epochs, learn, Checkpoint(checkpoint, every_seconds=EVERY_SECONDS), resume=checkpoint)
+    except CheckpointError as e: raise InputError(f"{e}. Or delete {checkpoint}, and this arm begins anew") from e
+
+
+class Stopwatch(Callback):
+    """The `seconds` since a fit began, those before an interruption included, and nothing of what came between.
+
+    `running` is whether the fit has come to its first epoch.
+    """
+
+    def __init__(self) -> None: self.begin_fit()
+
+    def begin_fit(self) -> None: self.start, self.running = time.perf_counter(), False
+
+    def begin_epoch(self) -> None: self.running = True
+
+    @property
+    def seconds(self) -> float: return time.perf_counter() - self.start
+
+    def state_dict(self) -> dict[str, float]:
+        """The seconds so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from the seconds of `state_dict`."""
+        self.start = time.perf_counter() - state["seconds"]
+
+
+def check_batch_size(batch_size: int, images: ImageData) -> None:
+    """Raise unless the training images fill one batch."""
+    if batch_size > len(images.train):
+        raise InputError(f"batch size is {batch_size} and there are {len(images.train)} training images; take a "
+                         "smaller batch size or a larger limit")
+
+
+def schedule(lr: Rate) -> tuple[float, Callable[[float], float] | None]:
+    """The first rate and the schedule of the learning rate `lr`: `(rate, schedule or None)`.
+
+    `lr` is a number, or the stops of a rate that is linear in between: `(start, end)`, or `(start, top, end)` with the
+    top at `WARM_UP` of the training.
+    """
+    if isinstance(lr, (int, float)): return lr, None
+    legs = [sched_lin(*leg) for leg in pairwise(lr)]
+    return lr[0], legs[0] if len(legs) == 1 else combine_scheds([WARM_UP, 1 - WARM_UP], legs)
+
+
+def windows(losses: Sequence[float], n: int = 100) -> tuple[list[float], list[float]]:
+    """Means of `losses` over `n` windows, with the step at the middle of each: `(steps, means)`."""
+    size = max(1, len(losses) // n)
+    starts = range(0, len(losses) - size + 1, size)
+    return [s + size / 2 for s in starts], [sum(losses[s:s + size]) / size for s in starts]
