@@ -93,6 +93,18 @@ def conv_layer(ni: int, nf: int, ks: int = 3, stride: int = 2, norm: NormFactory
     return nn.Sequential(*layers)
 
 
+class Residual(nn.Module):
+    """`body(x) + shortcut(x)`, two modules whose results broadcast; without a shortcut `body(x) + x`."""
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module | None = None) -> None:
+        super().__init__()
+        self.body, self.shortcut = body, nn.Identity() if shortcut is None else shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.body(x)
+        return y + self.shortcut(x)
+
+
 class ResidualBlock(nn.Module):
     """`x + f(x)`, f two 3x3 convolutions of stride 2 without bias, each with a norm and leaky ReLU.
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from experiments.beyond.eigen import EigenAdam, patches
 from experiments.published.small_batch import build
-from experiments.study.stacked import GroupedLinear
+from experiments.study.stacked_layers import GroupedLinear
 
 
 @pytest.fixture(autouse=True)

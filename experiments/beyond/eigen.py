@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 from torch.utils.hooks import RemovableHandle
 
-from experiments.study.stacked import GroupedLinear
+from experiments.study.stacked_layers import GroupedLinear
 
 SINCE = 0.005       # the least weight of new inputs in A: about the last 200 looks count
 TIES = 1e-3         # of A's mean eigenvalue

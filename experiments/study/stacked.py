@@ -5,27 +5,45 @@ convolutions and norms in K groups, take as many operations as one of them.
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from experiments.models import GeneralRelu, Lambda, flatten
-from norms import BatchNorm, GroupNorm, InstanceNorm, RunningBatchNorm
+from experiments.models import AvgPool, GeneralRelu, Lambda, Residual, ResidualBlock, flatten
+from experiments.study.stacked_layers import GroupedConv2d, GroupedLayerNorm, GroupedLinear, PerImage
+from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
 
-STATELESS = (GeneralRelu, nn.AdaptiveAvgPool2d, nn.ReLU, nn.LeakyReLU, nn.Identity)
+M = TypeVar("M", bound=nn.Module)
+
+# Without parameters, and every channel goes through them alike and alone.
+ALIKE: tuple[type[nn.Module], ...] = (
+    GeneralRelu, nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid,
+    nn.LogSigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Threshold,
+    nn.Identity, AvgPool, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample,
+    nn.ZeroPad2d)
+# Without parameters, and every image goes through them alone.
+PER_IMAGE: tuple[type[nn.Module], ...] = (nn.Softmax, nn.LogSoftmax, nn.LocalResponseNorm, nn.Unflatten)
+# They compute by the layers in them, and by what treats channels alike and alone.
+OF_LAYERS: tuple[type[nn.Module], ...] = (nn.Sequential, nn.ModuleList, nn.ModuleDict, Residual, ResidualBlock)
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
+
+_MAKERS: dict[type[nn.Module], Callable[[Any, int], nn.Module] | None] = {}     # None: one that computes by its layers
 
 
 def stack(models: Iterable[nn.Module]) -> nn.Module:
     """One network that computes what each of the K `models` does, each on images of its own.
 
-    It has the tree of one of them. Every parameter and every buffer per channel is those of the K models, in their
-    order, along axis 0; buffers that are scalars must agree. So elementwise optimizers train it as they would train
-    each alone, if the loss is the sum of the models' losses.
+    It has the tree of one of them. Every parameter is those of the K models, in their order, along axis 0, and so is
+    every buffer per channel; buffers that are scalars must agree. So elementwise optimizers train it as they would
+    train each alone, if the loss is the sum of the models' losses. (`StackedSGD` has a rate for each.) To rounding,
+    each becomes what it would alone: weights, buffers, what it computes in evaluation. Hooks stay with the models.
 
     Args:
-        models: networks of `nn.Sequential`, `nn.Conv2d`, `nn.Linear`, the norms per channel or group, and layers
-            without state that treat channels alike (`STATELESS`, and `flatten`).
+        models: networks of `nn.Sequential`, residual blocks, convolutions, `nn.Linear`, the norms, pooling and
+            activations of torch and of this project, `nn.Flatten`, and what `register` was told of.
 
     Shapes: the network takes `(N, K C, H, W)`, for each image position the K models' images, and gives `(N, K c)`.
 
@@ -35,63 +53,205 @@ def stack(models: Iterable[nn.Module]) -> nn.Module:
     """
     models = list(models)
     if not models: raise ValueError("stack got no models; it needs at least one")
-    states = [m.state_dict() for m in models]
-    shapes = [{name: t.shape for name, t in state.items()} for state in states]
-    if any(s != shapes[0] or str(m) != str(models[0]) for s, m in zip(shapes, models, strict=True)):
-        raise ValueError("stack got models that differ in more than their values; build them with the same settings")
-    with torch.random.fork_rng(devices=[]): stacked = _stacked(models[0], len(models))
-    joint = {name: _joined(name, [state[name] for state in states]) for name in states[0]}
-    stacked.load_state_dict(joint)
-    return stacked.train(models[0].training)
+    for model in models[1:]: _check_alike(models[0], model)
+    with torch.random.fork_rng(devices=[]): stacked = side_by_side(models[0], len(models))
+    whole, parts = dict(_tensors(stacked)), [dict(_tensors(m)) for m in models]
+    if list(whole) != list(parts[0]) or _distinct(stacked) != _distinct(models[0]):
+        raise TypeError(f"stack made a network with the parameters and buffers {list(whole)} of one with "
+                        f"{list(parts[0])}; the function given to register must make a layer with the same ones, and "
+                        "layers must not share a parameter")
+    with torch.no_grad():
+        for name, t in whole.items():
+            joint = _joined(name, [part[name] for part in parts])
+            if joint.shape != t.shape:
+                raise TypeError(f"stack made {name!r} of shape {tuple(t.shape)} and has values of shape "
+                                f"{tuple(joint.shape)}; the function given to register must make a layer with the "
+                                "networks' along axis 0")
+            t.copy_(joint)
+            t.requires_grad_(parts[0][name].requires_grad)
+    return stacked
 
 
+@torch.no_grad()
 def unstack(stacked: nn.Module, models: Sequence[nn.Module]) -> None:
     """Put the parameters and buffers of the network `stacked` back into the `models` that it was made of, in order."""
-    state = stacked.state_dict()
+    whole = dict(_tensors(stacked))
     for k, model in enumerate(models):
-        model.load_state_dict({name: t if t.ndim == 0 else t.chunk(len(models))[k] for name, t in state.items()})
+        for name, t in _tensors(model):
+            new = whole[name]
+            if isinstance(t, nn.Parameter) or t.ndim: new = new.chunk(len(models))[k].view(t.shape)
+            t.copy_(new)
 
 
-class GroupedLinear(nn.Module):
-    """K linear layers side by side: `(N, K ni)` to `(N, K no)`; `weight` `(K no, ni)`, `bias` `(K no,)`."""
+def register(layer: type[M], make: Callable[[M, int], nn.Module] | None = None) -> None:
+    """Tell `stack` of a class of layers of one's own.
 
-    def __init__(self, groups: int, ni: int, no: int) -> None:
-        super().__init__()
-        self.groups = groups
-        self.weight, self.bias = nn.Parameter(torch.empty(groups * no, ni)), nn.Parameter(torch.empty(groups * no))
+        register(Block)                                         # computes by its layers, as x + self.body(x)
+        register(Shuffle, PerImage)                             # keeps nothing, each image by itself
+        register(Scale, lambda m, k: Scale(k * m.channels))     # anything else
 
-    def forward(self, x: Tensor) -> Tensor:
-        k, ni = self.groups, self.weight.shape[1]
-        xs = x.view(-1, k, ni).transpose(0, 1)                                              # (K, N, ni)
-        out = torch.bmm(xs, self.weight.view(k, -1, ni).transpose(1, 2))                    # (K, N, no)
-        return out.transpose(0, 1).reshape(len(x), -1) + self.bias
+    Args:
+        layer: the class; a subclass of it is another.
+        make: `make(m, K)` gives the layer for K networks, whose channels lie along axis 1, network after network: with
+            parameters and buffers of the same names, the K networks' along axis 0. Their values are put in afterwards.
+            None for a module whose forward calls the modules in it and treats channels alike and alone otherwise, and
+            which has no parameters of its own.
+    """
+    _MAKERS[layer] = make
 
 
-def _stacked(m: nn.Module, k: int) -> nn.Module:
-    """The layer `m` for `k` networks side by side; its values are still to come."""
-    if isinstance(m, nn.Sequential): return nn.Sequential(*(_stacked(layer, k) for layer in m))
-    new: nn.Module
-    if type(m) is nn.Conv2d:
-        return nn.Conv2d(k * m.in_channels, k * m.out_channels,
-                         m.kernel_size, m.stride, m.padding, m.dilation,    # type: ignore[arg-type]   # as it has them
-                         k * m.groups, m.bias is not None, m.padding_mode, dtype=m.weight.dtype)
-    if type(m) is nn.Linear and m.bias is not None: new = GroupedLinear(k, m.in_features, m.out_features)
-    elif type(m) is RunningBatchNorm:
-        new = RunningBatchNorm(k * m.nf, m.mom, m.eps, rule=m.rule, average_backward=m.average_backward)
-    elif type(m) is BatchNorm: new = BatchNorm(k * m.nf, m.mom, m.eps)
-    elif type(m) is InstanceNorm: new = InstanceNorm(k * m.nf, m.eps)
-    elif type(m) is GroupNorm: new = GroupNorm(k * m.num_groups, k * m.num_channels, m.eps, m.weight is not None)
-    elif isinstance(m, STATELESS) or (type(m) is Lambda and m.func is flatten): return copy.deepcopy(m)
+def side_by_side(m: nn.Module, k: int, at: str = "", made: dict[nn.Module, nn.Module] | None = None) -> nn.Module:
+    """The layer `m` for `k` networks; its values are still to come.
+
+    `at` is where it is in the network, for errors; `made` are those that there are already, for one used twice.
+
+    Raises:
+        TypeError: a layer that can't be stacked.
+    """
+    made = {} if made is None else made
+    if m in made: return made[m]
+    if type(m) not in _MAKERS: raise TypeError(_refusal(m, at))
+    make = _MAKERS[type(m)]
+    if make is None: new = _of_layers(m, k, at, made)
     else:
-        raise TypeError(f"stack can't put {type(m).__name__} side by side; it takes nn.Sequential, nn.Conv2d, "
-                        "nn.Linear with a bias, BatchNorm, InstanceNorm, GroupNorm, RunningBatchNorm, "
-                        f"Lambda(flatten) and {', '.join(s.__name__ for s in STATELESS)}")
-    return new.to(next(m.parameters()).dtype)
+        try: new = make(m, k)
+        except _Refused as e:
+            raise TypeError(f"stack can't put {type(m).__name__}{_place(at)} side by side: {e}") from None
+        like = next((t for _, t in _tensors(m) if t.is_floating_point()), None)
+        if like is not None: new = new.to(like.device, like.dtype)
+        new.train(m.training)
+    made[m] = new
+    return new
+
+
+def _of_layers(m: nn.Module, k: int, at: str, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    """`m` with layers for `k` networks in the place of its own."""
+    own = [name for name, _ in (*m.named_parameters(recurse=False), *m.named_buffers(recurse=False))]
+    if own:
+        raise TypeError(f"stack can't put {type(m).__name__}{_place(at)} side by side: it has {own} of its own; tell "
+                        "register by what function to make it for K networks")
+    new = copy.copy(m)
+    for name, v in vars(m).items():     # what modules keep in dicts would be the model's own
+        if isinstance(v, dict): vars(new)[name] = type(v)() if "_hooks" in name else v.copy()
+    for name, child in m._modules.items():          # `named_children` leaves out one that comes again
+        if child is not None: new._modules[name] = side_by_side(child, k, f"{at}.{name}" if at else name, made)
+    return new
+
+
+class _Refused(Exception):
+    """Why a layer of a known class can't be stacked as it is."""
+
+
+def _refusal(m: nn.Module, at: str) -> str:
+    name = type(m).__name__
+    known = [cls.__name__ for cls in _MAKERS if cls not in (*ALIKE, *DROPOUT)]
+    return (f"stack can't put {name}{_place(at)} side by side; it takes nn.Sequential, {', '.join(known[1:])}, "
+            "activations and pooling: for a layer of your own, call "
+            f"experiments.study.stacked.register({name}, ...)")
+
+
+def _place(at: str) -> str: return f" (at {at!r})" if at else ""
+
+
+# --- the layers ---------------------------------------------------------------------------------------------------
+
+def _conv(m: nn.Conv1d | nn.Conv2d | nn.Conv3d, k: int) -> nn.Module:
+    cls: Any = GroupedConv2d if type(m) is nn.Conv2d else type(m)
+    new: nn.Module = cls(k * m.in_channels, k * m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation,
+                         k * m.groups, m.bias is not None, m.padding_mode)
+    return new
+
+
+def _batch_norm(m: nn.modules.batchnorm._BatchNorm, k: int) -> nn.Module:
+    cls: Any = type(m)
+    new: nn.Module = cls(k * m.num_features, m.eps, m.momentum, m.affine, m.track_running_stats)
+    return new
+
+
+def _instance_norm(m: nn.modules.instancenorm._InstanceNorm, k: int) -> nn.Module: return _batch_norm(m, k)
+
+
+def _flatten(m: nn.Flatten, k: int) -> nn.Module:
+    if m.start_dim < 1: raise _Refused("it takes images together; use start_dim=1")
+    return copy.deepcopy(m)
+
+
+def _lambda(m: Lambda, k: int) -> nn.Module:
+    if m.func is not flatten:
+        raise _Refused("nobody knows what its function does with the channels, but for flatten; make it a module and "
+                       "tell experiments.study.stacked.register of it")
+    return nn.Flatten()         # what comes may be laid out channels last, which no view can flatten
+
+
+def _dropout(m: Any, k: int) -> nn.Module:
+    if getattr(m, "p", 1):
+        raise _Refused("what it draws comes from one source of random numbers, so no network would be trained as it is "
+                       "alone; take p=0, or train the networks one by one")
+    return copy.deepcopy(m)
+
+
+def _per_image(m: Any, k: int) -> nn.Module:
+    if getattr(m, "dim", 1) in (0, None):
+        raise _Refused(f"it has dim={m.dim}, which takes images together or depends on their shape; use dim=1")
+    return PerImage(copy.deepcopy(m), k)
+
+
+for _layer in OF_LAYERS: register(_layer)
+for _layer in ALIKE: register(_layer, lambda m, k: copy.deepcopy(m))
+for _layer in PER_IMAGE: register(_layer, _per_image)
+for _layer in DROPOUT: register(_layer, _dropout)
+for _conv_layer in (nn.Conv2d, nn.Conv1d, nn.Conv3d): register(_conv_layer, _conv)
+register(nn.Linear, lambda m, k: GroupedLinear(k, m.in_features, m.out_features, m.bias is not None))
+for _batch in (nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm3d): register(_batch, _batch_norm)
+for _instance in (nn.InstanceNorm2d, nn.InstanceNorm1d, nn.InstanceNorm3d): register(_instance, _instance_norm)
+register(nn.GroupNorm, lambda m, k: nn.GroupNorm(k * m.num_groups, k * m.num_channels, m.eps, m.affine))
+for _layer_norm in (nn.LayerNorm, LayerNorm): register(_layer_norm, lambda m, k: GroupedLayerNorm(k, m))
+register(BatchNorm, lambda m, k: BatchNorm(k * m.nf, m.mom, m.eps, m.weight is not None))
+register(InstanceNorm, lambda m, k: InstanceNorm(k * m.nf, m.eps, m.weight is not None))
+register(GroupNorm, lambda m, k: GroupNorm(k * m.num_groups, k * m.num_channels, m.eps, m.weight is not None))
+register(RunningBatchNorm, lambda m, k: RunningBatchNorm(k * m.nf, m.mom, m.eps, m.weight is not None, rule=m.rule,
+                                                         average_backward=m.average_backward))
+register(nn.Flatten, _flatten)
+register(Lambda, _lambda)
+
+
+# --- the values ---------------------------------------------------------------------------------------------------
+
+def _tensors(m: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of all parameters and buffers."""
+    yield from m.named_parameters(remove_duplicate=False)
+    yield from m.named_buffers(remove_duplicate=False)
+
+
+def _distinct(m: nn.Module) -> int: return len({id(t) for _, t in _tensors(m)})
 
 
 def _joined(name: str, tensors: list[Tensor]) -> Tensor:
-    if tensors[0].ndim: return torch.cat(tensors)
-    if any(not torch.equal(t, tensors[0]) for t in tensors):
+    first = tensors[0]
+    if first.ndim: return torch.cat(tensors)
+    if isinstance(first, nn.Parameter): return torch.stack(tensors)
+    if any(not torch.equal(t, first) for t in tensors):
         raise ValueError(f"stack got models whose {name!r} differ, {[t.item() for t in tensors]}; a stack has one for "
                          "all: stack models that have seen the same number of batches of the same size")
-    return tensors[0]
+    return first
+
+
+def _check_alike(a: nn.Module, b: nn.Module) -> None:
+    """Raise unless `a` and `b` differ in nothing but values."""
+    for (at, one), (name, other) in zip_longest(a.named_modules(), b.named_modules(), fillvalue=("", nn.Module())):
+        if at != name or _settings(one) != _settings(other):
+            raise ValueError("stack got models that differ in more than their values; build them with the same "
+                             f"settings, and in the same mode: {at!r} is {one} in one and {other} in another")
+    if [_form(*item) for item in _tensors(a)] != [_form(*item) for item in _tensors(b)]:
+        raise ValueError("stack got models that differ in more than their values; build them with the same settings: "
+                         "with as many parameters and buffers, of the same shapes, dtypes and devices, with gradients "
+                         "or without")
+
+
+def _settings(m: nn.Module) -> tuple[type[nn.Module], dict[str, object]]:
+    """The class of `m` and what it keeps of plain values, such as sizes and modes."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return type(m), {name: v for name, v in vars(m).items() if isinstance(v, plain) and name[0] != "_"}
+
+
+def _form(name: str, t: Tensor) -> tuple[object, ...]: return name, t.shape, t.dtype, t.device, t.requires_grad
