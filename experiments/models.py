@@ -102,7 +102,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.body(x)
-        return y + self.shortcut(x)
+        shortcut: Tensor = self.shortcut(x)
+        return y + shortcut
 
 
 class ResidualBlock(nn.Module):

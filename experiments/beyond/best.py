@@ -26,7 +26,7 @@ import argparse
 import math
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ from experiments.models import CHANNELS, conv_layer, get_cnn_model, init_alike
 from experiments.results import Result, Row, Summary, Table, Verdict
 from experiments.settings import ImageSettings, add_choice, add_image_arguments, choose, from_args, positive
 from experiments.study.stacked import stack, unstack
+from experiments.together import EachTransform, SideBySide, each_loss
 from norms import GroupNorm, RunningBatchNorm, recalibrate
 from runner import (
     BatchTransformXCallback,
@@ -64,10 +65,7 @@ from runner import (
     ParamScheduler,
     ProgressCallback,
     Runner,
-    get_dls,
-    view_tfm,
 )
-from runner.loading import PositionLoader
 
 RUNNING, GROUP = "RunningBatchNorm", "GroupNorm"
 OPTIMIZERS: dict[str, Callable[[nn.Module, float | Tensor], optim.Optimizer]] = {
@@ -147,32 +145,6 @@ SEEDS = 20          # for a verdict
 
 # --- training several seeds at once -------------------------------------------------------------------------------
 
-class SideBySide:
-    """Batches of several loaders side by side: `x` `(N, K, ...)`, `y` `(N, K)`."""
-
-    def __init__(self, loaders: Sequence[PositionLoader]) -> None: self.loaders = loaders
-
-    def __len__(self) -> int: return min(map(len, self.loaders))
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        for batches in zip(*self.loaders, strict=True):
-            yield tuple(torch.stack(part, 1) for part in zip(*batches, strict=True))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where each loader stands."""
-        return {"loaders": [dl.state_dict() for dl in self.loaders]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next pass go on from there."""
-        for dl, one in zip(self.loaders, state["loaders"], strict=True): dl.load_state_dict(one)
-
-
-class NoValidation(Callback):
-    """Leaves validation out: networks side by side are measured one by one afterwards."""
-
-    def begin_validate(self) -> bool: return True
-
-
 def train_together(recipes: Sequence[Recipe], seeds: Sequence[int], images: ImageData, device: str = "cpu",
                    label: str = "", cbs: Iterable[Callback] = (),
                    checkpoint: Path | None = None) -> list[nn.Sequential]:
@@ -190,19 +162,15 @@ def train_together(recipes: Sequence[Recipe], seeds: Sequence[int], images: Imag
                          f"{' and '.join(recipe.free)} alone")
     models = [r.build(seed, images.c) for r, seed in zip(recipes, seeds, strict=True)]
     net, k = stack(models), len(models)
-    loaders = [get_dls(images.train, images.valid, recipe.batch_size, drop_last=True,
-                       generator=torch.Generator().manual_seed(seed))[0] for seed in seeds]
     smoothing = torch.tensor([r.smoothing for r in recipes], device=device)
+    dl = SideBySide(images.train, recipe.batch_size, seeds, drop_last=True)
     rates = torch.tensor([r.lr for r in recipes]) if "lr" in recipe.free else recipe.lr
 
-    def sum_of_losses(pred: Tensor, yb: Tensor) -> Tensor:                                            # (N, K c), (N, K)
-        logs = pred.view(*yb.shape, -1).log_softmax(2)
-        right = logs.gather(2, yb.unsqueeze(2)).squeeze(2)
-        return -((1 - smoothing) * right + smoothing * logs.mean(2)).sum() / len(yb)
+    def sum_of_losses(pred: Tensor, yb: Tensor) -> Tensor: return each_loss(pred, yb, smoothing).sum()
     opt = OPTIMIZERS[recipe.optimizer](net, rates)
-    run = Runner([CudaCallback(device), BatchTransformXCallback(view_tfm(k, 28, 28)), NoValidation(),
+    run = Runner([CudaCallback(device), BatchTransformXCallback(EachTransform(k)),
                   ParamScheduler("lr", lambda pos: rates * (1 - pos)), ProgressCallback(label), *cbs])
-    fit_from(checkpoint, run, 1, Learner(net, opt, sum_of_losses, DataBunch(SideBySide(loaders), None, images.c)))
+    fit_from(checkpoint, run, 1, Learner(net, opt, sum_of_losses, DataBunch(dl, None, images.c)))
     unstack(net, models)
     return models
 

@@ -155,25 +155,25 @@ def _place(at: str) -> str: return f" (at {at!r})" if at else ""
 
 # --- the layers ---------------------------------------------------------------------------------------------------
 
-def _conv(m: nn.Conv1d | nn.Conv2d | nn.Conv3d, k: int) -> nn.Module:
+def _as_it_is(m: nn.Module, k: int) -> nn.Module: return copy.deepcopy(m)
+
+
+def _conv(m: Any, k: int) -> nn.Module:
     cls: Any = GroupedConv2d if type(m) is nn.Conv2d else type(m)
     new: nn.Module = cls(k * m.in_channels, k * m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation,
                          k * m.groups, m.bias is not None, m.padding_mode)
     return new
 
 
-def _batch_norm(m: nn.modules.batchnorm._BatchNorm, k: int) -> nn.Module:
-    cls: Any = type(m)
+def _norm_per_channel(m: Any, k: int) -> nn.Module:
+    cls = type(m)
     new: nn.Module = cls(k * m.num_features, m.eps, m.momentum, m.affine, m.track_running_stats)
     return new
 
 
-def _instance_norm(m: nn.modules.instancenorm._InstanceNorm, k: int) -> nn.Module: return _batch_norm(m, k)
-
-
 def _flatten(m: nn.Flatten, k: int) -> nn.Module:
     if m.start_dim < 1: raise _Refused("it takes images together; use start_dim=1")
-    return copy.deepcopy(m)
+    return _as_it_is(m, k)
 
 
 def _lambda(m: Lambda, k: int) -> nn.Module:
@@ -187,25 +187,26 @@ def _dropout(m: Any, k: int) -> nn.Module:
     if getattr(m, "p", 1):
         raise _Refused("what it draws comes from one source of random numbers, so no network would be trained as it is "
                        "alone; take p=0, or train the networks one by one")
-    return copy.deepcopy(m)
+    return _as_it_is(m, k)
 
 
 def _per_image(m: Any, k: int) -> nn.Module:
     if getattr(m, "dim", 1) in (0, None):
         raise _Refused(f"it has dim={m.dim}, which takes images together or depends on their shape; use dim=1")
-    return PerImage(copy.deepcopy(m), k)
+    return PerImage(_as_it_is(m, k), k)
 
 
 for _layer in OF_LAYERS: register(_layer)
-for _layer in ALIKE: register(_layer, lambda m, k: copy.deepcopy(m))
+for _layer in ALIKE: register(_layer, _as_it_is)
 for _layer in PER_IMAGE: register(_layer, _per_image)
 for _layer in DROPOUT: register(_layer, _dropout)
 for _conv_layer in (nn.Conv2d, nn.Conv1d, nn.Conv3d): register(_conv_layer, _conv)
 register(nn.Linear, lambda m, k: GroupedLinear(k, m.in_features, m.out_features, m.bias is not None))
-for _batch in (nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm3d): register(_batch, _batch_norm)
-for _instance in (nn.InstanceNorm2d, nn.InstanceNorm1d, nn.InstanceNorm3d): register(_instance, _instance_norm)
+for _norm in (nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm3d, nn.InstanceNorm2d, nn.InstanceNorm1d, nn.InstanceNorm3d):
+    register(_norm, _norm_per_channel)
 register(nn.GroupNorm, lambda m, k: nn.GroupNorm(k * m.num_groups, k * m.num_channels, m.eps, m.affine))
-for _layer_norm in (nn.LayerNorm, LayerNorm): register(_layer_norm, lambda m, k: GroupedLayerNorm(k, m))
+register(nn.LayerNorm, lambda m, k: GroupedLayerNorm(k, m))
+register(LayerNorm, lambda m, k: GroupedLayerNorm(k, m))
 register(BatchNorm, lambda m, k: BatchNorm(k * m.nf, m.mom, m.eps, m.weight is not None))
 register(InstanceNorm, lambda m, k: InstanceNorm(k * m.nf, m.eps, m.weight is not None))
 register(GroupNorm, lambda m, k: GroupNorm(k * m.num_groups, k * m.num_channels, m.eps, m.weight is not None))

@@ -44,13 +44,16 @@ def own_convolutions(images: int, channels: int) -> bool:
 class GroupedConv2d(nn.Conv2d):
     """`nn.Conv2d` that computes batches of few images on a CPU by the faster convolutions, and channels last.
 
-    Where oneDNN is switched off, `torch.backends.mkldnn.enabled`, it takes torch's own throughout.
+    Where oneDNN is switched off, `torch.backends.mkldnn.enabled`, it takes torch's own throughout; where `by_rule` is
+    False, what is switched on.
     """
 
+    by_rule = True
+
     def forward(self, x: Tensor) -> Tensor:
-        if not (x.ndim == 4 and len(x) <= FEW_IMAGES and self.padding_mode == "zeros" and type(self.padding) is tuple
-                and torch.backends.mkldnn.enabled and plain(x) and not torch.is_autocast_enabled("cpu")):
-            return super().forward(x)
+        if not (self.by_rule and x.ndim == 4 and len(x) <= FEW_IMAGES and self.padding_mode == "zeros"
+                and type(self.padding) is tuple and torch.backends.mkldnn.enabled and plain(x)
+                and not torch.is_autocast_enabled("cpu")): return super().forward(x)
         x = x.contiguous(memory_format=torch.channels_last)
         if not own_convolutions(len(x), self.weight.shape[1]): return super().forward(x)
         y: Tensor = _OwnConvolution.apply(x, self.weight, self.bias, self.stride, self.padding, self.dilation,
@@ -144,7 +147,8 @@ class GroupedLayerNorm(Norm):
         weight, bias = (None if t is None else t.view(self.groups, *ones, *self.shape)
                         for t in (self.weight, self.bias))
         if weight is not None and bias is None: bias = torch.zeros_like(weight)
-        return scale_shift(centred, var, self.eps, weight, bias).flatten(1, 2).to(x.dtype)
+        y: Tensor = scale_shift(centred, var, self.eps, weight, bias).flatten(1, 2)
+        return y.to(x.dtype)
 
     def statistic_groups(self, x: Tensor) -> Tensor:
         xs = x.unflatten(1, (self.groups, -1))
