@@ -16,7 +16,7 @@ from experiments.errors import InputError
 from experiments.models import channels_last_
 from experiments.results import Row
 from experiments.study.stacked import stack, unstack
-from experiments.study.stacked_layers import FEW_IMAGES, OWN_CHANNELS, GroupedConv2d
+from experiments.study.stacked_layers import FEW_IMAGES, PATCH_CHANNELS, GroupedConv2d
 from experiments.study.stacked_sgd import StackedSGD
 from experiments.training import (
     FIGURES,
@@ -134,7 +134,7 @@ def _backend(net: nn.Module, convolutions: str) -> tuple[CPUBackendCallback, str
     for m in layers: m.by_rule = convolutions == "rule"
     if convolutions != "rule": return backend_of(convolutions), None
     return CPUBackendCallback(True, 1), ("by rule, for networks side by side: oneDNN's, up to batch size "
-                                         f"{FEW_IMAGES} torch's own from {OWN_CHANNELS} channels in on")
+                                         f"{FEW_IMAGES} by patches from {PATCH_CHANNELS} channels in on")
 
 
 # --- the batches --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import nn
 from experiments.models import AvgPool, GeneralRelu, Lambda, Residual, ResidualBlock, flatten
 from experiments.published.small_batch import build
 from experiments.study.stacked import register, stack, unstack
-from experiments.study.stacked_layers import GroupedConv2d, GroupedLinear, PerImage, own_convolutions
+from experiments.study.stacked_layers import GroupedConv2d, GroupedLinear, PerImage, by_patches
 from experiments.study.stacked_sgd import StackedSGD
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
 from runner import SGD
@@ -201,23 +201,46 @@ def test_rates_that_make_no_sense_are_refused():
 
 # --- convolutions -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("images", [2, 9])
-def test_the_faster_convolutions_compute_the_same_and_leave_the_switch_alone(images):
-    torch.set_default_dtype(torch.float32)          # oneDNN knows no other
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("size", "settings"), [
+    (2, {"padding": 1}), (3, {"padding": 1, "bias": False}), (5, {}), (6, {"stride": 3}), ((5, 4), {"padding": (0, 1)}),
+    (5, {"padding": 2, "stride": (1, 2)}), (7, {"dilation": 2, "padding": 1}), (5, {"dilation": (1, 2)})], ids=str)
+def test_convolutions_by_patches_are_torchs(size, settings, layout):
     torch.manual_seed(0)
-    plain = nn.Conv2d(96, 6, 3, stride=2, padding=1, groups=3)
-    fast = GroupedConv2d(96, 6, 3, stride=2, padding=1, groups=3)
-    fast.load_state_dict(plain.state_dict())
-    assert own_convolutions(images, 32) == (images == 2)
-    xs = [torch.randn(images, 96, 5, 5).requires_grad_() for _ in range(1)] * 2
-    before = torch.backends.mkldnn.enabled
+    settings = {"stride": 2, **settings}
+    torchs, ours = (cls(3 * 16, 6, 3, groups=3, **settings) for cls in (nn.Conv2d, GroupedConv2d))
+    ours.load_state_dict(torchs.state_dict())
+    for m in (torchs, ours): m.weight.data = m.weight.data.contiguous(memory_format=layout)
+    x = torch.randn(4, 48, *(size if isinstance(size, tuple) else (size, size))).requires_grad_()
+    assert "ByPatches" in str(ours(x).grad_fn)
     found = []
-    for layer, x in zip((plain, fast), xs, strict=True):
+    for layer in (torchs, ours):
         y = layer(x)
-        (gx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        found.append([y, gx, *torch.autograd.grad(gx.square().sum() + y.sum(), [x, *layer.parameters()])])
-        assert torch.backends.mkldnn.enabled == before
-    for a, b in zip(*found, strict=True): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+        target = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+        found.append([y, *torch.autograd.grad((y * target).sum(), [x, *layer.parameters()])])
+        (gx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        found[-1] += torch.autograd.grad(gx.square().sum() + layer(x).sum(), [x, *layer.parameters()])
+    for a, b in zip(*found, strict=True): close(b, a, settings)
+
+
+def test_which_convolutions_go_by_patches():
+    assert [by_patches(2, c) for c in (1, 8, 16, 64)] == [False, False, True, True]
+    assert not by_patches(9, 64)
+    conv = GroupedConv2d(48, 6, 3, groups=3)
+
+    def patched(x): return "ByPatches" in str(conv(x).grad_fn)
+    assert patched(torch.randn(2, 48, 4, 4))
+    assert not patched(torch.randn(9, 48, 4, 4))
+    assert not patched(torch.randn(48, 4, 4))
+    conv.by_rule = False
+    assert not patched(torch.randn(2, 48, 4, 4))
+    conv.by_rule = True
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.set_flags(False)
+    try: assert not patched(torch.randn(2, 48, 4, 4))
+    finally: torch.backends.mkldnn.set_flags(before)
+    with torch.autocast("cpu"): assert conv.float()(torch.randn(2, 48, 4, 4).float()).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="expected input"): conv(torch.randn(2, 47, 4, 4))
 
 
 @pytest.mark.parametrize("norm", ["none", "BatchNorm", "InstanceNorm", "GroupNorm", "LayerNorm", "RunningBatchNorm"])

@@ -53,6 +53,7 @@ from experiments.models import CHANNELS, conv_layer, get_cnn_model, init_alike
 from experiments.results import Result, Row, Summary, Table, Verdict
 from experiments.settings import ImageSettings, add_choice, add_image_arguments, choose, from_args, positive
 from experiments.study.stacked import stack, unstack
+from experiments.study.stacked_layers import GroupedConv2d
 from experiments.together import EachTransform, SideBySide, each_loss
 from norms import GroupNorm, RunningBatchNorm, recalibrate
 from runner import (
@@ -162,6 +163,8 @@ def train_together(recipes: Sequence[Recipe], seeds: Sequence[int], images: Imag
                          f"{' and '.join(recipe.free)} alone")
     models = [r.build(seed, images.c) for r, seed in zip(recipes, seeds, strict=True)]
     net, k = stack(models), len(models)
+    for m in net.modules():     # EigenAdam's steps are faster on weights laid out as usual, convolutions by patches not
+        if isinstance(m, GroupedConv2d): m.by_rule = False
     smoothing = torch.tensor([r.smoothing for r in recipes], device=device)
     dl = SideBySide(images.train, recipe.batch_size, seeds, drop_last=True)
     rates = torch.tensor([r.lr for r in recipes]) if "lr" in recipe.free else recipe.lr

@@ -11,41 +11,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from norms import LayerNorm, fast
-from norms.fast.dispatch import plain
-from norms.fast.kernels import Kernels
+from norms.fast.dispatch import bare, plain
+from norms.fast.kernels import Kernels, channels_last
 from norms.moments import Norm, moments, scale_shift, wide
 
-# Which convolutions take a batch of few images, measured on two cores of an Intel Xeon (AVX-512), one thread, float32.
-# Microseconds per image and network, forward and backward, of the five conv layers of `small-batch`, whose networks
-# have 1, 8, 16, 32 and 64 channels in:
+# How a convolution of K networks' batches of few images is computed. Measured on one thread of an Intel Xeon (AVX-512),
+# float32, beside other work (so it is the ratios that count): microseconds per image and network, forward and backward,
+# of the five conv layers of `small-batch`, whose networks have 1, 8, 16, 32 and 64 channels in.
 #
 #                                           K = 8, batch 2              K = 20, batch 2
-#       oneDNN's, channels last         27   42   31   56  154      12   32   21  119  154
+#       oneDNN's, channels last         22   42   37   65  157      18   30   23  123  147
 #       oneDNN's, contiguous            38   37   32   52   64      30   34   21   33   46
-#       torch's own, channels last     128   45   31   42   42     125   48   34   48   42
+#       torch's own, channels last      83   46   41   52   66      96   35   29   62   57
 #       torch's own, contiguous         54   50   53  129   60      50   61   63  127   57
-#       as the rule has it              27   42   31   42   42      12   32   21   48   42
+#       by patches, channels last        -   40   27   36   29       -   30   19   31   28
 #
-# So: channels last, and torch's own from `OWN_CHANNELS` channels in on, where oneDNN's gradient of the weights is slow.
-# From batch 16 on torch's own take three times as long as oneDNN's, and the layout is no matter (K = 8: 28 25 17 29 46
-# channels last, 19 24 14 21 28 contiguous).
-OWN_CHANNELS = 32
+# oneDNN's gradient of the weights is what is slow channels last; torch's own goes through the groups one by one. By
+# patches the weights' gradient is one product of K matrices (3 to 8 of those microseconds). From 9 images on it is
+# torch's convolutions as they are: at 16 images oneDNN's take a third of torch's own.
+PATCH_CHANNELS = 16
 FEW_IMAGES = 8
 
 
-def own_convolutions(images: int, channels: int) -> bool:
-    """Whether a convolution of networks side by side takes torch's own and not oneDNN's: by rule, see above.
+def by_patches(images: int, channels: int) -> bool:
+    """Whether a convolution of networks side by side goes by its patches and not by oneDNN: by rule, see above.
 
     `images` are the batch's, `channels` those that each group of the convolution gets.
     """
-    return images <= FEW_IMAGES and channels >= OWN_CHANNELS
+    return images <= FEW_IMAGES and channels >= PATCH_CHANNELS
 
 
 class GroupedConv2d(nn.Conv2d):
-    """`nn.Conv2d` that computes batches of few images on a CPU by the faster convolutions, and channels last.
+    """`nn.Conv2d` that computes batches of few images on a CPU in the faster way, and channels last.
 
-    Where oneDNN is switched off, `torch.backends.mkldnn.enabled`, it takes torch's own throughout; where `by_rule` is
-    False, what is switched on.
+    Where oneDNN is switched off, `torch.backends.mkldnn.enabled`, or `by_rule` is False, it is torch's throughout.
     """
 
     by_rule = True
@@ -55,39 +54,70 @@ class GroupedConv2d(nn.Conv2d):
                 and type(self.padding) is tuple and torch.backends.mkldnn.enabled and plain(x)
                 and not torch.is_autocast_enabled("cpu")): return super().forward(x)
         x = x.contiguous(memory_format=torch.channels_last)
-        if not own_convolutions(len(x), self.weight.shape[1]): return super().forward(x)
-        y: Tensor = _OwnConvolution.apply(x, self.weight, self.bias, self.stride, self.padding, self.dilation,
-                                          self.groups)
+        if x.shape[1] != self.in_channels or not by_patches(len(x), self.weight.shape[1]): return super().forward(x)
+        y: Tensor = _ByPatches.apply(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         return y
 
 
-class _OwnConvolution(torch.autograd.Function):
-    """A convolution with oneDNN switched off, one way and the other: torch asks the switch again for the gradients."""
+class _ByPatches(torch.autograd.Function):
+    """A convolution in K groups as a product of K matrices: of what the kernel sees at each position, and the weights.
+
+    The gradient of the weights is such a product too, and that of x where there is but one position.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.settings, ctx.biases = settings, None if bias is None else list(bias.shape)
-        with _own(): return F.conv2d(x, weight, bias, *settings)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int],
+                padding: tuple[int, int], dilation: tuple[int, int], k: int) -> Tensor:
+        n, (no, c, kh, kw) = len(x), weight.shape
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))   # (N, H, W, K C)
+        down, along = padded.stride()[1:3]
+        oh, ow = ((size - d * (ks - 1) - 1) // s + 1 for size, ks, s, d in zip(
+            padded.shape[1:3], (kh, kw), stride, dilation, strict=True))
+        kernel = {"kh": (kh, dilation[0] * down), "kw": (kw, dilation[1] * along), "c": (c, 1)}
+        last = channels_last(weight)
+        order = ("kh", "kw", "c") if last else ("c", "kh", "kw")
+        sizes, strides = zip((k, c), (n, padded.stride(0)), (oh, stride[0] * down), (ow, stride[1] * along),
+                             *(kernel[name] for name in order), strict=True)
+        patches = padded.as_strided(sizes, strides).reshape(k, n * oh * ow, -1)                 # (K, N oh ow, kh kw C)
+        rows = _rows(weight, k, last).transpose(1, 2)                                           # (K, kh kw C, no)
+        y = torch.bmm(patches, rows) if bias is None else torch.baddbmm(bias.view(k, 1, -1), patches, rows)
+        ctx.save_for_backward(x, weight, patches)
+        ctx.settings, ctx.last, ctx.biases = (stride, padding, dilation, k), last, None if bias is None else [no]
+        return y.transpose(0, 1).reshape(n, oh, ow, no).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.settings
-        with _own():        # it can be differentiated in turn
-            found = torch.ops.aten.convolution_backward(g, x, weight, ctx.biases, stride, padding, dilation, False,
-                                                        [0, 0], groups, ctx.needs_input_grad[:3])
-        return *found, None, None, None, None
+        x, weight, patches = ctx.saved_tensors
+        stride, padding, dilation, k = ctx.settings
+        wanted, none = list(ctx.needs_input_grad[:3]), (None,) * 4
+
+        def by_torch(*wanted: bool) -> Any:
+            return torch.ops.aten.convolution_backward(g, x, weight, ctx.biases, stride, padding, dilation, False,
+                                                       [0, 0], k, wanted)
+        # A gradient that will be differentiated in turn, many in one, or an x that came back as something else.
+        if torch.is_grad_enabled() or not bare(g, x): return *by_torch(*wanted), *none
+        (n, nc, h, w), (no, c, kh, kw), gx, gw, gb = x.shape, weight.shape, None, None, None
+        flat = g.permute(0, 2, 3, 1).reshape(-1, k, no // k)                                    # (N oh ow, K, no)
+        if wanted[0]:
+            if g.shape[2:] == (1, 1) and dilation == (1, 1):
+                seen = torch.bmm(flat.transpose(0, 1), _rows(weight, k, ctx.last))              # (K, N, kh kw C)
+                seen = seen.view(k, n, kh, kw, c) if ctx.last else seen.view(k, n, c, kh, kw).permute(0, 1, 3, 4, 2)
+                within = seen[:, :, padding[0]:padding[0] + h, padding[1]:padding[1] + w]
+                gx = within.permute(1, 2, 3, 0, 4).reshape(n, *within.shape[2:4], nc)
+                # what no kernel has seen, below and to the right
+                if gx.shape[1:3] != (h, w): gx = F.pad(gx, (0, 0, 0, w - gx.shape[2], 0, h - gx.shape[1]))
+                gx = gx.permute(0, 3, 1, 2)
+            else: gx = by_torch(True, False, False)[0]
+        if wanted[1]:
+            gw = torch.bmm(flat.permute(1, 2, 0), patches)                                      # (K, no, kh kw C)
+            gw = gw.view(no, kh, kw, c).permute(0, 3, 1, 2) if ctx.last else gw.view(weight.shape)
+        if wanted[2]: gb = flat.sum(0).flatten()
+        return gx, gw, gb, *none
 
 
-class _own:
-    """With oneDNN switched off."""
-
-    def __enter__(self) -> None:
-        self.before = torch.backends.mkldnn.enabled
-        torch.backends.mkldnn.set_flags(False)
-
-    def __exit__(self, *exception: object) -> None: torch.backends.mkldnn.set_flags(self.before)
+def _rows(weight: Tensor, k: int, last: bool) -> Tensor:
+    """`weight` `(K no, C, kh, kw)` as `(K, no, kh kw C)`, or if it isn't channels `last` `(K, no, C kh kw)`."""
+    return (weight.permute(0, 2, 3, 1) if last else weight).view(k, len(weight) // k, -1)
 
 
 class GroupedLinear(nn.Module):
