@@ -240,7 +240,7 @@ def test_which_convolutions_go_by_patches():
     try: assert not patched(torch.randn(2, 48, 4, 4))
     finally: torch.backends.mkldnn.set_flags(before)
     with torch.autocast("cpu"): assert conv.float()(torch.randn(2, 48, 4, 4).float()).dtype == torch.bfloat16
-    with pytest.raises(RuntimeError, match="expected input"): conv(torch.randn(2, 47, 4, 4))
+    with pytest.raises(RuntimeError, match="expected input"): conv(torch.randn(2, 47, 4, 4).float())
 
 
 @pytest.mark.parametrize("norm", ["none", "BatchNorm", "InstanceNorm", "GroupNorm", "LayerNorm", "RunningBatchNorm"])
