@@ -81,7 +81,7 @@ def train_together(models: Sequence[nn.Module], images: ImageData, rows: Sequenc
     backend, reason = _backend(net, convolutions)
     watch = Stopwatch()
     opt = StackedSGD(net.parameters(), rate) if torch.is_tensor(rate) else SGD(net.parameters(), lr=rate)
-    learn = Learner(net, opt, figures.loss, DataBunch(dl, None, images.c))
+    learn = Learner(net, opt, figures.summed_loss, DataBunch(dl, None, images.c))
     run = Runner([figures, CudaCallback(device), BatchTransformXCallback(EachTransform(k, tfm)),
                   ProgressCallback(label), *([backend] if convolves else []),
                   *([ParamScheduler("lr", sched)] if sched else []), watch, *cbs])
@@ -224,7 +224,7 @@ class EachFigures(Stateful):
                  tfm: Callable[[Tensor], Tensor], device: torch.device) -> None:
         self.models, self.valid, self.batch_size, self.tfm, self.device = models, valid, batch_size, tfm, device
 
-    def loss(self, pred: Tensor, yb: Tensor) -> Tensor:
+    def summed_loss(self, pred: Tensor, yb: Tensor) -> Tensor:
         """The sum of the networks' losses."""
         each = each_loss(pred, yb)
         self.each = each.detach()

@@ -4,6 +4,7 @@ Everywhere the networks lie along axis 1: `(N, K C, *spatial)` are the maps of K
 after network, and `(N, K F)` their features.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from norms.fast.dispatch import bare, plain
 from norms.fast.kernels import Kernels, channels_last
 from norms.moments import Norm, moments, scale_shift, wide
 
-# How a convolution of K networks' batches of few images is computed. Measured on one thread of an Intel Xeon (AVX-512),
-# float32, beside other work (so it is the ratios that count): microseconds per image and network, forward and backward,
-# of the five conv layers of `small-batch`, whose networks have 1, 8, 16, 32 and 64 channels in.
+# How a convolution of K networks' batches of few images is computed. Measured on one thread of an AMD EPYC (AVX2),
+# float32, while other work ran, so it is the ratios that count: microseconds of processor time per image and network,
+# forward and backward, of the conv layers of `small-batch`, whose networks have 1, 8, 16, 32 and 64 channels in.
 #
 #                                           K = 8, batch 2              K = 20, batch 2
 #       oneDNN's, channels last         22   42   37   65  157      18   30   23  123  147
@@ -177,13 +178,11 @@ class GroupedLayerNorm(Norm):
         weight, bias = (None if t is None else t.view(self.groups, *ones, *self.shape)
                         for t in (self.weight, self.bias))
         if weight is not None and bias is None: bias = torch.zeros_like(weight)
-        y: Tensor = scale_shift(centred, var, self.eps, weight, bias).flatten(1, 2)
-        return y.to(x.dtype)
+        return scale_shift(centred, var, self.eps, weight, bias).reshape(x.shape).to(x.dtype)
 
     def statistic_groups(self, x: Tensor) -> Tensor:
-        xs = x.unflatten(1, (self.groups, -1))
-        return xs.flatten(2).flatten(0, 1) if self.normalized_shape is None else xs.flatten(
-            xs.ndim - len(self.normalized_shape)).flatten(0, -2)
+        if self.normalized_shape is None: return x.reshape(len(x) * self.groups, -1)        # (N K, C * positions)
+        return x.reshape(-1, math.prod(self.normalized_shape))                              # (vectors, values)
 
     def extra_repr(self) -> str:
         return f"{self.groups} x {self.normalized_shape}, eps={self.eps}"
