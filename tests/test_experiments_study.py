@@ -1,25 +1,19 @@
-"""Studies: trials here and in worker processes, killed and interrupted ones, the store, and what is shown of them."""
+"""Studies: their trials in this process, the store, and what is shown of them."""
 
-import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from experiments.errors import InputError
 from experiments.study import Study, grid
-from experiments.study.store import Identity, Store
-from experiments.study.work import ATTEMPTS, Call, Task, run_trial
+from experiments.study.work import ATTEMPTS, run_trial
 
-ROOT = Path(__file__).parent.parent
 POINTS = grid(norm=["a", "b"], seed=range(3))
 OURS = ["seconds", "attempts"]          # what may differ between two runs of a trial
 
@@ -76,46 +70,7 @@ def test_a_trial_s_random_numbers_and_threads_are_its_own_and_the_caller_s_stay(
     finally: torch.set_num_threads(1)
 
 
-def killed_once(norm, seed, folder):
-    if (norm, seed) == ("b", 1) and not (mark := Path(folder, "killed")).exists():
-        mark.touch()
-        os.system("echo about to die")
-        os.kill(os.getpid(), signal.SIGKILL)
-    loader = DataLoader(torch.arange(4), num_workers=int((norm, seed) == ("a", 0)))
-    return {**trial(norm, seed), "loaded": sum(int(xb) for xb in loader), "folder": folder}
-
-
-def test_worker_processes_give_the_rows_of_this_process_and_a_killed_one_is_run_again(tmp_path):
-    points = grid(norm=["a", "b"], seed=range(3), folder=[str(tmp_path)])
-    study = Study("s", killed_once, points, out=tmp_path / "workers").run(jobs=2, progress=False)
-    assert (tmp_path / "killed").exists()       # so it isn't killed here
-    here = sequential(tmp_path / "here", killed_once, points)
-    assert only(study).drop(columns="traceback").equals(only(here).drop(columns="traceback"))
-    row = study.frame().iloc[4]
-    assert (row.status, row.attempts) == ("ok", 2)
-    log = tmp_path / "workers" / "logs" / f"{row.key}.txt"
-    assert log.read_text() == "about to die\n--- attempt 2\ntrial b 1\n"
-    assert study.frame().attempts.max() == 2
-
-
-def deadly(seed):
-    print("seed", seed, end="")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_trial_that_is_killed_three_times_is_a_row_that_says_so(tmp_path, capsys):
-    study = Study("s", deadly, grid(seed=[0]), out=tmp_path / "s").run(jobs=1)
-    dead, = study.rows()
-    assert (dead["status"], dead["attempts"], dead["seconds"], dead["traceback"]) == ("killed", ATTEMPTS, None, None)
-    assert dead["error"].startswith("its process was killed in each of 3 attempts")
-    assert "SIGKILL" in dead["error"]
-    assert "acc" not in dead
-    assert study.store.log(dead["key"]).read_text().count("seed 0") <= 3
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "s: 0 of 1 finished, 0 running, 0 failed"
-    assert lines[-1].startswith("s: 1 of 1 finished, 0 running, 1 failed, took 0:")
-    assert not list((tmp_path / "s").rglob("*.part"))
-    assert not study.store.begun()
+def deadly(seed): os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_cluster_s_fourth_attempt_is_the_row_of_a_killed_trial(tmp_path):
@@ -197,49 +152,6 @@ def test_a_second_run_in_the_folder_is_refused_while_one_goes_on(tmp_path):
     assert study.run(backend="sequential", progress=False).missing() == 0
 
 
-SCRIPT = """
-import sys, time
-from experiments.study import Study, grid
-
-def trial(seed):
-    if seed: time.sleep(60)
-    return {"acc": seed}
-
-if __name__ == "__main__": Study("slow", trial, grid(seed=range(4)), out=sys.argv[1]).run(jobs=2)
-"""
-
-
-@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="beside other tests it has once taken over 20 s; not "
-                    "explained yet, so it is run alone")
-def test_ctrl_c_ends_at_once_keeps_what_is_finished_and_says_how_to_go_on(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    out = tmp_path / "s"
-    process = subprocess.Popen([sys.executable, "script.py", str(out)], cwd=tmp_path, start_new_session=True, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env=os.environ | {"PYTHONPATH": str(ROOT)})
-    try:
-        for _ in range(600):
-            running = list((out / "running").glob("*.json"))
-            if list((out / "trials").glob("*.json")) and len(running) == 2: break
-            time.sleep(0.1)
-            assert process.poll() is None, process.stderr.read()
-        workers = [json.loads(file.read_text())["pid"] for file in running]
-        os.killpg(process.pid, signal.SIGINT)       # as a terminal does, to the workers too
-        start = time.monotonic()
-        said, errors = process.communicate(timeout=20)
-        took = time.monotonic() - start
-    finally: process.kill()
-    assert process.returncode != 0
-    assert f"slow: stopped with 1 of 4 trials finished and kept in {out}; the same study's run() goes on\n" in said
-    assert errors.count("Traceback") == 1, errors
-    assert errors.rstrip().endswith("KeyboardInterrupt")
-    assert took < 15, "many times what it takes on a quiet machine, which is far below 2 s"
-    for pid in workers:
-        with pytest.raises(ProcessLookupError): os.kill(pid, 0)
-    assert not list((out / "running").iterdir())
-    assert [json.loads(f.read_text())["rows"] for f in (out / "trials").iterdir()] == [[{"acc": 0}]]
-
-
 # --- what a trial returns -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("returned", "error"), [
@@ -301,12 +213,6 @@ def test_a_trial_that_can_t_be_pickled_is_named_before_anything_runs(tmp_path):
                                          r"let it make what can't be pickled itself, or give backend='sequential'"):
         study.run()
     assert not (tmp_path / "s").exists()
-
-
-def test_a_trial_that_a_worker_can_t_load_ends_the_study(tmp_path):
-    store = Store(tmp_path / "s", Identity("s", "f", "1"))
-    with pytest.raises(InputError, match=r"a worker process can't load the trial \(ModuleNotFoundError: .*'nowhere'\)"):
-        Call(b"cnowhere\ntrial\n.", store)(Task("k", ({},), {}, False))
 
 
 @pytest.mark.parametrize(("given", "message"), [
