@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.models import AvgPool, GeneralRelu, Lambda, Residual, ResidualBlock, flatten
-from experiments.study.stacked_layers import GroupedConv2d, GroupedLayerNorm, GroupedLinear, PerImage
+from experiments.study.stacked_layers import GroupedConv2d, GroupedLayerNorm, GroupedLinear, KeepApart, PerImage
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
 
 M = TypeVar("M", bound=nn.Module)
@@ -171,6 +171,13 @@ def _norm_per_channel(m: Any, k: int) -> nn.Module:
     return new
 
 
+def _running_batch_norm(m: RunningBatchNorm, k: int) -> nn.Module:
+    new = RunningBatchNorm(k * m.nf, m.mom, m.eps, m.weight is not None, rule=m.rule,
+                           average_backward=m.average_backward)
+    if m.average_backward: KeepApart(new, k)
+    return new
+
+
 def _flatten(m: nn.Flatten, k: int) -> nn.Module:
     if m.start_dim < 1: raise _Refused("it takes images together; use start_dim=1")
     return _as_it_is(m, k)
@@ -210,8 +217,7 @@ register(LayerNorm, lambda m, k: GroupedLayerNorm(k, m))
 register(BatchNorm, lambda m, k: BatchNorm(k * m.nf, m.mom, m.eps, m.weight is not None))
 register(InstanceNorm, lambda m, k: InstanceNorm(k * m.nf, m.eps, m.weight is not None))
 register(GroupNorm, lambda m, k: GroupNorm(k * m.num_groups, k * m.num_channels, m.eps, m.weight is not None))
-register(RunningBatchNorm, lambda m, k: RunningBatchNorm(k * m.nf, m.mom, m.eps, m.weight is not None, rule=m.rule,
-                                                         average_backward=m.average_backward))
+register(RunningBatchNorm, _running_batch_norm)
 register(nn.Flatten, _flatten)
 register(Lambda, _lambda)
 

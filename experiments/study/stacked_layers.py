@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from norms import LayerNorm, fast
+from norms import LayerNorm, RunningBatchNorm, fast
 from norms.fast.dispatch import bare, plain
 from norms.fast.kernels import Kernels, channels_last
 from norms.moments import Norm, moments, scale_shift, wide
@@ -218,3 +218,44 @@ class PerImage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layer(x.unflatten(1, (self.groups, -1)).flatten(0, 1))
         return y.reshape(len(x), self.groups * y.shape[1] if y.ndim > 1 else self.groups, *y.shape[2:])
+
+
+class KeepApart:
+    """Leaves the averages of `norm`'s backward to the other networks where one of K side by side has diverged.
+
+    A gradient with a value that is not finite is not averaged, and `norm` is one for all K. So it gets 0 for the maps
+    and the gradients of a network with such values, and that network gets NaN from it, both ways, as it would alone.
+    """
+
+    def __init__(self, norm: RunningBatchNorm, groups: int) -> None:
+        self.groups = groups
+        self.spoilt: Tensor | None = None           # (K C, 1, ...), the channels of networks that have diverged
+        norm.register_forward_pre_hook(self.before)
+        norm.register_forward_hook(self.after)
+
+    def look(self, x: Tensor) -> Tensor | None:
+        """Which channels `x` are of a network with a value that is not finite; None if all are finite."""
+        if math.isfinite(x.detach().sum().item()): return None      # what overflows here is looked at in full
+        each = x.unflatten(1, (self.groups, -1)).isfinite().flatten(2).all(2).all(0)            # (K,)
+        spoilt: Tensor = ~each.repeat_interleave(x.shape[1] // self.groups)                     # (K C,)
+        return spoilt.view(-1, *[1] * (x.ndim - 2))
+
+    def before(self, norm: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        (x,) = args
+        self.spoilt = self.look(x) if norm.training else None
+        if norm.training and x.requires_grad: x.register_hook(self.spoil)
+        return None if self.spoilt is None else (x.masked_fill(self.spoilt, 0),)
+
+    def after(self, norm: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor | None:
+        if not (norm.training and y.requires_grad): return None
+        y.register_hook(self.backward)
+        return self.spoil(y)
+
+    def spoil(self, t: Tensor) -> Tensor | None:
+        return None if self.spoilt is None else t.masked_fill(self.spoilt, math.nan)
+
+    def backward(self, g: Tensor) -> Tensor | None:
+        spoilt = self.look(g)
+        if spoilt is None: return None
+        self.spoilt = spoilt if self.spoilt is None else spoilt | self.spoilt
+        return g.masked_fill(self.spoilt, 0)
