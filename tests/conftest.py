@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ: os.environ.setdefault("OMP_NUM_THREADS",
 import matplotlib
 import pytest
 import torch
+from forking import Forks
 
 matplotlib.use("Agg")
 
@@ -18,7 +19,9 @@ matplotlib.use("Agg")
 @pytest.fixture(autouse=True)
 def alone(tmp_path_factory, monkeypatch):
     """Every test starts from the same random state, with an empty cache of its own and without a network."""
-    torch.manual_seed(0)
+    # torch.manual_seed files a traceback for each kind of device that there isn't, which takes longer than most tests.
+    if torch.cuda.is_available(): torch.manual_seed(0)
+    else: torch.default_generator.manual_seed(0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr("experiments.data.download", no_network)
     monkeypatch.delenv("NORMS_DATA_DIR", raising=False)
@@ -29,6 +32,14 @@ def pytest_collection_modifyitems(items):
     """
     items[:] = [item for item in items if not (item.get_closest_marker("one_route") and hasattr(item, "callspec")
                                                and item.callspec.params.get("kernels") == "definition")]
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Runs Python in a process of its own that has imported torch, and nothing of this project."""
+    forks = Forks("torch")
+    yield forks
+    forks.close()
 
 
 def no_network(root, kind):

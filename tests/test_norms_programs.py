@@ -253,5 +253,5 @@ def test_random_programs(name, monkeypatch):
     machine = type("Of", (Program,), {"make": staticmethod(MAKES[name])})
     try:
         run_state_machine_as_test(machine, settings=settings(derandomize=True, deadline=None, database=None,
-                                                             max_examples=40, stateful_step_count=30))
+                                                             max_examples=16, stateful_step_count=30))
     finally: torch.set_num_threads(threads)

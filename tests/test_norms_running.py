@@ -33,7 +33,7 @@ def test_equals_the_definition_over_ragged_steps(rule):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12 * max(1, b.abs().max().item()))
 
 
-@pytest.mark.parametrize("shape", [(6, 3), (4, 3, 5), (4, 3, 2, 3), (2, 3, 2, 2, 2)])
+@pytest.mark.parametrize("shape", [(5, 3), (3, 3, 3), (3, 3, 1, 3), (2, 3, 1, 2, 2)])
 @pytest.mark.parametrize("held", [False, True], ids=["free", "clamped"])
 def test_derivatives_of_every_order_and_direction(shape, held):
     x = (torch.randn(shape, dtype=torch.float64) * 0.05).requires_grad_()
