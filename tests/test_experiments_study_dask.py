@@ -15,7 +15,7 @@ distributed = pytest.importorskip("dask.distributed")
 
 
 def local_cluster(tmp_path, n):
-    return distributed.LocalCluster(n_workers=n, threads_per_worker=1, dashboard_address=None, silence_logs=50,
+    return distributed.LocalCluster(n_workers=n, threads_per_worker=1, dashboard_address=":0", silence_logs=50,
                                     local_directory=str(tmp_path / "dask"))
 
 

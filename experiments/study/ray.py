@@ -1,6 +1,8 @@
 """Trials on the workers of a ray cluster."""
 
+import signal
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -33,8 +35,10 @@ def run_ray(tasks: Sequence[Task], trial: Trial, store: Store, done: Done, jobs:
                 stop.check()
                 cluster.submit()
                 cluster.collect()
-        finally:
+        except BaseException:
             with suppress(Exception): answer(lambda: cluster.leave(ours), 1.5)
+            raise
+        cluster.leave(ours)
 
 
 class _Cluster:
@@ -90,6 +94,8 @@ def _connect(ray: Any, address: Any) -> None:
     Raises:
         InputError: nobody answers there within some seconds.
     """
+    handler = signal.getsignal(signal.SIGTERM)
+
     def connect() -> Any: return ray.init(address=address, log_to_driver=False)
     try:
         if address is None: ray.init(log_to_driver=False, include_dashboard=False)
@@ -100,6 +106,8 @@ def _connect(ray: Any, address: Any) -> None:
     except Exception as e:
         raise InputError(f"no ray cluster answers at {address!r} ({type(e).__name__}: {e}); start one by `ray start "
                          "--head`, or give its address by scheduler=") from e
+    finally:        # ray's own exits, without a word of the study's
+        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, handler)
 
 
 def _place(address: Any) -> tuple[str, int] | None:

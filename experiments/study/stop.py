@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 
 class Stop:
@@ -22,7 +23,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.got: signal.Signals | None = None
-        self._before = {}
+        self._before: dict[signal.Signals, Any] = {}
 
     def check(self) -> None:
         """Raises KeyboardInterrupt if a signal has arrived."""
