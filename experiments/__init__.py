@@ -1,4 +1,4 @@
-"""One file per reproduced result, and what they share: data, networks, run folders. See `python -m experiments`."""
+"""Published results, what goes beyond them, studies of one's own, and what they share. See `python -m experiments`."""
 
 # name: (module, what it shows, usual running time on two cores). Nothing is imported before it is asked for.
 EXPERIMENTS = {
@@ -18,5 +18,6 @@ EXPERIMENTS = {
 TOOLS = {
     "inside": ("experiments.inside", "look inside a short training: all pictures on one page", "20 s"),
     "bench": ("experiments.bench", "what the norms, the runner, hooks and an epoch cost, as ratios", "25 min"),
+    "convolutions": ("experiments.convolutions", "measure the rule for convolutions on a CPU anew", "20 s"),
     "table": ("experiments.table", "print the results table of a run folder as Markdown", "at once"),
 }

@@ -1,53 +1,37 @@
-"""The arms of an experiment, run one after the other: training one, the loop over all, and their figures in words."""
+"""An experiment as a study: an arm from a seed is a trial, run beside others, kept, judged, drawn and recorded."""
 
+import hashlib
+import json
 import math
+import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from statistics import median
+from typing import Any, Protocol, TypeVar
 
-import torch
-from torch import Tensor, nn
-
-from experiments.data import ImageData
+from experiments.data import ImageData, load_data
 from experiments.errors import InputError
-from experiments.models import channels_last_, get_runner
 from experiments.results import Result, Row, Summary, Table, Verdict, text_table
-from experiments.run_folder import RunFolder
-from experiments.settings import Settings
-from runner import (
-    AvgStatsCallback,
-    BatchTransformXCallback,
-    Callback,
-    Checkpoint,
-    CheckpointError,
-    CPUBackendCallback,
-    CudaCallback,
-    DataBunch,
-    Learner,
-    ParamScheduler,
-    ProgressCallback,
-    Recorder,
-    Runner,
-    accuracy,
-    combine_scheds,
-    get_dls,
-    sched_lin,
-    view_tfm,
-)
+from experiments.run_folder import CHECKPOINTS, FREE, STUDY, RunFolder, checkpoint_folder
+from experiments.settings import ImageSettings, ImageStudySettings, Settings, StudySettings
+from experiments.study import Grid, Study
+from experiments.study.statistics import interval
+from experiments.training import convolutions_in_words
 from runner.progress import format_time
 
-FIGURES = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
-MEASURED = ["valid accuracy", "range", "valid loss", "seeds", "seconds", "status"]     # the columns of `measured`
-SMALL_BATCH = 8     # images at most in a batch for which convolutions with channels last are the faster ones, measured
-VALID_BATCH = 250   # images at least in a batch of validation, which has nothing to learn from small ones
-EVERY_SECONDS = 30  # between two checkpoints of an arm, beside those at the ends of epochs
-WARM_UP = 0.3       # the part of training in which a rate of three stops goes from the first to the second
+MEASURED = ["valid accuracy", "95 % interval", "median", "range", "at chance", "valid loss", "seeds", "seconds",
+            "status"]                           # the columns of `measured`
+CHANCE = 0.15       # an accuracy up to this, of ten classes, is that of one answer to everything
 
-Rate = float | Sequence[float]      # a learning rate, or its stops: see `schedule`
 Curve = TypeVar("Curve")
+Trained = tuple[list[Row], Row, Any]            # rows per epoch, final row, curve: anything that JSON takes
+# `f(config, arm, seed, checkpoint)` trains an arm, `f(config, arms, seeds, checkpoint)` several as one, a pair each.
+# `checkpoint` is a folder to go on from after an interruption; an arm of seconds may leave it alone.
+TrainArm = Callable[[Any, str, int, Path], Trained]
+TrainArms = Callable[[Any, Sequence[str], Sequence[int], Path], Sequence[Trained]]
 
 
 class Data(Protocol):
@@ -66,209 +50,194 @@ class Data(Protocol):
     def valid(self) -> Sized: ...
 
 
-# --- one arm ------------------------------------------------------------------------------------------------------
+# --- in the process of a trial ------------------------------------------------------------------------------------
 
-def train(model: nn.Module, images: ImageData, row: Row, device: str | torch.device, label: str,
-          cbs: Iterable[Callback] = (), *, tfm: Callable[[Tensor], Tensor] | None = None,
-          backend: CPUBackendCallback | None = None, drop_last: bool = False, compile: bool = False,
-          checkpoint: Path | None = None) -> tuple[list[Row], Row, list[float]]:
-    """Train `model` as `row` says: `(rows per epoch, final row, training losses)`.
-
-    Args:
-        model: what to train, by plain SGD and cross entropy.
-        images: an `ImageData`.
-        row: what the arm is, and the beginning of all its rows: the arm's name first, and `batch_size`, `lr` (see
-            `schedule`), `epochs` and `seed`, which decides the order of the training images.
-        device: where to.
-        label: for the progress bar.
-        cbs: further callbacks.
-        tfm: transform of the flat images of a batch; None views them as `(N, 1, 28, 28)`.
-        backend: a `CPUBackendCallback` for a model with convolutions; None for one that measures.
-        drop_last: whether to leave out the last training batch if it is smaller than the others.
-        compile: whether to compile the steps.
-        checkpoint: the folder for checkpoints; training goes on from the newest there. None keeps none.
-
-    The final row has the last epoch's figures, seconds and the status: "ok", "diverged" (a figure that is not finite)
-    or "failed", with the error of a norm that refused its input.
-    """
-    order, device = torch.Generator().manual_seed(row["seed"]), torch.device(device)
-    train_dl, valid_dl = get_dls(images.train, images.valid, row["batch_size"], drop_last=drop_last,
-                                 valid_bs=max(2 * row["batch_size"], VALID_BATCH), generator=order)
-    rate, sched = schedule(row["lr"])
-    convolutions = device.type == "cpu" and any(isinstance(m, nn.Conv2d) for m in model.modules())
-    if convolutions and row["batch_size"] <= SMALL_BATCH: channels_last_(model)
-    backend, watch = backend or CPUBackendCallback(), Stopwatch()
-    learn, run = get_runner(model, DataBunch(train_dl, valid_dl, images.c), rate, [
-        Recorder(), AvgStatsCallback(accuracy), CudaCallback(device),
-        BatchTransformXCallback(tfm or view_tfm(1, 28, 28)), ProgressCallback(label),
-        *([backend] if convolutions else []), *([ParamScheduler("lr", sched)] if sched else []), watch, *cbs],
-        compile=compile)
-    row = {**row, "parameters": sum(p.numel() for p in model.parameters())}
-    error: str | None = None
-    # A norm that refuses its input (torch's batch norm does, one value per channel) is a row, not a crash.
-    try: fit_from(checkpoint, run, row["epochs"], learn)
-    except ValueError as e:
-        if isinstance(e, InputError): raise
-        if not watch.running: raise InputError(str(e)) from e
-        error = str(e)
-    if convolutions: row["backend"] = {**(backend.choice or {}), "reason": backend.reason}
-    arm = next(iter(row))
-    epochs = [{arm: row[arm], "seed": row["seed"], **r} for r in run[AvgStatsCallback].history]
-    row.update({n: epochs[-1][n] if epochs else math.nan for n in FIGURES})
-    row["valid_accuracies"] = [r["valid_accuracy"] for r in epochs]
-    row["seconds"] = watch.seconds
-    finite = all(math.isfinite(row[n]) for n in FIGURES)
-    row["status"] = "failed" if error else "ok" if finite else "diverged"
-    if error: row["error"] = error
-    return epochs, row, run[Recorder].losses
+_loaded: dict[str, ImageData] = {}      # the last images of this process, by what was asked for
 
 
-def fit_from(checkpoint: Path | None, run: Runner, epochs: int, learn: Learner) -> None:
-    """`run.fit(epochs, learn)`, from the newest checkpoint in the folder `checkpoint` on and with more written there.
-
-    None is a fit without checkpoints.
-
-    Raises:
-        InputError: the checkpoint is of another run.
-    """
-    if checkpoint is None: return run.fit(epochs, learn)
-    try: run.fit(epochs, learn, Checkpoint(checkpoint, every_seconds=EVERY_SECONDS), resume=checkpoint)
-    except CheckpointError as e: raise InputError(f"{e}. Or delete {checkpoint}, and this arm begins anew") from e
+def load_images(config: ImageSettings, auto: Sequence[str] = ("MNIST",)) -> ImageData:
+    """The images that `config` names; `auto` is for `load_data`."""
+    return load_data(config.data, config.data_dir, config.limit, auto)
 
 
-class Stopwatch(Callback):
-    """The `seconds` since a fit began, those before an interruption included, and nothing of what came between.
+def images_of(config: ImageSettings) -> ImageData:
+    """The images of an arm, which this process has loaded already or loads now."""
+    if (asked := _asked(config)) not in _loaded: _keep_loaded(asked, load_images(config))
+    return _loaded[asked]
 
-    `running` is whether the fit has come to its first epoch.
+
+def _asked(config: ImageSettings) -> str: return json.dumps([config.data, str(config.data_dir), config.limit])
+
+
+def _keep_loaded(asked: str, images: ImageData) -> None:
+    _loaded.clear()
+    _loaded[asked] = images
+
+
+@dataclass(frozen=True)
+class ArmTrial:
+    """What the study of an experiment runs: one arm from one seed, or what is trained as one, in any process.
+
+    The row has `outcome` and `trained_seconds`, for a study has `status` and `seconds` of its own, and `refusal` where
+    a norm refused its input; `per_epoch` and `curve` are lists.
     """
 
-    def __init__(self) -> None: self.begin_fit()
+    config: Settings
+    checkpoints: Path
+    one: TrainArm
+    several: TrainArms | None
 
-    def begin_fit(self) -> None: self.start, self.running = time.perf_counter(), False
-
-    def begin_epoch(self) -> None: self.running = True
-
-    @property
-    def seconds(self) -> float: return time.perf_counter() - self.start
-
-    def state_dict(self) -> dict[str, float]:
-        """The seconds so far."""
-        return {"seconds": self.seconds}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from the seconds of `state_dict`."""
-        self.start = time.perf_counter() - state["seconds"]
+    def __call__(self, **point: Any) -> Row | list[Row]:
+        seeds = point.pop("seed")
+        arms, = point.values()
+        if not isinstance(seeds, list):
+            return as_trial(self.one(self.config, arms, seeds, checkpoint_folder(self.checkpoints, arms, [seeds])))
+        assert self.several is not None
+        names = arms if isinstance(arms, list) else [arms] * len(seeds)
+        folder = checkpoint_folder(self.checkpoints, "+".join(dict.fromkeys(names)), seeds)
+        return [*map(as_trial, self.several(self.config, names, seeds, folder))]
 
 
-def check_batch_size(batch_size: int, images: ImageData) -> None:
-    """Raise unless the training images fill one batch."""
-    if batch_size > len(images.train):
-        raise InputError(f"batch size is {batch_size} and there are {len(images.train)} training images; take a "
-                         "smaller batch size or a larger limit")
+def as_trial(trained: Trained) -> Row:
+    """The row of a study for what training an arm gave."""
+    epochs, row, curve = trained
+    renamed = {"status": "outcome", "seconds": "trained_seconds", "error": "refusal"}
+    return {**{renamed.get(k, k): v for k, v in row.items()}, "per_epoch": epochs, "curve": curve}
 
 
-def schedule(lr: Rate) -> tuple[float, Callable[[float], float] | None]:
-    """The first rate and the schedule of the learning rate `lr`: `(rate, schedule or None)`.
-
-    `lr` is a number, or the stops of a rate that is linear in between: `(start, end)`, or `(start, top, end)` with the
-    top at `WARM_UP` of the training.
-    """
-    if isinstance(lr, (int, float)): return lr, None
-    legs = [sched_lin(*leg) for leg in pairwise(lr)]
-    return lr[0], legs[0] if len(legs) == 1 else combine_scheds([WARM_UP, 1 - WARM_UP], legs)
-
-
-def windows(losses: Sequence[float], n: int = 100) -> tuple[list[float], list[float]]:
-    """Means of `losses` over `n` windows, with the step at the middle of each: `(steps, means)`."""
-    size = max(1, len(losses) // n)
-    starts = range(0, len(losses) - size + 1, size)
-    return [s + size / 2 for s in starts], [sum(losses[s:s + size]) / size for s in starts]
+def from_trial(trial: Mapping[str, Any]) -> Trained:
+    """What `as_trial` had, of a row of the study."""
+    own = ("status", "seconds", "attempts", "error", "traceback", "key", "per_epoch", "curve")
+    renamed = {"outcome": "status", "trained_seconds": "seconds", "refusal": "error"}
+    return trial["per_epoch"], {renamed.get(k, k): v for k, v in trial.items() if k not in own}, trial["curve"]
 
 
 # --- all arms -----------------------------------------------------------------------------------------------------
 
-def run_arms(experiment: str, config: Settings, data: Data, arms: list[tuple[str, int]],
-             train_arm: Callable[[str, int, str, Path], tuple[list[Row], Row, Curve]], *, header: str,
+def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid, train_arm: TrainArm, *, header: str,
              judge: Callable[[list[Row], str, int], Verdict], table: Callable[[Summary], Table],
-             draw: Callable[[list[Row], dict[str, Curve], Path], None], published: object,
-             finished: Callable[[str, int, Row, Curve], None] = lambda name, seed, row, curve: None) -> Result:
-    """Run `arms`, print as it goes, write the run folder: a `Result`.
+             draw: Callable[[list[Row], dict[str, Any], Path], None], published: object,
+             train_arms: TrainArms | None = None, said: Callable[[Row], str] = lambda row: "",
+             complete: Callable[[list[Trained]], None] = lambda trained: None) -> Result:
+    """Run the arms as a study, print as it goes, write the run folder: a `Result`.
 
     Args:
-        experiment, config: the name and the settings, with `seeds`, `out` and `resume`.
+        experiment, config: the name and the settings.
         data: what it is run on, with `name`, `train`, `valid` and a `str`.
-        arms: a list of pairs `(name, seed)`; `finished` may append to it.
-        train_arm: `f(name, seed, label, checkpoint)` runs one: `(rows per epoch, final row, curve)`. The curves of the
-            first seed are kept, anything that JSON takes. `checkpoint` is a folder for an arm of minutes to go on from
-            after an interruption; one of seconds may leave it alone and begin anew from its seed.
+        points: a grid of arms, the first axis by the name that the rows call it, and of the axis `seed`.
+        train_arm, train_arms: functions of a module, which worker processes find by their names: see `TrainArm`.
+            `train_arms` is needed where points are together. The curves of each arm's first seed are kept.
         header: the lines above the first arm.
         judge: `f(rows, data's name, size of the training set)` says whether the rows are the published ones:
             `(True, False or None (not tested), a sentence)`.
         table: `f(summary)` makes the header and the lines of a table out of what `summary.json` holds.
         draw: `f(rows, curves, path)` draws the picture.
         published: the published figures, for the record.
-        finished: `f(name, seed, final row, curve)` is called after each arm, before the next; also of those that an
-            earlier part of the run has finished, which are read and not run again.
+        said: `f(row)` gives what is said of an arm that has ended, beside its figures.
+        complete: called with what all arms gave, before they are judged: it may add to their rows and curves.
 
+    An arm that raised or was killed is named and has no row; then nothing is judged, and `--resume` runs it again.
     After Ctrl-C the finished arms are written and drawn, and KeyboardInterrupt goes on.
     """
-    folder = RunFolder(config.out, experiment, config, {"data": str(data), "published": published},
-                       resume=config.resume)
+    facts = {"data": str(data), "published": published, "threads": 1}
+    if isinstance(config, ImageStudySettings): facts["convolutions"] = convolutions_in_words(config.convolutions)
+    folder = RunFolder(config.out, experiment, config, facts, resume=config.resume)
     picture = folder.path / f"{experiment.replace('-', '_')}.png"
-    print(header, flush=True)
-    rows: list[Row] = []
-    metrics: list[Row] = []
-    curves: dict[str, Curve] = {}
-    trained, start, said, interrupted = 0, time.perf_counter(), -1.0, False
+    key, *_ = [name for name in points.axes if name != "seed"]
+    given = replace(config, out=None, resume=False)
+    if isinstance(given, ImageSettings) and isinstance(data, ImageData):
+        given.data = data.asked         # no process may find another data set
+        _keep_loaded(_asked(given), data)
+    trial = ArmTrial(given, (folder.path / CHECKPOINTS).absolute(), train_arm,
+                     train_arms)
+    study = Study(experiment, trial, points, out=folder.path / STUDY, version=_settings_of(config))
+    study.go_on = folder.go_on
+    jobs, start = config.at_once, time.perf_counter()
+    backend = "sequential" if config.backend == "loky" and jobs == 1 else config.backend
+    at_once = "as many at once as the cluster has workers" if jobs is None else f"{jobs} at once"
+    print(f"{header}\nruns:    {at_once} ({backend}), on one thread each" + (
+        f"; convolutions: {facts['convolutions']}" if "convolutions" in facts else ""), flush=True)
+    first: dict[str, int] = {}
+    for point in points: first.setdefault(point[key], point["seed"])
 
-    def summary() -> Summary:
-        complete = len(rows) == len(arms)
-        reproduced, verdict = judge(rows, data.name, len(data.train)) if complete else (
-            None, f"Not complete: {len(rows)} of {len(arms)} arms have finished.")
-        return {"experiment": experiment, "data": data.name, "train_images": len(data.train),
-                "valid_images": len(data.valid), "complete": complete, "reproduced": reproduced,
-                "verdict": verdict, "published": published, "rows": rows}
+    def trained() -> list[Trained]: return [from_trial(row) for row in study.rows() if row["status"] == "ok"]
 
-    def record() -> None:
-        folder.write_metrics(metrics)
-        folder.write_json("summary.json", summary())
-    try:
-        for i, (name, seed) in enumerate(arms):
-            kept = folder.kept_arm(i, name, seed)
-            if kept is None:
-                if folder.resumed and not trained:
-                    print(f"resumed: {len(rows)} of {len(arms)} arms had finished", flush=True)
-                kept = folder.keep_arm(i, name, seed, *train_arm(
-                    name, seed, f"[{i + 1}/{len(arms)}] {name}, seed {seed}", folder.checkpoint(i, name, seed)))
-                trained += 1
-            row, curve = kept["row"], kept["curve"]
-            metrics += kept["epochs"]
-            rows.append(row)
-            if seed == config.seeds[0]: curves[name] = curve
-            if i == 0 and "backend" in row: print(f"  convolutions: {row['backend']['reason']}")
-            if "error" in row: print(f"  {name} failed: {row['error']}")
-            finished(name, seed, row, curve)
-            if not trained: continue
-            record()
-            spent = time.perf_counter() - start
-            left = spent / trained * (len(arms) - len(rows))
-            if left and spent - said > 1:
-                print(f"  {format_time(spent)} so far, about {format_time(left)} to go", flush=True)
-                said = spent
+    def record(found: list[Trained]) -> tuple[Summary, dict[str, Any]]:
+        rows = [row for _, row, _ in found]
+        curves = {row[key]: curve for _, row, curve in found if row["seed"] == first[row[key]]}
+        lost = [row for row in study.rows() if row["status"] != "ok"]
+        if len(rows) == len(points): reproduced, verdict = judge(rows, data.name, len(data.train))
+        else:
+            names = ", ".join(f"{row[key]} (seed {row['seed']}) {_how(row)}" for row in lost)
+            reproduced, verdict = None, (f"Not complete: {len(rows)} of {len(points)} arms have finished"
+                                         f"{'; ' * bool(lost)}{names}.")
+        summary: Summary = {
+            "experiment": experiment, "data": data.name, "train_images": len(data.train),
+            "valid_images": len(data.valid), "complete": len(rows) == len(points), "reproduced": reproduced,
+            "verdict": verdict, "published": published, "rows": rows}
+        folder.write_metrics([epoch for epochs, _, _ in found for epoch in epochs])
+        folder.write_json("summary.json", summary)
+        if rows: folder.write_json("curves.json", curves)
+        return summary, curves
+
+    def each(rows: list[dict[str, Any]]) -> str:
+        finished = [row for row in rows if row["status"] == "ok"]
+        if finished:
+            names = dict.fromkeys(row[key] for row in rows)
+            shutil.rmtree(checkpoint_folder(trial.checkpoints, "+".join(names), [row["seed"] for row in rows]),
+                          ignore_errors=True)
+        if len(found := trained()) < len(points): record(found)         # or it is judged below
+        return "\n".join(_line(key, row, said) for row in rows)
+
+    if folder.resumed: print(f"resumed: {len(trained())} of {len(points)} arms had finished", flush=True)
+    interrupted = False
+    try: study.run(jobs=jobs, backend=backend, scheduler=config.scheduler, again=config.resume, each=each)
     except KeyboardInterrupt: interrupted = True
-    if folder.resumed and not trained: print(f"resumed: {len(rows)} of {len(arms)} arms had finished")
-    if rows:
-        record()
-        folder.write_json("curves.json", curves)
-        draw(rows, curves, picture)
-        print("\n" + text_table(*table(summary())))
+    for row in study.rows():
+        if row["status"] != "ok" and str(row["error"]).startswith("InputError: "):
+            raise InputError(str(row["error"]).removeprefix("InputError: "))
+    found = trained()
+    if len(found) == len(points):
+        shutil.rmtree(trial.checkpoints, ignore_errors=True)
+        complete(found)
+    summary, curves = record(found)
+    if summary["rows"]:
+        draw(summary["rows"], curves, picture)
+        print("\n" + text_table(*table(summary)))
     if interrupted:
-        kept_rows = f"; their rows are in {folder.path / 'summary.json'}" if rows else ""
-        print(f"\nInterrupted: {len(rows)} of {len(arms)} arms had finished{kept_rows}. {folder.go_on}", flush=True)
+        kept = f"; their rows are in {folder.path / 'summary.json'}" if found else ""
+        print(f"\nInterrupted: {len(found)} of {len(points)} arms had finished{kept}. {folder.go_on}", flush=True)
         raise KeyboardInterrupt("reported")
-    result = Result(rows, *judge(rows, data.name, len(data.train)), folder.path)
-    print(f"\n{picture} and summary.json lie in the run folder.\n{result.verdict}", flush=True)
-    return result
+    what = f"{picture} and summary.json lie" if found else "summary.json lies"
+    print(f"\n{what} in the run folder; it took {format_time(time.perf_counter() - start)}.\n{summary['verdict']}",
+          flush=True)
+    if len(found) < len(points): print(f"Tracebacks are in {folder.path / STUDY}. {folder.go_on}", flush=True)
+    return Result(summary["rows"], summary["reproduced"], summary["verdict"], folder.path,
+                  lost=len(points) - len(found))
+
+
+def _settings_of(config: Settings) -> str:
+    """A name for the settings that an arm's figures depend on; which arms and seeds there are is not among them."""
+    free = (*FREE, "seeds", "arms", "norms")
+    settings = {k: v for k, v in asdict(config).items() if k not in free}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _line(key: str, row: Mapping[str, Any], said: Callable[[Row], str]) -> str:
+    """What is printed when an arm has ended."""
+    name = f"  {row[key]}, seed {row['seed']}"
+    if row["status"] != "ok": return f"{name}: {_how(row)}"
+    figures, (_, plain, _) = [], from_trial(row)
+    for k in ("train_loss", "valid_loss", "valid_accuracy", "test_accuracy"):
+        if isinstance(row.get(k), float): figures.append(f"{k.replace('_', ' ')} {row[k]:.4g}")
+    text = f"{name}: {', '.join([*figures, plain['status']])}, {plain['seconds']:.1f} s"
+    if "error" in plain: text += f"\n  {row[key]} failed: {plain['error']}"
+    return text + "".join(f"\n  {line}" for line in said(plain).splitlines())
+
+
+def _how(row: Mapping[str, Any]) -> str:
+    """How an arm was lost."""
+    return f"{'was killed' if row['status'] == 'killed' else 'raised'}: {row['error']}"
 
 
 # --- figures in words ---------------------------------------------------------------------------------------------
@@ -307,13 +276,19 @@ def course(rows: Sequence[Row]) -> list[float]:
 
 
 def measured(rows: Sequence[Row]) -> list[str]:
-    """The cells of one arm's `rows`, one per seed, under the headings `MEASURED`."""
-    accs = [a for r in rows if (a := r["valid_accuracy"]) is not None and math.isfinite(a)]
+    """The cells of one arm's `rows`, one per seed, under the headings `MEASURED`.
+
+    A run that diverged to NaN counts as 0 correct, in the mean and in all others; "at chance" are the runs up to
+    `CHANCE`, those included. The interval is `statistics.interval`'s.
+    """
+    accs = [finite(r["valid_accuracy"]) for r in rows]
     losses = [math.nan if r["valid_loss"] is None else r["valid_loss"] for r in rows]
-    return [f"{sum(accs) / len(accs):.4f}" if accs else "-",
-            f"{min(accs):.4f} to {max(accs):.4f}" if len(accs) > 1 else "-",
-            f"{sum(losses) / len(losses):.4g}", str(len(rows)), f"{sum(r['seconds'] for r in rows) / len(rows):.0f}",
-            statuses(rows)]
+    low, high, _ = interval(accs)
+    several = len(accs) > 1
+    return [f"{mean(accs):.4f}", f"{low:.3f} to {high:.3f}" if several else "-",
+            f"{median(accs):.4f}" if several else "-", f"{min(accs):.4f} to {max(accs):.4f}" if several else "-",
+            f"{sum(a <= CHANCE for a in accs)} of {len(accs)}", f"{sum(losses) / len(losses):.4g}", str(len(rows)),
+            f"{sum(r['seconds'] for r in rows) / len(rows):.0f}", statuses(rows)]
 
 
 def statuses(rows: Sequence[Row]) -> str:

@@ -63,6 +63,11 @@ class ImageData:
     notice: str = ""
     c: int = 10
 
+    @property
+    def asked(self) -> str:
+        """The name in `NAMES` that gets these."""
+        return self.name.split()[0].lower()
+
     def __str__(self) -> str:
         return (f"{self.name}: {len(self.train):,} training, {len(self.valid):,} validation and {len(self.test):,} "
                 "test images, 28x28")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from experiments import settings
-from experiments.arms import check_batch_size, heading, plural, seeds_and_device, train
+from experiments.arms import heading, plural, seeds_and_device
 from experiments.data import ImageData, load_data
 from experiments.errors import pick
 from experiments.models import CHANNELS, get_runner
@@ -24,6 +24,7 @@ from experiments.published.small_batch import NORMS, build
 from experiments.report import Report
 from experiments.results import Result, Row, versions
 from experiments.run_folder import RunFolder
+from experiments.training import check_batch_size, train
 from runner import (
     ActivationStats,
     BatchTransformXCallback,
@@ -116,7 +117,7 @@ def look(config: Config, images: ImageData, epochs: int, folder: RunFolder) -> d
                "gap": look.gap, "words": look.words}
     folder.write_json("summary.json", summary)
     # Until here they stand for the trained networks and all that was seen in them.
-    for i, seed in enumerate(config.seeds): folder.remove_checkpoint(i, config.norm, seed)
+    for seed in config.seeds: folder.remove_checkpoint(config.norm, seed)
     return summary
 
 
@@ -179,13 +180,13 @@ class Look:
         self.rows: list[Row] = []
         metrics: list[Row] = []
         curves: dict[str, tuple[Sequence[int], list[float]]] = {}
-        for i, seed in enumerate(config.seeds):
+        for seed in config.seeds:
             model = build(config.norm, seed, self.images.c)
             row = {"norm": config.norm, "batch_size": config.batch_size, "lr": config.lr, "epochs": self.epochs,
                    "seed": seed}
             epochs, row, losses = train(model, self.images, row, config.device, f"{config.norm}, seed {seed}",
                                         looking if seed == self.seed else [TerminateOnNonFinite()], drop_last=True,
-                                        checkpoint=self.folder.checkpoint(i, config.norm, seed))
+                                        checkpoint=self.folder.checkpoint(config.norm, seed))
             metrics += epochs
             self.folder.write_metrics(metrics)
             self.rows.append(row)
@@ -295,7 +296,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=1000, metavar="N", help="training steps (default: 1000)")
     parser.add_argument("--every", type=int, default=5, metavar="N",
                         help="measure one batch in N, and the first ten (default: 5)")
-    settings.add_image_arguments(parser, "inside")
+    settings.add_image_arguments(parser, "inside", study=False)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -37,17 +37,20 @@ class Result:
     """What an experiment's `run(config)` returns.
 
     `rows` are its final figures, one per arm and seed; `reproduced` is True, False or None (not tested), `verdict`
-    says so in a sentence; `folder` is the run folder. `status` is the command's exit status: 1 if the published result
-    was looked for and not found, or no arm ran, else 0.
+    says so in a sentence; `folder` is the run folder; `lost` is how many arms raised or were killed, which have no row.
+    `status` is the command's exit status: 1 if the published result was looked for and not found, an arm was lost, or
+    a norm refused its input in all, else 0.
     """
 
     rows: list[Row] = field(default_factory=list)
     reproduced: bool | None = None
     verdict: str = ""
     folder: Path | None = None
+    lost: int = 0
 
     @property
-    def status(self) -> int: return int(self.reproduced is False or all(r["status"] == "failed" for r in self.rows))
+    def status(self) -> int:
+        return int(self.reproduced is False or self.lost > 0 or all(r["status"] == "failed" for r in self.rows))
 
 
 def versions() -> dict[str, str]:

@@ -1,17 +1,18 @@
 """The run folder: what a run writes, in one step each, and what an interrupted one has kept to go on from."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,26 +24,18 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
-class Kept(TypedDict):
-    """What the file of a finished arm holds: its name and seed, and what training it has given."""
-
-    arm: str
-    seed: int
-    epochs: list[Row]
-    row: Row
-    curve: Any
-
+STUDY, CHECKPOINTS = "study", "checkpoints"      # folders of a run: its arms, and those that have not ended yet
 
 # Settings that change no figure (the record has the data itself), so a run may go on with others; and the versions that
 # its last bits depend on.
-FREE = ("out", "data", "data_dir", "resume")
+FREE = ("out", "data", "data_dir", "resume", "jobs", "backend", "scheduler")
 DECISIVE = ("runnernorms", "torch", "machine")
 
 
 class RunFolder:
-    """A folder with `config.json`, `metrics.jsonl`, `summary.json` and pictures, and `arms/`: a file per finished arm.
+    """A folder with `config.json`, `metrics.jsonl`, `summary.json` and pictures, and `study/`: a file per finished arm.
 
-    In `arms/` an arm that is being trained has a folder for its checkpoints, which is gone once its file is there.
+    In `checkpoints/` an arm that is being trained has a folder, which is gone once it has ended.
 
     Args:
         out: the folder; None makes `runs/<experiment>/<date>-<time>`.
@@ -63,7 +56,7 @@ class RunFolder:
         self.path = Path(out) if out is not None else _unused(Path("runs") / experiment / f"{now:%Y%m%d-%H%M%S}")
         content = {"experiment": experiment,
                    "config": {k: _shareable(v) for k, v in dataclasses.asdict(config).items() if k != "resume"},
-                   **facts, "threads": torch.get_num_threads(), "versions": versions(),
+                   "threads": torch.get_num_threads(), **facts, "versions": versions(),
                    "started": f"{now:%Y-%m-%d %H:%M:%S}", "argv": [_shareable(a) for a in sys.argv[1:]]}
         if out == "": raise InputError("the run folder has no name; give --out one")
         with self._writing("name another by --out"):
@@ -71,7 +64,7 @@ class RunFolder:
             if self.resumed:
                 before = self._same_run(content)
                 content = {**before, "resumed": [*before.get("resumed", []), content["started"]]}
-                for part in (*self.path.glob("*.part"), *self.path.glob("arms/*.part")):    # of a killed process
+                for part in self.path.glob("*.part"):       # of a killed process
                     if writer_is_gone(part): part.unlink()
             elif any((self.path / f).exists() for f in ("config.json", "metrics.jsonl", "summary.json")):
                 raise InputError(f"the run folder {str(self.path)!r} holds a run already and results are not "
@@ -100,9 +93,10 @@ class RunFolder:
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise InputError(f"{str(file)!r} is no record of a run's settings ({type(e).__name__}: {e}), so the run "
                              "can't be gone on with; begin it anew in another folder, named by --out") from e
-        if (self.path / "summary.json").exists() and not (self.path / "arms").is_dir():
-            raise InputError(f"the run folder {str(self.path)!r} has rows but no folder arms/ to go on from (a version "
-                             "that kept none has made it); begin the run anew in another, named by --out")
+        if (self.path / "summary.json").exists() and before["experiment"] != "inside" and not (
+                self.path / STUDY).is_dir():
+            raise InputError(f"the run folder {str(self.path)!r} has rows but no folder {STUDY}/ to go on from (a "
+                             "version that kept none has made it); begin the run anew in another, named by --out")
         different = [f"{k.replace('_', ' ')} was {a!r} and is {b!r}" for k, (a, b) in pairs.items() if a != b]
         if different:
             raise InputError(f"the run folder {str(self.path)!r} holds another run: {'; '.join(different)}. Go on with "
@@ -125,51 +119,27 @@ class RunFolder:
         """How to go on after an interruption, a sentence."""
         return f"The same command with --out {self.path} --resume goes on."
 
-    # --- arms -------------------------------------------------------------------------------------------------
+    # --- checkpoints ------------------------------------------------------------------------------------------
 
-    def _arm(self, i: int, name: str, seed: int, suffix: str) -> Path:
-        words = re.sub(r"[^\w.]+", "-", name).strip("-")[:60]
-        return self.path / "arms" / f"{i:03d}-{words}-seed-{seed}{suffix}"
-
-    def checkpoint(self, i: int, name: str, seed: int) -> Path:
-        """The folder for checkpoints of arm number `i`, not made yet, in one that is."""
-        folder = self._arm(i, name, seed, ".checkpoint")
+    def checkpoint(self, name: str, *seeds: int) -> Path:
+        """The folder for checkpoints of an arm from one or more seeds, not made yet, in one that is."""
+        folder = checkpoint_folder(self.path / CHECKPOINTS, name, seeds)
         with self._writing(): folder.parent.mkdir(exist_ok=True)
         return folder
 
-    def keep_arm(self, i: int, name: str, seed: int, epochs: list[Row], row: Row, curve: object) -> Kept:
-        """Write the file of the finished arm number `i`, remove its checkpoints, and return what the file holds."""
-        # Unlike in the other files, which are for everyone, NaN and infinities stay: Python writes and reads them.
-        text = json.dumps({"arm": name, "seed": seed, "epochs": epochs, "row": row, "curve": curve})
-        with self._writing():
-            file = self._arm(i, name, seed, ".json")
-            file.parent.mkdir(exist_ok=True)
-            write_whole(file, text + "\n")
-        self.remove_checkpoint(i, name, seed)
-        kept: Kept = json.loads(text)
-        return kept
+    def remove_checkpoint(self, name: str, *seeds: int) -> None:
+        """Remove the checkpoints of an arm, and the folder around them if it is empty."""
+        folder = checkpoint_folder(self.path / CHECKPOINTS, name, seeds)
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError): folder.parent.rmdir()
 
-    def kept_arm(self, i: int, name: str, seed: int) -> Kept | None:
-        """What the file of arm number `i` holds, or None if there is none.
 
-        Raises:
-            InputError: a file that is damaged.
-        """
-        file = self._arm(i, name, seed, ".json")
-        if not file.exists(): return None
-        try:
-            kept: Kept = json.loads(file.read_text())
-            if (kept["arm"], kept["seed"]) != (name, seed): raise ValueError(f"it is of {kept['arm']}")
-            for part in ("epochs", "row", "curve"): kept[part]
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise InputError(f"can't read {str(file)!r}, the record of a finished arm ({type(e).__name__}: {e}); "
-                             "delete it, and the arm is run again") from e
-        self.remove_checkpoint(i, name, seed)       # where the run was killed between the two steps of `keep_arm`
-        return kept
-
-    def remove_checkpoint(self, i: int, name: str, seed: int) -> None:
-        """Remove the checkpoints of arm number `i`."""
-        shutil.rmtree(self._arm(i, name, seed, ".checkpoint"), ignore_errors=True)
+def checkpoint_folder(parent: Path, name: str, seeds: Sequence[int]) -> Path:
+    """The folder in `parent` for checkpoints of an arm."""
+    words = re.sub(r"[^\w.]+", "-", name).strip("-")[:60]
+    of = "-".join(map(str, seeds)) if len(seeds) < 4 else f"{seeds[0]}-to-{seeds[-1]}"
+    digest = hashlib.sha256(json.dumps([name, list(seeds)]).encode()).hexdigest()[:6]       # for names alike in words
+    return parent / f"{words}-seed-{of}-{digest}"
 
 
 def write_whole(path: Path, text: str) -> None:

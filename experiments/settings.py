@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import torch
 
 from experiments.data import NAMES
 from experiments.errors import InputError, pick
+from experiments.study.executors import BACKENDS
+from experiments.training import CONVOLUTIONS, convolutions_in_words
 
 T = TypeVar("T")
 
@@ -52,6 +55,42 @@ class Settings:
 
 
 @dataclass
+class StudySettings(Settings):
+    """Settings of an experiment that is a study of arms and seeds, of which several run at once.
+
+    `jobs` is how many, None for $NORMS_JOBS or, where that isn't set, as many as cores (one on a GPU); one alone runs
+    in this process. `backend` is where, and `scheduler` the address of a cluster: see `Study.run`.
+
+    Raises:
+        InputError: a value that makes no sense.
+    """
+
+    jobs: int | None = None
+    backend: str = "loky"
+    scheduler: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.jobs is not None: positive("jobs", self.jobs)
+        self.backend = pick(self.backend, BACKENDS, "backend")
+        if self.scheduler is not None and self.backend in ("loky", "sequential"):
+            raise InputError(f"a scheduler was named and the backend {self.backend} has none; add --backend dask or "
+                             "ray, or leave out --scheduler")
+
+    @property
+    def at_once(self) -> int | None:
+        """How many arms run at once; None on a cluster is as many as it has workers."""
+        if self.jobs is not None: return self.jobs
+        if self.backend == "sequential": return 1
+        if self.backend != "loky": return None
+        if named := os.environ.get("NORMS_JOBS"):
+            if named.isdecimal() and int(named) > 0: return int(named)
+            raise InputError(f"the environment variable NORMS_JOBS is {named!r}; set it to a number of processes, or "
+                             "give --jobs")
+        return 1 if self.device.startswith("cuda") else cores()
+
+
+@dataclass
 class ImageSettings(Settings):
     """Settings of an experiment that trains on images.
 
@@ -69,6 +108,26 @@ class ImageSettings(Settings):
         self.data = pick(self.data, NAMES, "data set")
         if self.limit is not None: positive("limit", self.limit)
         super().__post_init__()
+
+
+@dataclass
+class ImageStudySettings(ImageSettings, StudySettings):
+    """Settings of a study that trains on images; `convolutions` is what those run on a CPU, a name in `CONVOLUTIONS`.
+
+    Raises:
+        InputError: a value that makes no sense.
+    """
+
+    convolutions: str = "rule"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.convolutions = pick(self.convolutions, CONVOLUTIONS, "kind of convolutions")
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_int(v: object) -> TypeGuard[int]: return isinstance(v, int) and not isinstance(v, bool)
@@ -110,18 +169,28 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return tuple(numbers) if "," in text else tuple(range(numbers[0]))
 
 
-def add_arguments(parser: argparse.ArgumentParser, experiment: str, seeds: int = 1) -> None:
-    """Declare the options that every experiment has; `seeds` is the usual number of them."""
-    parser.add_argument("--seeds", default=str(seeds), metavar="N",
+def add_arguments(parser: argparse.ArgumentParser, experiment: str, seeds: int | str = 1, study: bool = True) -> None:
+    """Declare the options that every experiment has; `seeds` is the usual number of them, or words for it.
+
+    Without `study` those of `StudySettings` are left out.
+    """
+    default = str(seeds) if isinstance(seeds, int) else None
+    parser.add_argument("--seeds", default=default, metavar="N",
                         help=f"number of seeds, 3 meaning 0, 1 and 2, or a list such as 0,4 or 7, (default: {seeds})")
     parser.add_argument("--out", metavar="DIR", help=f"run folder to make (default: runs/{experiment}/<date>-<time>)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out DIR where it stopped; "
                         "finished arms are not run again")
     parser.add_argument("--device", default="auto", metavar="DEV", help="auto (default), cpu, cuda, cuda:1, ...")
+    if not study: return
+    parser.add_argument("--jobs", type=int, metavar="N", help="arms that run at once, each on one thread (default: "
+                        "$NORMS_JOBS, or as many as cores; 1 on a GPU; on a cluster its workers)")
+    parser.add_argument("--backend", default="loky", metavar="NAME", help="where arms run: loky (default), processes "
+                        "of this machine; sequential, this process; dask or ray, a cluster")
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="of the cluster, such as tcp://HOST:8786")
 
 
-def add_image_arguments(parser: argparse.ArgumentParser, experiment: str, seeds: int = 1,
-                        auto: str = "MNIST if it can be had, else scikit-learn's digits") -> None:
+def add_image_arguments(parser: argparse.ArgumentParser, experiment: str, seeds: int | str = 1,
+                        auto: str = "MNIST if it is there, else scikit-learn's digits", study: bool = True) -> None:
     """Declare the options of an experiment on images; `auto` says what `--data auto` takes."""
     parser.add_argument("--data", default="auto", metavar="NAME",
                         help=f"{', '.join(n for n in NAMES if n != 'auto')}, or auto (default): {auto}")
@@ -129,7 +198,11 @@ def add_image_arguments(parser: argparse.ArgumentParser, experiment: str, seeds:
                         "$NORMS_DATA_DIR, the user's cache, then a download into it)")
     parser.add_argument("--limit", type=int, metavar="N", help="use the first N training images only, and at most N "
                         "validation images (default: all)")
-    add_arguments(parser, experiment, seeds)
+    add_arguments(parser, experiment, seeds, study)
+    if study:
+        parser.add_argument("--convolutions", default="rule", metavar="NAME", help="on a CPU: onednn, own (torch's "
+                            "own), measured (the faster one on the first batch, so not the same every time), or rule "
+                            f"(default): {convolutions_in_words('rule')}")
 
 
 def add_choice(parser: argparse.ArgumentParser, option: str, known: Collection[str]) -> None:
@@ -141,4 +214,4 @@ def add_choice(parser: argparse.ArgumentParser, option: str, known: Collection[s
 def from_args(args: argparse.Namespace) -> dict[str, Any]:
     """Parsed options as arguments of a config."""
     choices = {k: [n for word in v for n in word.split(",") if n] for k, v in vars(args).items() if isinstance(v, list)}
-    return {**vars(args), **choices, "seeds": parse_seeds(args.seeds)}
+    return {**vars(args), **choices, "seeds": None if args.seeds is None else parse_seeds(args.seeds)}

@@ -30,8 +30,37 @@ def markdown(summaries: Sequence[dict[str, Any]]) -> str:
     if len(data) > 1: raise InputError(f"these runs are of different data, {sorted(data)}; name runs of one")
     rows = [row for s in summaries for row in s["rows"]]
     if not rows: raise InputError("these runs have no rows, for no arm had finished; name others")
+    check_alike(rows)
     _, verdict = module.judge(rows, *data.pop())
     return f"{markdown_table(*module.table({**summaries[0], 'rows': rows}))}\n\n{verdict}"
+
+
+# What a row says of how its arm was trained, where it says so.
+SETTINGS = ("batch_size", "lr", "epochs", "steps", "compile", "optimizer", "memory", "average_backward", "recalibrated",
+            "groups", "smoothing", "parameters")
+
+
+def check_alike(rows: Sequence[dict[str, Any]]) -> None:
+    """Raise unless every line of a table is of one setting, each seed once: of one run, of several, of one given twice.
+
+    Raises:
+        InputError: two rows of an arm differ in their settings, or have the same seed.
+    """
+    key = next(k for k in ("arm", "norm", "exercise") if k in rows[0])
+    settings: dict[str, tuple[int, dict[str, Any]]] = {}
+    seen: set[tuple[str, int]] = set()
+    for row in rows:
+        name, seed, of = row[key], row["seed"], {k: row[k] for k in SETTINGS if k in row}
+        first, wanted = settings.setdefault(name, (seed, of))
+        different = [f"{k.replace('_', ' ')} {wanted.get(k)!r} and {of.get(k)!r}" for k in dict.fromkeys((*wanted, *of))
+                     if wanted.get(k) != of.get(k)]
+        if different:
+            raise InputError(f"these runs of {name} are of different settings, so their mean says nothing: "
+                             f"{', '.join(different)} (seeds {first} and {seed}); make a table of each")
+        if (name, seed) in seen:
+            raise InputError(f"these runs have {name} with seed {seed} twice, and a seed counts once; name each run "
+                             "once, and only one of those with that seed")
+        seen.add((name, seed))
 
 
 def experiment(summaries: Sequence[dict[str, Any]]) -> str:

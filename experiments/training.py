@@ -40,9 +40,9 @@ EVERY_SECONDS = 30  # between two checkpoints of an arm, beside those at the end
 WARM_UP = 0.3       # the part of training in which a rate of three stops goes from the first to the second
 
 # The rule for convolutions on a CPU: up to so many images in a batch torch's own and channels last, above oneDNN's and
-# the usual layout; one thread. It is fixed, so that a seed fixes the rows; `python -m experiments convolutions` measures
-# it anew. In the committed records, 94 first batches, oneDNN's took 1.6 to 6.5 times as long as torch's own at batch size
-# 2, and .64 to .75 of the time at 16, .43 to .63 at 32, .35 to .75 at 128, .23 to .41 at 512.
+# the usual layout; one thread. It is fixed, so that a seed fixes the rows; `python -m experiments convolutions`
+# measures it anew. In the committed records, 94 first batches, oneDNN's took 1.6 to 6.5 times as long as torch's own at
+# batch size 2, and .64 to .75 of the time at 16, .43 to .63 at 32, .35 to .75 at 128, .23 to .41 at 512.
 SMALL_BATCH = 8
 CONVOLUTIONS = ("rule", "onednn", "own", "measured")
 

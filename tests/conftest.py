@@ -8,6 +8,9 @@ os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gett
 # Two processes of pytest-xdist with two threads each would wait for one another on two cores.
 if "PYTEST_XDIST_WORKER" in os.environ: os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Experiments run their arms in the test's own process; tests of worker processes ask for them.
+os.environ["NORMS_JOBS"] = "1"
+
 import matplotlib
 import pytest
 import torch

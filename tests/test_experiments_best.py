@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from experiments import arms
 from experiments.__main__ import main
-from experiments.arms import train
 from experiments.beyond import best
 from experiments.beyond.best import BEST, GROUP, RUNNING, TRIED, Config, Recipe, judge, paired, train_together
 from experiments.data import load_data
 from experiments.errors import InputError
+from experiments.training import train
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_run_folder_and_table(tmp_path, capsys):
     assert all(0 <= r["test_accuracy"] <= 1 and r["status"] == "ok" for r in summary["rows"])
     assert (tmp_path / "run" / "best.png").is_file()
     out = capsys.readouterr().out
-    assert f"{BEST[GROUP]}, seed 0 and 1 more" in out
+    assert f"{BEST[GROUP]}, seed 1: valid loss " in out
     assert "The target was not tested" in out
 
 
@@ -152,7 +153,7 @@ def test_tuning_reads_no_test_image(tmp_path, monkeypatch):
     class Unread:
         def __len__(self): return 10
     images = replace(load_data("digits", limit=20), test=Unread())
-    monkeypatch.setattr(best, "load_data", lambda *args: images)
+    monkeypatch.setattr(arms, "load_data", lambda *args: images)
     monkeypatch.setattr(best, "TRIED", [TRIED[0], TRIED[3], TRIED[-1]])
     result = best.run(Config(tune=True, seeds=(1,), out=str(tmp_path / "run")))
     assert len(result.rows) == 3

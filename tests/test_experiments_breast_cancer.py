@@ -29,7 +29,7 @@ def test_the_exercises_hold(tmp_path, capsys):
     assert result.status == 0
     summary = read_summary(tmp_path / "run")
     assert (summary["experiment"], summary["data"], summary["train_images"]) == ("breast-cancer", "breast cancer", 455)
-    assert [(r["exercise"], r["seed"]) for r in summary["rows"]] == [(e, s) for s in (3, 4) for e in EXERCISES]
+    assert [(r["exercise"], r["seed"]) for r in summary["rows"]] == [(e, s) for e in EXERCISES for s in (3, 4)]
     figures = {f: v for r in result.rows for f, v in r["figures"].items() if r["seed"] == 3}
     assert 0 < figures["gradients, largest change"] < 1e-12     # rounding, but not compared with itself
     assert 0 < figures["moving mean from 42"] < 1

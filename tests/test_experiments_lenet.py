@@ -94,7 +94,8 @@ def test_table_by_hand():
     header, lines = table({"rows": made(at=3)})
     assert header[0] == "arm"
     assert header[-3:] == ["epochs to 0.8000", "gamma (published 1.33 to 2.82)", "beta (published -0.41 to 0.71)"]
-    assert lines[0] == ["none", "0.8000", "0.8000 to 0.8000", "0.1", "2", "1", "ok", "10", "-", "-"]
+    assert lines[0] == ["none", "0.8000", "0.800 to 0.800", "0.8000", "0.8000 to 0.8000", "0 of 2", "0.1", "2", "1",
+                        "ok", "10", "-", "-"]
     assert lines[1][-3:] == ["3", "1.50 to 2.00", "-0.10 to 0.20"]
 
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from experiments.arms import schedule
 from experiments.published import lesson
 from experiments.published.runs import Run
+from experiments.training import schedule
 
 
 def test_rates_by_hand():

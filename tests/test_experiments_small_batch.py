@@ -1,7 +1,6 @@
 """The main job: its settings, its rows, its verdict, its command line and its table in the README."""
 
 import json
-import math
 import os
 import re
 import signal
@@ -14,9 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import EXPERIMENTS, TOOLS, arms
+from experiments import EXPERIMENTS, TOOLS, table, training
 from experiments.__main__ import main
-from experiments.data import load_data
 from experiments.errors import InputError
 from experiments.published import small_batch
 from experiments.published.small_batch import NORMS, Config, judge
@@ -51,17 +49,17 @@ def test_run_folder_holds_all_that_is_promised(tmp_path, capsys):
     out = capsys.readouterr().out
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "summary.json", "curves.json",
-                                                     "small_batch.png", "arms"}
+                                                     "small_batch.png", "study"}
 
     summary = json.loads((folder / "summary.json").read_text())
     assert len(summary["rows"]) == len(result.rows) == 14
     assert all(FIELDS <= set(row) for row in summary["rows"])
-    assert [(r["norm"], r["seed"]) for r in summary["rows"]] == [(n, s) for s in (3, 4) for n in NORMS]
+    assert [(r["norm"], r["seed"]) for r in summary["rows"]] == [(n, s) for n in NORMS for s in (3, 4)]
     assert summary["complete"] is True
     assert summary["verdict"] == result.verdict
 
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [(m["norm"], m["seed"], m["epoch"]) for m in metrics] == [(n, s, e) for s in (3, 4) for n in NORMS
+    assert [(m["norm"], m["seed"], m["epoch"]) for m in metrics] == [(n, s, e) for n in NORMS for s in (3, 4)
                                                                      for e in (0, 1)]
     last = {(m["norm"], m["seed"]): m for m in metrics}
     for row in summary["rows"]: assert row["valid_loss"] == last[row["norm"], row["seed"]]["valid_loss"]
@@ -72,7 +70,9 @@ def test_run_folder_holds_all_that_is_promised(tmp_path, capsys):
     assert str(tmp_path) not in (folder / "config.json").read_text() + (folder / "summary.json").read_text()
 
     for text in ("data:    digits", "62,090 parameters", "batch size 2, lr 0.4, 2 epochs, seeds 3, 4, device cpu",
-                 "to go", "[14/14] RunningBatchNorm, seed 4: epoch 2/2", "0.9723 / 0.9730", "published on MNIST"):
+                 "runs:    1 at once (sequential), on one thread each; convolutions: torch's own up to batch size 8",
+                 "  RunningBatchNorm, seed 4: train loss ", "small-batch: 7 of 7 finished", "0.9723 / 0.9730",
+                 "published on MNIST", "0 of 2"):
         assert text in out
     assert out.rstrip().endswith(result.verdict)
     curves = json.loads((folder / "curves.json").read_text())
@@ -84,14 +84,14 @@ def test_run_folder_holds_all_that_is_promised(tmp_path, capsys):
 
 def test_same_seed_same_rows_and_same_batches_for_every_norm(tmp_path, monkeypatch):
     orders = []
-    real = arms.get_dls
+    real = training.get_dls
 
     def spy(train, valid, bs, **kwargs):
         dls = real(train, valid, bs, **kwargs)
         again = {**kwargs, "generator": torch.Generator().manual_seed(kwargs["generator"].initial_seed())}
         orders.append([tuple(i) for i in real(train, valid, bs, **again)[0].sampler])
         return dls
-    monkeypatch.setattr(arms, "get_dls", spy)
+    monkeypatch.setattr(training, "get_dls", spy)
     a, b = (small(tmp_path / n, norms=("none", "BatchNorm", "RunningBatchNorm"), seeds=(1,)) for n in "ab")
     assert all(o == orders[0] for o in orders)
     for p, q in zip(a.rows, b.rows, strict=True):
@@ -117,12 +117,23 @@ def test_settings_of_torch_are_put_back(tmp_path):
     finally: torch.set_num_threads(threads)
 
 
-def test_the_backend_of_the_convolutions_is_recorded_and_said(tmp_path, capsys):
-    row = small(tmp_path / "run", norms=("none",), backend="own").rows[0]
-    assert row["backend"] == {"onednn": False, "threads": 1, "reason": "as given"}
-    assert "  convolutions: as given\n" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["backend"] == "own"
-    with pytest.raises(InputError, match="unknown backend 'onedn': did you mean 'onednn'"): Config(backend="onedn")
+@pytest.mark.parametrize(("name", "batch_size", "onednn", "reason", "said"), [
+    ("rule", 2, False, "by rule", "torch's own up to batch size 8, oneDNN's above"),
+    ("rule", 16, True, "by rule", "torch's own up to batch size 8"), ("own", 16, False, "as given", "torch's own\n"),
+    ("onednn", 2, True, "as given", "oneDNN's\n")])
+def test_the_convolutions_go_by_rule_and_are_recorded_and_said(name, batch_size, onednn, reason, said, tmp_path,
+                                                               capsys):
+    row, = small(tmp_path / "run", norms=("none",), convolutions=name, batch_size=batch_size, seeds=(0,)).rows
+    assert row["backend"] == {"onednn": onednn, "threads": 1, "reason": reason}
+    assert f"on one thread each; convolutions: {said}" in capsys.readouterr().out
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["config"]["convolutions"], config["threads"]) == (name, 1)
+    assert config["convolutions"] in said or said.strip() in config["convolutions"]
+
+
+def test_convolutions_that_there_are_none_of():
+    with pytest.raises(InputError, match="unknown kind of convolutions 'onedn': did you mean 'onednn'"):
+        Config(convolutions="onedn")
 
 
 def test_diverged_and_refused_arms_are_rows(tmp_path, capsys):
@@ -169,31 +180,28 @@ def test_verdict(accuracies, settings, expected):
     assert ("was not tested" in sentence) is (expected is None)
 
 
-@pytest.mark.parametrize(("accuracies", "seeds", "whole", "trained", "reproduced"), [
-    ([0.10, 0.95, 0.96], (7,), True, [7, 8, 9], True),
-    ([math.nan, 0.95, 0.30], (2**32 - 1,), True, [2**32 - 1, 0, 1], False),
-    ([0.87], (7,), True, [7], True),
-    ([0.10, 0.20], (7, 9), True, [7, 9], False),        # who asks for several seeds gets these
-    ([0.10], (7,), False, [7], False)])                 # not the published setting
-def test_one_seed_that_misses_the_mark_is_followed_by_two_more(accuracies, seeds, whole, trained, reproduced, tmp_path,
-                                                               monkeypatch, capsys):
-    images = load_data("digits")
-    monkeypatch.setattr(small_batch, "load_data", lambda *args: images)
-    if whole: monkeypatch.setattr(small_batch, "TRAIN_IMAGES", len(images.train))
-    seen, left = [], iter(accuracies)
+@pytest.mark.parametrize(("settings", "seeds", "once"), [
+    ({}, 8, 5), ({"batch_size": 16}, 1, 0), ({"lr": 0.1}, 1, 0), ({"seeds": (4,)}, 1, 0), ({"seeds": range(3)}, 3, 0),
+    ({"norms": ("GroupNorm", "none")}, 8, 1)])
+def test_arms_that_learn_have_eight_seeds_and_no_arm_gets_more_for_what_came_out(settings, seeds, once):
+    config = Config(**settings)
+    points, norms = [*config.points()], config.norms
+    assert (len(config.seeds), len(config.once)) == (seeds, once)
+    assert len(points) == seeds * (len(norms) - once) + once
+    assert set(config.once).isdisjoint(small_batch.LEARNING)
+    for norm in norms:
+        of = [p["seed"] for p in points if p["norm"] == norm]
+        assert of == [*config.seeds[:1 if norm in config.once else None]]
 
-    def train_arm(config, images, norm, seed, label, checkpoint):
-        if norm == "RunningBatchNorm": seen.append(seed)
-        accuracy = next(left) if norm == "RunningBatchNorm" else 0.2
-        row, = rows(**{norm: [accuracy]})
-        return [], {**row, "seed": seed, "valid_loss": 1.0, "seconds": 1.0, "status": "ok"}, [1.0] * 100
-    monkeypatch.setattr(small_batch, "train_arm", train_arm)
-    result = small_batch.run(Config(norms=("BatchNorm2d", "RunningBatchNorm"), seeds=seeds, epochs=1,
-                                    out=str(tmp_path / "run")))
-    assert seen == trained
-    assert len(result.rows) == len(trained) + len(seeds)
-    assert ("2 more seeds" in capsys.readouterr().out) is (len(trained) > len(seeds))
-    assert result.reproduced is reproduced
+
+def test_seeds_are_trained_together_where_batches_are_small():
+    def sizes(**settings): return sorted(len(handed.points) for handed in Config(**settings).points().handed())
+    assert sizes() == [1] * 5 + [8] * 2
+    assert sizes(seeds=range(5), norms=("none",), together=2) == [1, 2, 2]
+    assert sizes(seeds=range(3), norms=("none",), together=1) == [1] * 3
+    assert sizes(seeds=range(3), norms=("none",), batch_size=16) == [1] * 3
+    assert next(Config().points().handed()).together         # the longest first
+    with pytest.raises(InputError, match="together is 0; it must be a positive integer"): Config(together=0)
 
 
 def test_exit_status_follows_the_verdict(tmp_path, capsys):
@@ -292,20 +300,24 @@ def test_help_everywhere(name, capsys):
     assert exit.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: python -m experiments {name}")
-    options = ["seeds", "out", "device"] if name in EXPERIMENTS else []
-    if name in EXPERIMENTS and name != "breast-cancer": options += ["data", "data-dir", "limit"]
-    if name == "small-batch": options += ["norms", "batch-size", "lr", "epochs", "backend", "compile"]
+    options = ["seeds", "out", "device", "resume", "jobs", "backend", "scheduler"] if name in EXPERIMENTS else []
+    if name in EXPERIMENTS and name != "breast-cancer": options += ["data", "data-dir", "limit", "convolutions"]
+    if name == "small-batch": options += ["norms", "batch-size", "lr", "epochs", "together", "compile"]
     for option in options: assert re.search(rf"^  --{option}\b", out, re.MULTILINE)
 
 
-def test_command_line_end_to_end(tmp_path):
+def test_command_line_end_to_end_on_two_cores(tmp_path):
     done = cli("small-batch", "--data", "digits", "--limit", "60", "--norms", "GroupNorm", "RunningBatchNorm",
-               "--seeds", "2", "--epochs", "1", "--out", str(tmp_path / "run"))
+               "--seeds", "2", "--epochs", "1", "--jobs", "2", "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "\r" not in done.stdout
-    assert len(re.findall(r"^\[\d/4\] \w+, seed \d: epoch 1/1  train_loss ", done.stdout, re.MULTILINE)) == 4
-    assert len(read_summary(tmp_path / "run")["rows"]) == 4
+    assert "2 at once (loky)" in done.stdout
+    assert len(re.findall(r"^  \w+, seed \d: train loss [\d.]+, valid loss ", done.stdout, re.MULTILINE)) == 4
+    rows = read_summary(tmp_path / "run")["rows"]
+    here = small(tmp_path / "here", limit=60, norms=("GroupNorm", "RunningBatchNorm"), seeds=(0, 1)).rows
+    for p, q in zip(rows, here, strict=True):
+        assert {k: v for k, v in p.items() if k != "seconds"} == {k: v for k, v in q.items() if k != "seconds"}
     shown = cli("table", str(tmp_path / "run"))
     assert shown.returncode == 0
     assert shown.stdout.startswith("| norm | published on MNIST | valid accuracy |")
@@ -327,7 +339,8 @@ def test_bad_input_is_one_line_and_exit_status_2(argv, text, capsys):
 def test_interrupted_run_keeps_the_finished_rows(tmp_path):
     folder = tmp_path / "run"
     process = subprocess.Popen([sys.executable, "-m", "experiments", "small-batch", "--data", "digits", "--out",
-                                str(folder), "--norms", "none", "BatchNorm2d", "RunningBatchNorm", "--epochs", "8"],
+                                str(folder), "--norms", "none", "BatchNorm2d", "RunningBatchNorm", "--epochs", "8",
+                                "--seeds", "1"],
                                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONUNBUFFERED": "1"})
     until = time.monotonic() + 100
@@ -362,16 +375,32 @@ def test_table_of_something_that_is_no_summary(content, tmp_path, capsys):
 
 # --- tables -------------------------------------------------------------------------------------------------------
 
+def test_a_table_of_different_settings_or_of_a_seed_twice_is_refused():
+    base = {"norm": "none", "batch_size": 2, "lr": 0.4, "valid_accuracy": 0.5, "valid_loss": 0.5, "seconds": 1.0,
+            "status": "ok", "epochs": 1}
+
+    def table_of(*rows): return table.markdown([{"experiment": "small-batch", "data": "MNIST", "train_images": 50_000,
+                                                 "rows": [row]} for row in rows])
+    assert "| none |" in table_of({**base, "seed": 0}, {**base, "seed": 1})
+    for k, v, text in (("batch_size", 16, "batch size 2 and 16"), ("lr", 0.1, "lr 0.4 and"), ("epochs", 2, "1 and 2")):
+        with pytest.raises(InputError, match=rf"these runs of none are of different settings.*{text}.*seeds 0 and 1"):
+            table_of({**base, "seed": 0}, {**base, "seed": 1, k: v})
+    with pytest.raises(InputError, match="these runs have none with seed 3 twice, and a seed counts once"):
+        table_of({**base, "seed": 3}, {**base, "seed": 3})
+    assert table_of({**base, "seed": 3}, {**base, "seed": 3, "norm": "GroupNorm"})
+
+
 def test_table_by_hand():
-    base = {"batch_size": 2, "lr": 0.4, "valid_loss": 0.5, "seconds": 10.0, "status": "ok"}
+    base = {"batch_size": 2, "lr": 0.4, "valid_loss": 0.5, "seconds": 10.0, "status": "ok"}      # t: 12.7 * 0.01
     made = [
         {**base, "norm": "RunningBatchNorm", "valid_accuracy": 0.94, "seed": 0},
         {**base, "norm": "none", "valid_accuracy": 0.1, "valid_loss": None, "status": "diverged", "seed": 0},
         {**base, "norm": "RunningBatchNorm", "valid_accuracy": 0.96, "valid_loss": 0.1, "seconds": 20.0, "seed": 1}]
     header, lines = small_batch.table({"rows": made, "train_images": 50_000})
     assert header[:3] == ["norm", "published", "valid accuracy"]
-    assert lines == [["RunningBatchNorm", "0.9723 / 0.9730", "0.9500", "0.9400 to 0.9600", "0.3", "2", "15", "ok"],
-                     ["none", "-", "0.1000", "-", "nan", "1", "10", "diverged"]]
+    assert lines == [["RunningBatchNorm", "0.9723 / 0.9730", "0.9500", "0.823 to 1.077", "0.9500", "0.9400 to 0.9600",
+                      "0 of 2", "0.3", "2", "15", "ok"],
+                     ["none", "-", "0.1000", "-", "-", "-", "1 of 1", "nan", "1", "10", "diverged"]]
     other = [{**row, "batch_size": 4} for row in made]
     header, lines = small_batch.table({"rows": other, "train_images": 1197})
     assert [header[1], *(line[1] for line in lines)] == ["published on MNIST", "-", "-"]

@@ -1,6 +1,6 @@
 """The main job's training at batch size 2, with validation and all callbacks, against the lesson's way of doing it.
 
-Ours is what `small-batch` runs, its choice of the convolution backend included. The lesson's way is in
+Ours is what `small-batch` runs, its rule for the convolutions included. The lesson's way is in
 `lesson_form.py`, with torch's default convolutions, as the lesson ran. A shortened epoch of 2,000 steps and a fifth as
 many validation images as training images, as in the whole one; one thread. Milliseconds per training step, of which
 MNIST has 25,000 an epoch.
@@ -41,19 +41,19 @@ def rows(config: Config) -> list[Row]:
     train, valid = ((ds.x[:k], ds.y[:k]) for ds, k in ((images.train, n), (images.valid, m)))
     images.train, images.valid = type(images.train)(*train), type(images.valid)(*valid)
 
-    def ours(norm: str, backend: str) -> Callable[[], None]:
-        settings_of = small_batch.Config(norms=(norm,), epochs=1, device="cpu", backend=backend)
+    def ours(norm: str, convolutions: str) -> Callable[[], None]:
+        settings_of = small_batch.Config(norms=(norm,), epochs=1, device="cpu", convolutions=convolutions)
 
         def run() -> None:
             with contextlib.redirect_stdout(io.StringIO()):
-                small_batch.train_arm(settings_of, images, norm, 0, norm)
+                small_batch.train_norm(settings_of, images, norm, 0)
         return run
 
     def lesson(norm: NormFactory) -> Callable[[], None]: return lambda: lessons_way(norm, train, valid)
     arms = {"lesson's way, RunningBatchNorm": lesson(LessonRunningBatchNorm),
             "lesson's way, nn.BatchNorm2d": lesson(nn.BatchNorm2d),
-            "ours, RunningBatchNorm": ours("RunningBatchNorm", "auto"),
-            "ours, nn.BatchNorm2d": ours("BatchNorm2d", "auto"),
+            "ours, RunningBatchNorm": ours("RunningBatchNorm", "rule"),
+            "ours, nn.BatchNorm2d": ours("BatchNorm2d", "rule"),
             "ours, RunningBatchNorm, torch's default convolutions": ours("RunningBatchNorm", "onednn")}
     with settings():
         times = interleave(arms, max(3, config.repetitions // 3), 0.1, warm_up=0.0)

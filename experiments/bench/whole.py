@@ -55,7 +55,7 @@ def epoch(name: str, data: str, data_dir: str) -> tuple[str, int, float]:
         lessons_way(LessonRunningBatchNorm, *((ds.x, ds.y) for ds in (images.train, images.valid)))
     else:
         config = small_batch.Config(norms=("RunningBatchNorm",), epochs=1, device="cpu", compile=name != OURS)
-        small_batch.train_arm(config, images, "RunningBatchNorm", 0, name)
+        small_batch.train_norm(config, images, "RunningBatchNorm", 0)
     return images.name, n // 2, time.perf_counter() - start
 
 

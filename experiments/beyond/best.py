@@ -36,25 +36,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 from experiments.arms import (
-    Stopwatch,
+    Trained,
     by_arm,
-    check_batch_size,
     finite,
-    fit_from,
     heading,
+    images_of,
+    load_images,
     plural,
     run_arms,
     seeds_and_device,
     statuses,
 )
 from experiments.beyond.eigen import EigenAdam
-from experiments.data import TRAIN_IMAGES, ImageData, load_data
+from experiments.data import TRAIN_IMAGES, ImageData
 from experiments.models import CHANNELS, conv_layer, get_cnn_model, init_alike
 from experiments.results import Result, Row, Summary, Table, Verdict
-from experiments.settings import ImageSettings, add_choice, add_image_arguments, choose, from_args, positive
+from experiments.settings import ImageStudySettings, add_choice, add_image_arguments, choose, from_args, positive
+from experiments.study import Grid, grid
 from experiments.study.stacked import stack, unstack
 from experiments.study.stacked_layers import GroupedConv2d
 from experiments.together import EachTransform, SideBySide, each_loss
+from experiments.training import Stopwatch, check_batch_size, fit_from
 from norms import GroupNorm, RunningBatchNorm, recalibrate
 from runner import (
     BatchTransformXCallback,
@@ -137,6 +139,8 @@ TRIED = [recipe for norm in (RUNNING, GROUP) for recipe in [
     *(Recipe(norm, "EigenAdam", 0.0015, smoothing=0.1, **alone) for alone in _ALONE[norm])]]
 BEST = {RUNNING: Recipe(RUNNING, "EigenAdam", 0.0015, smoothing=0.2),
         GROUP: Recipe(GROUP, "EigenAdam", 0.0015, smoothing=0.1, groups=2)}
+FINAL = [*BEST.values(), replace(BEST[RUNNING], batch_size=1)]
+RECIPES = {str(r): r for r in (*TRIED, *FINAL)}
 
 # What the best recipe of RunningBatchNorm is held to, in test accuracy: over the seeds at batch size 2 the mean and the
 # least, and the mean at batch size 1. The published figure is 0.9723, of one seed, on the validation images.
@@ -152,7 +156,7 @@ def train_together(recipes: Sequence[Recipe], seeds: Sequence[int], images: Imag
     """Networks trained for one epoch, all at once: a list, one for each of the `recipes` and its seed.
 
     Each is what it would be trained alone, to rounding: `stack` says why. The order of its images is the one that
-    `experiments.arms.train` has for its seed. `checkpoint` is as there.
+    `experiments.training.train` has for its seed. `checkpoint` is as there.
 
     Raises:
         ValueError: recipes that differ in more than `Recipe.free`.
@@ -212,7 +216,7 @@ def rows_of(recipes: Sequence[Recipe], seeds: Sequence[int], images: ImageData, 
 # --- the experiment -----------------------------------------------------------------------------------------------
 
 @dataclass
-class Config(ImageSettings):
+class Config(ImageStudySettings):
     """Settings of the run.
 
     `norms` are RunningBatchNorm and GroupNorm, or one of them; `tune` tries `TRIED` instead of training the best; up to
@@ -232,32 +236,45 @@ class Config(ImageSettings):
         super().__post_init__()
 
 
+def train_arms(config: Config, names: Sequence[str], seeds: Sequence[int], checkpoint: Path) -> list[Trained]:
+    """Train recipes as one, each from its seed: for each its row as its only epoch, its row, and no curve."""
+    recipes = [RECIPES[name] for name in names]
+    label = f"{names[0]}, seed {seeds[0]}" + f" and {len(seeds) - 1} more" * (len(seeds) > 1)
+    rows = rows_of(recipes, seeds, images_of(config), config.device, label, test=not config.tune, checkpoint=checkpoint)
+    return [([row], row, None) for row in rows]
+
+
+def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> Trained:
+    """Train one recipe from one seed."""
+    trained, = train_arms(config, [name], [seed], checkpoint)
+    return trained
+
+
+def points(config: Config) -> Grid:
+    """The recipes and seeds, those of recipes that are trained at once together, up to `replicas`."""
+    names = [str(r) for r in (TRIED if config.tune else FINAL) if r.norm in config.norms]
+    alike: dict[str, list[str]] = {}
+    for name in names: alike.setdefault(str(RECIPES[name].alike), []).append(name)
+    parts = []
+    for group in alike.values():
+        size = max(1, config.replicas // len(group))
+        parts += [grid(arm=some, seed=config.seeds[i:i + size], together=("arm", "seed"))
+                  for some in (group[j:j + config.replicas] for j in range(0, len(group), config.replicas))
+                  for i in range(0, len(config.seeds), size)]
+    return sum(parts[1:], parts[0])
+
+
 def run(config: Config) -> Result:
     """Train, print as it goes, write the run folder: a `Result`."""
-    images = load_data(config.data, config.data_dir, config.limit)
-    recipes = {str(r): r for r in (TRIED if config.tune else [*BEST.values(), replace(BEST[RUNNING], batch_size=1)])
-               if r.norm in config.norms}
+    images = load_images(config)
     check_batch_size(2, images)
-    arms = [(name, seed) for name in recipes for seed in config.seeds]
-    done: dict[tuple[str, int], Row] = {}
-
-    def arm(name: str, seed: int, label: str, checkpoint: Path) -> tuple[list[Row], Row, None]:
-        if (name, seed) not in done:
-            # Who is trained beside whom is in a row's last bits, so it is the same where some have their files already.
-            alike = [a for a in arms if recipes[a[0]].alike == recipes[name].alike]
-            first = alike.index((name, seed)) // config.replicas * config.replicas
-            here = alike[first:first + config.replicas]
-            label += f" and {len(here) - 1} more" * (len(here) > 1)
-            rows = rows_of([recipes[a[0]] for a in here], [a[1] for a in here], images, config.device, label,
-                           test=not config.tune, checkpoint=checkpoint)
-            done.update(zip(here, rows, strict=True))
-        return [done[name, seed]], done[name, seed], None
-    return run_arms("best", config, images, arms, arm,
-                    header=header(config, images, recipes), judge=judge, table=table, draw=draw,
+    arms = points(config)
+    return run_arms("best", config, images, arms, train_arm, train_arms=train_arms,
+                    header=header(config, images, arms.axes["arm"]), judge=judge, table=table, draw=draw,
                     published={RUNNING: [0.9723]})
 
 
-def header(config: Config, images: ImageData, recipes: Mapping[str, Recipe]) -> str:
+def header(config: Config, images: ImageData, recipes: Sequence[str]) -> str:
     """What is run, on what, from what: the lines above the first arm."""
     n = sum(p.numel() for p in BEST[RUNNING].build(0).parameters())
     what = "tuning, on the validation images alone" if config.tune else "the best recipes, on the test images"

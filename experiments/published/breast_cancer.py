@@ -29,6 +29,7 @@ from torch import Tensor, nn, optim
 from experiments import settings
 from experiments.arms import by_arm, heading, mean, plural, run_arms, seeds_and_device
 from experiments.results import Result, Row, Summary, Table, Verdict
+from experiments.study import grid
 from norms import BatchNorm
 from runner import AvgStatsCallback, CudaCallback, DataBunch, Dataset, Learner, ProgressCallback, Recorder, Runner
 
@@ -55,10 +56,14 @@ USUAL = 0.95
 
 
 @dataclass
-class Config(settings.Settings):
-    """Settings of the run: the seeds decide split, weights, minibatches and all random numbers."""
+class Config(settings.StudySettings):
+    """Settings of the run: the seeds decide split, weights, minibatches and all random numbers.
+
+    One job, unless others are asked for: processes take longer to start than all exercises.
+    """
 
     seeds: Sequence[int] = tuple(range(10))
+    jobs: int | None = 1
 
 
 @dataclass
@@ -205,19 +210,20 @@ def train(seed: int, device: str) -> tuple[Runner, nn.Module, Samples]:
 
 # --- the experiment -----------------------------------------------------------------------------------------------
 
+def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> tuple[list[Row], Row, Curve]:
+    """Do one exercise from one seed: a tenth of a second, so that one which was interrupted begins anew."""
+    start = time.perf_counter()
+    figures, curve = EXERCISES[name](seed, config.device)
+    return [], {"exercise": name, "seed": seed, "figures": figures, "seconds": time.perf_counter() - start,
+                "status": "ok" if all(map(math.isfinite, figures.values())) else "diverged"}, curve
+
+
 def run(config: Config) -> Result:
     """Do every exercise, print as it goes, write the run folder: a `Result`."""
     samples = load_samples(config.seeds[0])
-
-    # An exercise takes a tenth of a second: one that was interrupted begins anew from its seed, which gives the same.
-    def arm(name: str, seed: int, label: str, checkpoint: Path) -> tuple[list[Row], Row, Curve]:
-        start = time.perf_counter()
-        figures, curve = EXERCISES[name](seed, config.device)
-        return [], {"exercise": name, "seed": seed, "figures": figures, "seconds": time.perf_counter() - start,
-                    "status": "ok" if all(map(math.isfinite, figures.values())) else "diverged"}, curve
     header = heading(samples, f"perceptron {WIDTHS}; {sum(p.numel() for p in perceptron().parameters())} parameters",
                      f"run:     batch size {BATCH}, lr {LR}, {STEPS} steps, {seeds_and_device(config)}")
-    return run_arms("breast-cancer", config, samples, [(n, s) for s in config.seeds for n in EXERCISES], arm,
+    return run_arms("breast-cancer", config, samples, grid(exercise=list(EXERCISES), seed=config.seeds), train_arm,
                     header=header, judge=judge, table=table, draw=draw, published=PUBLISHED)
 
 
@@ -277,6 +283,7 @@ def draw(rows: list[Row], curves: dict[str, Curve], path: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `python -m experiments breast-cancer`."""
     settings.add_arguments(parser, "breast-cancer", seeds=len(Config.seeds))
+    parser.set_defaults(jobs=Config.jobs)
 
 
 def main(args: argparse.Namespace) -> int:

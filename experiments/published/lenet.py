@@ -22,20 +22,22 @@ from torch import nn
 from experiments.arms import (
     MEASURED,
     by_arm,
-    check_batch_size,
     course,
     heading,
+    images_of,
+    load_images,
     mean,
     measured,
     plural,
     run_arms,
     seeds_and_device,
-    train,
 )
-from experiments.data import TRAIN_IMAGES, load_data
+from experiments.data import TRAIN_IMAGES
 from experiments.models import NormFactory
 from experiments.results import Result, Row, Summary, Table, Verdict
-from experiments.settings import ImageSettings, add_image_arguments, from_args, positive
+from experiments.settings import ImageStudySettings, add_image_arguments, from_args, positive
+from experiments.study import grid
+from experiments.training import check_batch_size, train
 from norms import BatchNorm
 
 # arm: the norm for 4-D and for 2-D input
@@ -53,8 +55,8 @@ FASTER, SAME, FAR = 0.5, 0.01, 0.33
 
 
 @dataclass
-class Config(ImageSettings):
-    """Settings of the run; `data` "auto" is Fashion-MNIST if it can be had, else MNIST, else the digits."""
+class Config(ImageStudySettings):
+    """Settings of the run; `data` "auto" is Fashion-MNIST if it is there, else MNIST, else the digits."""
 
     epochs: int = EPOCHS
 
@@ -78,25 +80,31 @@ def lenet(arm: str, seed: int) -> nn.Sequential:
 
 # --- the experiment -----------------------------------------------------------------------------------------------
 
+def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> tuple[list[Row], Row, None]:
+    """Train one arm from one seed."""
+    model = lenet(name, seed)
+    row: Row = {"arm": name, "batch_size": BATCH, "lr": LR, "seed": seed, "epochs": config.epochs}
+    rows, row, _ = train(model, images_of(config), row, config.device, f"{name}, seed {seed}", drop_last=True,
+                         convolutions=config.convolutions, checkpoint=checkpoint)
+    if name != "none": row["gamma"], row["beta"] = (model[1].get_parameter(p).tolist() for p in ("weight", "bias"))
+    return rows, row, None
+
+
+def said(row: Row) -> str:
+    """What is said of an arm that has ended: the first norm's parameters."""
+    return "\n".join(f"{p:5} of the first norm: {' '.join(f'{v:6.3f}' for v in row[p])}" for p in PUBLISHED if p in row)
+
+
 def run(config: Config) -> Result:
     """Train the three arms of every seed, print as it goes, write the run folder: a `Result`."""
-    images = load_data(config.data, config.data_dir, config.limit, auto=("FashionMNIST", "MNIST"))
+    images = load_images(config, auto=("FashionMNIST", "MNIST"))
     check_batch_size(BATCH, images)
-
-    def arm(name: str, seed: int, label: str, checkpoint: Path) -> tuple[list[Row], Row, None]:
-        model = lenet(name, seed)
-        row: Row = {"arm": name, "batch_size": BATCH, "lr": LR, "seed": seed, "epochs": config.epochs}
-        rows, row, _ = train(model, images, row, config.device, label, drop_last=True, checkpoint=checkpoint)
-        if name != "none":
-            row["gamma"], row["beta"] = (model[1].get_parameter(p).tolist() for p in ("weight", "bias"))
-            for p in ("gamma", "beta"): print(f"  {p:5} of the first norm: {' '.join(f'{v:6.3f}' for v in row[p])}")
-        return rows, row, None
     n = sum(p.numel() for p in lenet("none", 0).parameters())
     header = heading(images, f"LeNet with sigmoids; {n:,} parameters without a norm",
                      f"run:     batch size {BATCH}, lr {LR}, {plural(config.epochs, 'epoch')}, "
                      f"{seeds_and_device(config)}")
-    return run_arms("lenet", config, images, [(a, s) for s in config.seeds for a in ARMS], arm, header=header,
-                    judge=judge, table=table, draw=draw, published=PUBLISHED)
+    return run_arms("lenet", config, images, grid(arm=list(ARMS), seed=config.seeds), train_arm, header=header,
+                    judge=judge, table=table, draw=draw, published=PUBLISHED, said=said)
 
 
 def epochs_needed(accuracies: Sequence[float], target: float) -> int | None:
@@ -153,7 +161,7 @@ def draw(rows: list[Row], curves: dict[str, None], path: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `python -m experiments lenet`."""
-    add_image_arguments(parser, "lenet", auto="Fashion-MNIST if it can be had, else MNIST, else scikit-learn's digits")
+    add_image_arguments(parser, "lenet", auto="Fashion-MNIST if it is there, else MNIST, else scikit-learn's digits")
     parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help=f"epochs (default: {EPOCHS})")
 
 

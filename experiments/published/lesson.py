@@ -20,14 +20,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from experiments.arms import run_arms, windows
-from experiments.data import ImageData, load_data
+from experiments.arms import images_of, load_images, run_arms
+from experiments.data import ImageData
 from experiments.models import CHANNELS, conv_layer, get_cnn_layers, init_alike
 from experiments.published import one_epoch, runs
 from experiments.published.runs import Curves, Run, train_run
 from experiments.published.small_batch import build
 from experiments.results import Result, Row
 from experiments.settings import add_choice, add_image_arguments, from_args
+from experiments.study import grid
+from experiments.training import windows
 from runner import Hooks, append_stats
 
 HOOKED = "BatchNorm-hooked"
@@ -113,28 +115,29 @@ def explanation(name: str, row: Row) -> str:
 
 # --- the experiment -----------------------------------------------------------------------------------------------
 
+def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> tuple[list[Row], Row, LessonCurves]:
+    """Train the run called `name` from one seed."""
+    images = images_of(config)
+    model = RUNS[name].build(seed, images.c)
+    with Hooks(model[:len(CHANNELS)], append_stats) if name == HOOKED else nullcontext() as hooks:
+        # What hooks have collected is in no checkpoint; these few seconds begin anew from the seed.
+        rows, row, losses = train_run(config, RUNS[name], name, model, images, seed, None if hooks else checkpoint)
+    row["first_not_finite"] = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    curve: LessonCurves = {"losses": windows(losses, 50)}
+    if hooks: curve["activations"] = {f"layer {i + 1}": [torch.stack(s).tolist() for s in hook.stats]
+                                      for i, hook in enumerate(hooks)}
+    if name in LESSONS_OWN: row["lost_at_first"] = lost_at_first(name, images, seed)
+    return rows, row, curve
+
+
 def run(config: Config) -> Result:
     """Train every run of every seed, print as it goes, write the run folder: a `Result`."""
-    images = load_data(config.data, config.data_dir, config.limit)
-
-    def arm(name: str, seed: int, label: str, checkpoint: Path) -> tuple[list[Row], Row, LessonCurves]:
-        model = RUNS[name].build(seed, images.c)
-        with Hooks(model[:len(CHANNELS)], append_stats) if name == HOOKED else nullcontext() as hooks:
-            # What hooks have collected is in no checkpoint; these few seconds begin anew from the seed.
-            rows, row, losses = train_run(RUNS[name], name, model, images, seed, config.device, label,
-                                          None if hooks else checkpoint)
-        row["first_not_finite"] = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-        curve: LessonCurves = {"losses": windows(losses, 50)}
-        if hooks: curve["activations"] = {f"layer {i + 1}": [torch.stack(s).tolist() for s in hook.stats]
-                                          for i, hook in enumerate(hooks)}
-        if name in LESSONS_OWN:
-            row["lost_at_first"] = lost_at_first(name, images, seed)
-            print(f"  {explanation(name, row)}", flush=True)
-        return rows, row, curve
+    images = load_images(config)
     n = sum(p.numel() for p in build("none", 0).parameters())
     network = f"conv layers {CHANNELS}, pool, linear; {n:,} parameters without a norm"
-    return run_arms("lesson", config, images, [(a, s) for s in config.seeds for a in config.arms], arm,
+    return run_arms("lesson", config, images, grid(arm=config.arms, seed=config.seeds), train_arm,
                     header=runs.header(images, config, network), judge=judge, table=table, published=PUBLISHED,
+                    said=lambda row: explanation(row["arm"], row) if row["arm"] in LESSONS_OWN else "",
                     draw=lambda rows, curves, path: draw(rows, curves, images, path))
 
 

@@ -18,14 +18,15 @@ from pathlib import Path
 
 from torch import nn
 
-from experiments.arms import run_arms, windows
-from experiments.data import load_data
+from experiments.arms import images_of, load_images, run_arms
 from experiments.models import Lambda, NormFactory, ResidualBlock, conv_layer, flatten, init_alike
 from experiments.published import runs
 from experiments.published.runs import Curves, Run, train_run
 from experiments.published.small_batch import build
 from experiments.results import Result, Row
 from experiments.settings import add_choice, add_image_arguments, from_args
+from experiments.study import grid
+from experiments.training import windows
 from norms import RunningBatchNorm
 
 CHANNELS = [8, 16, 32, 64]
@@ -63,16 +64,18 @@ class Config(runs.RunSettings):
     arms: Sequence[str] = tuple(RUNS)
 
 
+def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> tuple[list[Row], Row, Curves]:
+    """Train the run called `name` from one seed."""
+    images = images_of(config)
+    rows, row, losses = train_run(config, RUNS[name], name, RUNS[name].build(seed, images.c), images, seed, checkpoint)
+    return rows, row, {"losses": windows(losses, 50)}
+
+
 def run(config: Config) -> Result:
     """Train every run of every seed, print as it goes, write the run folder: a `Result`."""
-    images = load_data(config.data, config.data_dir, config.limit)
-
-    def arm(name: str, seed: int, label: str, checkpoint: Path) -> tuple[list[Row], Row, Curves]:
-        rows, row, losses = train_run(RUNS[name], name, RUNS[name].build(seed, images.c), images, seed, config.device,
-                                      label, checkpoint)
-        return rows, row, {"losses": windows(losses, 50)}
+    images = load_images(config)
     n = sum(p.numel() for p in as_published(0).parameters())
-    return run_arms("one-epoch", config, images, [(a, s) for s in config.seeds for a in config.arms], arm,
+    return run_arms("one-epoch", config, images, grid(arm=config.arms, seed=config.seeds), train_arm,
                     header=runs.header(images, config, f"the lesson's, and a variant of {n:,} parameters"),
                     judge=judge, table=table, published=PUBLISHED,
                     draw=lambda rows, curves, path: runs.picture(RUNS, rows, curves, images, path))

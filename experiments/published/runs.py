@@ -9,11 +9,12 @@ from typing import ClassVar, TypedDict
 
 from torch import nn
 
-from experiments.arms import by_arm, course, finite, heading, plural, seeds_and_device, statuses, train
+from experiments.arms import by_arm, course, finite, heading, plural, seeds_and_device, statuses
 from experiments.data import TRAIN_IMAGES, ImageData
 from experiments.published.small_batch import FAILED, least_median
 from experiments.results import Row, Summary, Table, Verdict
-from experiments.settings import ImageSettings, choose
+from experiments.settings import ImageStudySettings, choose
+from experiments.training import train
 
 # The standard deviation of one run above batch size 2. The lesson ran one function twice, or nearly: its own BatchNorm
 # and torch's, 3 epochs at lr 1.0. They differ by 0.0110 after the first epoch and by 0.0106 after the third, and a
@@ -29,7 +30,7 @@ class Curves(TypedDict):
 
 @dataclass(frozen=True)
 class Run:
-    """A training run: `build(seed, c)` makes its network; `lr` is for `experiments.arms.schedule`.
+    """A training run: `build(seed, c)` makes its network; `lr` is for `experiments.training.schedule`.
 
     `published` are validation accuracies, one per epoch from the first on. `claim` says what must hold of the mean over
     n seeds ("holds": of their median) in the epoch of the last one, p:
@@ -61,7 +62,7 @@ class Run:
 
 
 @dataclass
-class RunSettings(ImageSettings):
+class RunSettings(ImageStudySettings):
     """Settings of an experiment of several runs; `arms` are names in `runs`, which the subclass gives, `{name: Run}`.
 
     Raises:
@@ -76,11 +77,12 @@ class RunSettings(ImageSettings):
         super().__post_init__()
 
 
-def train_run(run: Run, name: str, model: nn.Module, images: ImageData, seed: int, device: str, label: str,
+def train_run(config: RunSettings, run: Run, name: str, model: nn.Module, images: ImageData, seed: int,
               checkpoint: Path | None) -> tuple[list[Row], Row, list[float]]:
     """Train `model`, the network of the `Run` called `name`: `(rows per epoch, final row, training losses)`."""
-    return train(model, images, {"arm": name, "batch_size": run.batch_size, "lr": run.lr, "seed": seed,
-                                 "epochs": run.epochs}, device, label, checkpoint=checkpoint)
+    row = {"arm": name, "batch_size": run.batch_size, "lr": run.lr, "seed": seed, "epochs": run.epochs}
+    return train(model, images, row, config.device, f"{name}, seed {seed}", convolutions=config.convolutions,
+                 checkpoint=checkpoint)
 
 
 def judged(run: Run, accuracies: Sequence[float]) -> float:
@@ -144,7 +146,7 @@ def _rate(lr: float | tuple[float, ...]) -> str:
 
 def header(images: ImageData, config: RunSettings, network: str) -> str:
     """The lines above the first run."""
-    return heading(images, network, f"run:     {seeds_and_device(config)}", f"runs:    {', '.join(config.arms)}")
+    return heading(images, network, f"run:     {seeds_and_device(config)}", f"arms:    {', '.join(config.arms)}")
 
 
 def picture(runs: Mapping[str, Run], rows: Sequence[Row], curves: Mapping[str, Curves], images: ImageData,

@@ -14,29 +14,31 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from experiments.arms import (
+    CHANCE,
     MEASURED,
+    Trained,
     by_arm,
-    check_batch_size,
     finite,
     heading,
+    images_of,
+    load_images,
     mean,
     measured,
     plural,
     run_arms,
     seeds_and_device,
-    train,
-    windows,
 )
-from experiments.data import TRAIN_IMAGES, ImageData, load_data
+from experiments.data import TRAIN_IMAGES, ImageData
 from experiments.errors import InputError, pick
 from experiments.models import CHANNELS, NormFactory, conv_layer, get_cnn_model, init_alike
 from experiments.results import Result, Row, Summary, Table, Verdict
 from experiments.settings import (
-    ImageSettings,
+    ImageStudySettings,
     add_choice,
     add_image_arguments,
     choose,
@@ -44,8 +46,10 @@ from experiments.settings import (
     positive,
     positive_number,
 )
+from experiments.study import Grid, grid
+from experiments.together import train_together
+from experiments.training import SMALL_BATCH, check_batch_size, onednn_is_faster, train, windows
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
-from runner import CPUBackendCallback
 
 NORMS: dict[str, NormFactory | None] = {
     "none": None,
@@ -56,8 +60,6 @@ NORMS: dict[str, NormFactory | None] = {
     "GroupNorm": lambda nf: GroupNorm(4, nf),
     "RunningBatchNorm": RunningBatchNorm,
 }
-# Convolutions on a CPU: (whether oneDNN's, threads); None is measured before the first batch.
-BACKENDS: dict[str, tuple[bool | None, int | None]] = {"auto": (None, None), "onednn": (True, None), "own": (False, 1)}
 RECIPES = ("published", "best")
 BATCH_NORMS = ("BatchNorm2d", "BatchNorm")
 
@@ -70,46 +72,68 @@ PUBLISHED = {"BatchNorm2d": [0.2604, 0.2348], "RunningBatchNorm": [0.9723, 0.973
 # experiments/results/running_*.json: 12 seeds, each before and after a change that altered no more than rounding
 # (running_earlier_*, running_seeds_*; running_kernels_* came later).
 #
-# Now and then a run goes wrong, and rounding decides which: of the 42 runs in the records one ended at 0.099
-# (lesson.json, seed 0), and at 0.968 another time from the same seed on the same machine (small_batch_earlier.json). A
-# mean says nothing then. So it is the median that counts; and a single run that misses the mark is followed by two more
-# seeds of this arm, of which together with it the median decides.
+# Now and then a run goes wrong, and rounding decides which: a mean says little then, so the verdict is by the median,
+# and the table has the mean, the median and the runs at chance.
 EXPECTED_MEAN, EXPECTED_STD = 0.950, 0.030
-MORE_SEEDS = 2              # of RunningBatchNorm, if it has one seed and that one misses the mark
+LEARNING = ("GroupNorm", "RunningBatchNorm")    # of the arms; the others fail for certain
+SEEDS = 8                   # of these in the published setting, where none are named; one of the others
+TOGETHER = 24               # seeds that are trained as one network, at most
 FAILED = 0.5                # a batch norm arm below this has failed
 VISIBLE_GAP = 0.3           # on other data or settings: how far apart the two must be for the effect to be visible
 DIGITS_EPOCHS = 5           # 1,197 images are 598 steps an epoch, too few for one
 
 
 @dataclass
-class Config(ImageSettings):
+class Config(ImageStudySettings):
     """Settings of the run; the defaults are the published ones.
 
-    `norms` are names in `NORMS`; `epochs` None means 1 on MNIST and 5 on the digits; `backend` is what convolutions run
-    on a CPU, a name in `BACKENDS`; `compile` compiles the steps.
+    `norms` are names in `NORMS`; `seeds` None means 8 for the arms that learn and the first of them for those that fail
+    for certain, and in another setting one for all; `epochs` None means 1 on MNIST and 5 on the digits; `compile`
+    compiles the steps. Up to `together` seeds of an arm are trained as one network, which is faster where batches are
+    small and the same to rounding; 1 trains each alone.
 
     Raises:
         InputError: a value that makes no sense.
     """
 
+    seeds: Any = None               # a tuple from __post_init__ on
     norms: Sequence[str] = tuple(NORMS)
     batch_size: int = 2
     lr: float = 0.4
     epochs: int | None = None
-    backend: str = "auto"
+    together: int = TOGETHER
     compile: bool = False
+    once: Sequence[str] = ()        # norms that are trained from the first seed only
 
     def __post_init__(self) -> None:
         self.norms = choose(self.norms, NORMS, "norm")
-        self.backend = pick(self.backend, BACKENDS, "backend")
         positive("batch size", self.batch_size)
+        positive("together", self.together)
         if self.epochs is not None: positive("epochs", self.epochs)
         positive_number("lr", self.lr, 0.4)
+        if self.seeds is None:
+            usual = (self.batch_size, self.lr) == (2, 0.4)
+            self.seeds = tuple(range(SEEDS)) if usual else (0,)
+            self.once = tuple(norm for norm in self.norms if norm not in LEARNING) if usual else ()
         super().__post_init__()
         if self.compile:
             from runner.compiled import CompileError, require_compiler
             try: require_compiler()
             except CompileError as e: raise InputError(str(e)) from e
+
+    def points(self) -> Grid:
+        """The arms and their seeds: those of one norm together, where small batches make that the faster way."""
+        stacked = self.together > 1 and self.device == "cpu" and not self.compile and not onednn_is_faster(
+            self.batch_size)
+        parts = []
+        for norm in self.norms:
+            seeds = [*self.seeds[:1 if norm in self.once else None]]
+            size = self.together if stacked else len(seeds)
+            for chunk in (seeds[i:i + size] for i in range(0, len(seeds), size)):
+                parts.append(grid(norm=[norm], seed=chunk, together="seed" if stacked and len(chunk) > 1 else ()))
+        # What takes longest begins first, so that no core waits for it at the end.
+        parts.sort(key=lambda part: -len(part) if part.together else 0)
+        return sum(parts[1:], parts[0])
 
 
 # --- one arm ------------------------------------------------------------------------------------------------------
@@ -121,47 +145,56 @@ def build(norm: str, seed: int, c: int = 10) -> nn.Sequential:
     return model
 
 
-def train_arm(config: Config, images: ImageData, norm: str, seed: int, label: str,
-              checkpoint: Path | None = None) -> tuple[list[Row], Row, list[float]]:
-    """Train one norm from one seed: `(rows per epoch, final row, training losses)`."""
-    row = {"norm": norm, "batch_size": config.batch_size, "lr": config.lr, "seed": seed, "epochs": config.epochs}
-    return train(build(norm, seed, images.c), images, row, config.device, label, drop_last=True,
-                 backend=CPUBackendCallback(*BACKENDS[config.backend]), compile=config.compile, checkpoint=checkpoint)
+def train_norm(config: Config, images: ImageData, norm: str, seed: int,
+               checkpoint: Path | None = None) -> tuple[list[Row], Row, list[float]]:
+    """Train one norm from one seed on `images`: `(rows per epoch, final row, training losses)`."""
+    return train(build(norm, seed, images.c), images, row_of(config, norm, seed), config.device,
+                 f"{norm}, seed {seed}", drop_last=True, convolutions=config.convolutions, compile=config.compile,
+                 checkpoint=checkpoint)
+
+
+def train_arm(config: Config, norm: str, seed: int, checkpoint: Path) -> Trained:
+    """Train one norm from one seed: `(rows per epoch, final row, windows of the training losses)`."""
+    epochs, row, losses = train_norm(config, images_of(config), norm, seed, checkpoint)
+    return epochs, row, windows(losses)
+
+
+def train_arms(config: Config, norms: Sequence[str], seeds: Sequence[int], checkpoint: Path) -> list[Trained]:
+    """Train one norm from several seeds as one network: for each what `train_arm` gives."""
+    images = images_of(config)
+    models = [build(norm, seed, images.c) for norm, seed in zip(norms, seeds, strict=True)]
+    found = train_together(models, images, [row_of(config, n, s) for n, s in zip(norms, seeds, strict=True)],
+                           config.device, f"{norms[0]}, {len(seeds)} seeds", drop_last=True,
+                           convolutions=config.convolutions, checkpoint=checkpoint)
+    return [(epochs, {**row, "together": len(seeds)}, windows(losses)) for epochs, row, losses in found]
+
+
+def row_of(config: Config, norm: str, seed: int) -> Row:
+    """What an arm is, the beginning of its rows."""
+    return {"norm": norm, "batch_size": config.batch_size, "lr": config.lr, "seed": seed, "epochs": config.epochs}
 
 
 # --- the experiment -----------------------------------------------------------------------------------------------
 
 def run(config: Config) -> Result:
     """Train every arm, print as it goes, write the run folder: a `Result`."""
-    images = load_data(config.data, config.data_dir, config.limit)
+    images = load_images(config)
     config.epochs = config.epochs or (1 if images.name == "MNIST" else DIGITS_EPOCHS)
     check_batch_size(config.batch_size, images)
-
-    arms = [(n, s) for s in config.seeds for n in config.norms]
-
-    def arm(norm: str, seed: int, label: str,
-            checkpoint: Path) -> tuple[list[Row], Row, tuple[list[float], list[float]]]:
-        epochs, row, losses = train_arm(config, images, norm, seed, label, checkpoint)
-        return epochs, row, windows(losses)
-
-    def finished(norm: str, seed: int, row: Row, curve: object) -> None:
-        if needs_more(row, len(config.seeds), len(images.train)) and seed == config.seeds[0]:
-            arms.extend((norm, (seed + k) % 2**32) for k in range(1, MORE_SEEDS + 1))
-            print(f"  {norm} ended at {row['valid_accuracy']:.3f}, as a run in 30 does: {MORE_SEEDS} more seeds of it, "
-                  "and the median decides")
-    return run_arms("small-batch", config, images, arms, arm, header=header(config, images), judge=judge, table=table,
-                    published=PUBLISHED, draw=lambda rows, curves, path: draw(rows, curves, images, config, path),
-                    finished=finished)
+    return run_arms("small-batch", config, images, config.points(), train_arm, train_arms=train_arms,
+                    header=header(config, images), judge=judge, table=table, published=PUBLISHED,
+                    draw=lambda rows, curves, path: draw(rows, curves, images, config, path))
 
 
 def header(config: Config, images: ImageData) -> str:
     """What is run, on what, from what: the lines above the first arm."""
     n = sum(p.numel() for p in build("none", 0).parameters())
     assert config.epochs is not None        # `run` has decided
+    once = f" (the first alone of {', '.join(config.once)})" if config.once and len(config.seeds) > 1 else ""
     return heading(
         images, f"conv layers {CHANNELS}, pool, linear; {n:,} parameters without a norm",
         f"run:     batch size {config.batch_size}, lr {config.lr}, {plural(config.epochs, 'epoch')}, "
-        f"{seeds_and_device(config)}{', compiled' * config.compile}",
+        f"{seeds_and_device(config)}{', compiled' * config.compile}{once}",
         f"arms:    {', '.join(config.norms)}")
 
 
@@ -181,8 +214,8 @@ def judge(rows: list[Row], data: str, train_images: int) -> Verdict:
     floor = least_median(len(running)) if published_setting else best + VISIBLE_GAP
     n = max(sum(r["norm"] == norm for r in rows) for norm in batch)
     found = (f"{' and '.join(f'{k} {v:.3f}' for k, v in batch.items())} (mean of {plural(n, 'seed')}; failed is below "
-             f"{FAILED}), RunningBatchNorm {middle:.3f} (median of {plural(len(running), 'seed')}; at least "
-             f"{floor:.3f} needed)")
+             f"{FAILED}), RunningBatchNorm {middle:.3f} (median of {plural(len(running), 'seed')}, "
+             f"{sum(a <= CHANCE for a in running)} at chance; at least {floor:.3f} needed)")
     ok = best < FAILED and middle >= floor
     if published_setting:
         return ok, f"The published effect was {'' if ok else 'NOT '}reproduced: {found}."
@@ -196,12 +229,6 @@ def least_median(n: int) -> float:
     That of a median is about 1.25 (sqrt(pi / 2)) times that of a mean; of one or two seeds the two are the same.
     """
     return EXPECTED_MEAN - 3 * (1.25 if n > 2 else 1) * EXPECTED_STD / math.sqrt(n)
-
-
-def needs_more(row: Row, seeds: int, train_images: int) -> bool:
-    """Whether the final `row` of an arm with so many `seeds`, on so many images, calls for more seeds of it."""
-    return (row["norm"] == "RunningBatchNorm" and seeds == 1 and comparable([row]) and train_images == TRAIN_IMAGES
-            and row["status"] != "failed" and finite(row["valid_accuracy"]) < least_median(1))
 
 
 def comparable(rows: Sequence[Row]) -> bool:
@@ -232,8 +259,7 @@ def draw(rows: Sequence[Row], curves: Mapping[str, tuple[list[float], list[float
     groups = {norm: [r["valid_accuracy"] for r in rows if r["norm"] == norm] for norm in curves}
     as_published = comparable(rows) and len(images.train) == TRAIN_IMAGES
     plots.plot_groups(groups, left, reference=PUBLISHED if as_published else None,
-                      xlabel=f"validation accuracy after {plural(rows[0]['epochs'], 'epoch')}, "
-                             f"{plural(len(config.seeds), 'seed')}, bar: mean",
+                      xlabel=f"validation accuracy after {plural(rows[0]['epochs'], 'epoch')}, dots: seeds, bar: mean",
                       title=f"batch size {config.batch_size}, lr {config.lr}, {images.name}")
     left.set_xlim(0, 1)
     plots.plot_lines({norm + ("" if math.isfinite(ys[-1]) else " (diverged)"): (xs, ys)
@@ -255,9 +281,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, default=0.4, metavar="X", help="learning rate (default: 0.4)")
     parser.add_argument("--epochs", type=int, metavar="N",
                         help=f"epochs (default: 1 on MNIST, {DIGITS_EPOCHS} on the digits)")
-    add_image_arguments(parser, "small-batch")
-    parser.add_argument("--backend", default="auto", metavar="NAME", help="convolutions on a CPU: onednn, own (torch's "
-                        "own, one thread), or auto (default): whichever is faster on the first batch")
+    add_image_arguments(parser, "small-batch", seeds=f"{SEEDS} for {' and '.join(LEARNING)} and 1 for the others; in "
+                        "another setting 1")
+    parser.add_argument("--together", type=int, default=TOGETHER, metavar="N", help="seeds of an arm that are trained "
+                        f"as one network, at most, up to batch size {SMALL_BATCH} (default: {TOGETHER})")
     parser.add_argument("--compile", action="store_true", help="compile the steps: up to half a minute per arm first, "
                         "then faster steps; needs a C++ compiler")
 
@@ -266,7 +293,8 @@ def main(args: argparse.Namespace) -> int:
     """Run with parsed options; the exit status."""
     options = vars(args)
     if pick(options.pop("recipe"), RECIPES, "recipe") == "published": return run(Config(**from_args(args))).status
-    own = {f.name: f.default for f in fields(Config) if f.name not in {g.name for g in fields(ImageSettings)}}
+    own = {f.name: f.default for f in fields(Config)
+           if f.name not in {"once", *(g.name for g in fields(ImageStudySettings))}}
     changed = [name.replace("_", " ") for name, default in own.items()
                if options[name] != (list(default) if isinstance(default, tuple) else default)]
     if changed:
@@ -275,4 +303,5 @@ def main(args: argparse.Namespace) -> int:
                          "--recipe published")
     from experiments.beyond import best
     for name in own: del options[name]
+    if options["seeds"] is None: options["seeds"] = str(len(best.Config.seeds))
     return best.run(best.Config(**from_args(args))).status

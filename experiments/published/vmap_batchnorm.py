@@ -24,19 +24,22 @@ from torch import Tensor, nn
 
 from experiments.arms import (
     MEASURED,
+    Trained,
     by_arm,
-    check_batch_size,
     heading,
+    images_of,
+    load_images,
     mean,
     measured,
     plural,
     run_arms,
     seeds_and_device,
-    train,
 )
-from experiments.data import TRAIN_IMAGES, ImageData, load_data
+from experiments.data import TRAIN_IMAGES, ImageData
 from experiments.results import Result, Row, Summary, Table, Verdict
-from experiments.settings import ImageSettings, add_image_arguments, from_args, positive
+from experiments.settings import ImageStudySettings, add_image_arguments, from_args, positive
+from experiments.study import grid
+from experiments.training import check_batch_size, train
 from norms.per_example import batch_norm
 from runner import Callback, CancelEpochException, accuracy
 
@@ -56,7 +59,7 @@ SAME = 1e-7
 
 
 @dataclass
-class Config(ImageSettings):
+class Config(ImageStudySettings):
     """Settings of the run; `steps` are training steps, 2,000 as published."""
 
     steps: int = 2000
@@ -185,34 +188,44 @@ class Evaluate(Callback):
 
 # --- the experiment -----------------------------------------------------------------------------------------------
 
+def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> tuple[list[Row], Row, dict[str, list[float]]]:
+    """Train one arm from one seed; the curve of all arms but one has the losses."""
+    images = images_of(config)
+    valid = pixels(images, images.valid.x).to(config.device), images.valid.y.to(config.device)
+    row: Row = {"arm": name, "batch_size": BATCH, "lr": LR, "seed": seed, "epochs": epochs_of(config, images),
+                "steps": config.steps}
+    evaluate = Evaluate(*valid, config.steps)
+    rows, row, losses = train(Perceptron(name, seed), images, row, config.device, f"{name}, seed {seed}", [evaluate],
+                              tfm=lambda x: pixels(images, x), drop_last=True, convolutions=config.convolutions,
+                              checkpoint=checkpoint)
+    curve = {"accuracy": torch.stack(evaluate.found).tolist() if evaluate.found else []}
+    if name != "baseline": curve["losses"] = losses
+    return rows, row, curve
+
+
+def compare_losses(trained: Sequence[Trained]) -> None:
+    """Put into the rows and curves of per-example how far its losses are from vanilla's of the same seed."""
+    vanilla = {row["seed"]: curve["losses"] for _, row, curve in trained if row["arm"] == "vanilla"}
+    for _, row, curve in trained:
+        if row["arm"] != "per-example": continue
+        curve["difference"] = [abs(a - b) for a, b in zip(curve.pop("losses"), vanilla[row["seed"]], strict=True)]
+        row["loss_difference"] = max(curve["difference"], key=lambda d: math.inf if math.isnan(d) else d)
+
+
+def epochs_of(config: Config, images: ImageData) -> int:
+    """The epochs that hold the steps."""
+    return math.ceil(config.steps / (len(images.train) // BATCH))
+
+
 def run(config: Config) -> Result:
     """Train the three arms of every seed, print as it goes, write the run folder: a `Result`."""
-    images = load_data(config.data, config.data_dir, config.limit)
+    images = load_images(config)
     check_batch_size(BATCH, images)
-    epochs = math.ceil(config.steps / (len(images.train) // BATCH))
-    valid = pixels(images, images.valid.x).to(config.device), images.valid.y.to(config.device)
-    vanilla: dict[int, list[float]] = {}        # losses of that arm, by seed
-
-    def arm(name: str, seed: int, label: str, checkpoint: Path) -> tuple[list[Row], Row, dict[str, list[float]]]:
-        row: Row = {"arm": name, "batch_size": BATCH, "lr": LR, "seed": seed, "epochs": epochs, "steps": config.steps}
-        evaluate = Evaluate(*valid, config.steps)
-        rows, row, losses = train(Perceptron(name, seed), images, row, config.device, label, [evaluate],
-                                  tfm=lambda x: pixels(images, x), drop_last=True, checkpoint=checkpoint)
-        curve = {"accuracy": torch.stack(evaluate.found).tolist() if evaluate.found else []}
-        if name == "vanilla": curve["losses"] = losses
-        if name == "per-example":
-            curve["difference"] = [abs(a - b) for a, b in zip(losses, vanilla[seed], strict=True)]
-            row["loss_difference"] = max(curve["difference"])
-            print(f"  largest difference of the loss from vanilla's: {row['loss_difference']:.1e}")
-        return rows, row, curve
-
-    def finished(name: str, seed: int, row: Row, curve: dict[str, list[float]]) -> None:
-        if name == "vanilla": vanilla[seed] = curve["losses"]
     n = sum(p.numel() for p in Perceptron("baseline", 0).parameters())
     header = heading(images, f"perceptron {WIDTHS}; {n:,} parameters without a norm",
                      f"run:     batch size {BATCH}, lr {LR}, {config.steps:,} steps, {seeds_and_device(config)}")
-    return run_arms("vmap", config, images, [(a, s) for s in config.seeds for a in ARMS], arm, header=header,
-                    judge=judge, table=table, draw=draw, published=PUBLISHED, finished=finished)
+    return run_arms("vmap", config, images, grid(arm=list(ARMS), seed=config.seeds), train_arm, header=header,
+                    judge=judge, table=table, draw=draw, published=PUBLISHED, complete=compare_losses)
 
 
 def pixels(images: ImageData, x: Tensor) -> Tensor:

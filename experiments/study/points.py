@@ -60,13 +60,14 @@ class Grid:
 
     def __iter__(self) -> Iterator[Point]: return itertools.chain.from_iterable(self.trials())
 
-    def __len__(self) -> int: return sum(map(len, self.added)) if self.added else math.prod(map(len, self.axes.values()))
+    def __len__(self) -> int:
+        return sum(map(len, self.added)) if self.added else math.prod(map(len, self.axes.values()))
 
     def __add__(self, other: "Grid") -> "Grid":
         if not isinstance(other, Grid): return NotImplemented
         if set(self.axes) != set(other.axes):
-            raise InputError(f"grids of the axes {', '.join(self.axes)} and {', '.join(other.axes)} can't be added; give "
-                             "both the same axes, one with a single value if need be")
+            raise InputError(f"grids of the axes {', '.join(self.axes)} and {', '.join(other.axes)} can't be added; "
+                             "give both the same axes, one with a single value if need be")
         parts = tuple(Grid({name: part.axes[name] for name in self.axes}, part.together)
                       for grid in (self, other) for part in grid.added or (grid,))
         values = {name: {cell(v): v for part in parts for v in part.axes[name]} for name in self.axes}

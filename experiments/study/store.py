@@ -43,7 +43,9 @@ class Store:
         """Raises InputError if the folder holds anything but this study."""
         file = self.path / "study.json"
         if not file.exists():
-            others = [p.name for p in self.path.iterdir() if p.name != "lock"] if self.path.is_dir() else []
+            # A process that was killed in the first moments has left its lock, and what it was writing.
+            others = [p.name for p in self.path.iterdir() if p.name != "lock" and p.suffix != ".part"] if (
+                self.path.is_dir()) else []
             if others or (self.path.exists() and not self.path.is_dir()):
                 raise InputError(f"{str(self.path)!r} is no folder of a study (it holds {', '.join(others[:3])}); name "
                                  "a new or an empty one by out=")
@@ -77,9 +79,9 @@ class Store:
                 lock.truncate(0)
                 lock.write(f"{os.getpid()} on {os.uname().nodename}" if hasattr(os, "uname") else f"{os.getpid()}")
                 lock.flush()
+                self._write(self.path / "study.json", {**self.identity._asdict(), **facts})     # before all else
                 for folder in (self.trials, self.logs, self.running): folder.mkdir(exist_ok=True)
                 self.clear_running()
-                self._write(self.path / "study.json", {**self.identity._asdict(), **facts})
             try: yield
             finally:
                 with suppress(OSError):
@@ -120,7 +122,7 @@ class Store:
             for part in ("status", "rows", "seconds", "attempts", "error", "traceback"): record[part]
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise InputError(f"can't read {str(file)!r}, the trial of {shown(point)} ({type(e).__name__}: {e}); delete "
-                             "the file, and run() runs the trial again") from e
+                             "the file, and the trial is run again") from e
         return record
 
     def forget(self, keys: Collection[str]) -> None:
@@ -147,7 +149,7 @@ class Store:
 
     def clear_running(self) -> None:
         """Forget which trials were begun: the processes that ran them are gone, and what they were writing too."""
-        for part in self.path.glob("*/*.part"):
+        for part in (*self.path.glob("*.part"), *self.path.glob("*/*.part")):
             if writer_is_gone(part): part.unlink(missing_ok=True)
         for file in self.running.glob("*.json"): file.unlink(missing_ok=True)
 
