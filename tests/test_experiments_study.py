@@ -126,7 +126,7 @@ def test_a_folder_of_other_things_and_damaged_files_are_named(tmp_path):
     study = sequential(tmp_path / "s")
     file = tmp_path / "s" / "trials" / f"{study.frame().key[0]}.json"
     file.write_text(file.read_text()[:40])
-    with pytest.raises(InputError, match=r"the trial of norm='a', seed=0 .*; delete the file, and run\(\) runs"):
+    with pytest.raises(InputError, match=r"the trial of norm='a', seed=0 .*; delete the file, and the trial"):
         study.frame()
     (tmp_path / "s" / "study.json").write_text("{}")
     with pytest.raises(InputError, match=r"can't read .*study\.json"): Study("s", trial, POINTS, out=tmp_path / "s")
@@ -187,6 +187,34 @@ def test_axes_together_give_a_row_for_each_combination(tmp_path):
     assert (len(study.tasks), len(frame), frame.key.nunique()) == (2, 12, 2)
     assert list(frame.acc) == [s + lr for s, lr in zip(frame.seed, frame.lr, strict=True)]
     assert study.summary(by=["norm", "lr"], value="acc")["mean"].tolist() == pytest.approx([1.1, 1.4, 1.1, 1.4])
+
+
+def test_of_points_together_only_those_without_a_row_are_run(tmp_path):
+    handed = []
+
+    def noted(norm, seed):
+        handed.append((norm, seed))
+        if norm == "b" and 7 in seed: raise ValueError
+        return [{"acc": 10 * s + len(seed)} for s in seed]
+
+    def study(norms, seeds): return Study("s", noted, grid(norm=norms, seed=seeds, together="seed"), out=tmp_path / "s")
+    def run(*args): return study(*args).run(backend="sequential", progress=False)
+    run(["a"], [0, 1])
+    frame = run(["a", "b"], [3, 0, 2, 1]).frame()
+    assert handed == [("a", [0, 1]), ("a", [3, 2]), ("b", [3, 0, 2, 1])]
+    assert list(frame.seed) == [3, 0, 2, 1] * 2
+    assert list(frame.acc) == [32, 2, 22, 12, 34, 4, 24, 14]
+    again = study(["a", "b"], [3, 0, 2, 1])
+    assert again.missing() == 0
+    assert run(["a", "b"], [3, 0, 2, 1]).frame().equals(frame)
+    assert run(["b", "a"], [1, 2]).missing() == 0
+    assert len(handed) == 3
+    # What has failed is run again, with those it was run with, and lends nothing.
+    assert list(run(["b"], [7, 0]).frame().status) == ["failed", "ok"]
+    assert handed[3:] == [("b", [7])]
+    assert study(["b"], [7, 8]).missing() == 2
+    other = Study("s", noted, grid(norm=["a"], seed=[0, 1], together="seed"), out=tmp_path / "t")
+    assert other.missing() == 2
 
 
 def test_axes_together_with_too_few_rows_and_with_a_failure(tmp_path):

@@ -29,7 +29,7 @@ def test_grids_are_added():
     assert (len(both), both.axes) == (4, {"norm": ("none", "a"), "seed": (0, 1, 2)})
     assert [*both] == [{"norm": "none", "seed": 0}, *({"norm": "a", "seed": s} for s in range(3))]
     assert [(h.arguments, h.together) for h in both.handed()] == [
-        ({"norm": "none", "seed": 0}, False), ({"norm": "a", "seed": [0, 1, 2]}, True)]
+        ({"norm": "none", "seed": 0}, ()), ({"norm": "a", "seed": [0, 1, 2]}, ("seed",))]
     three = both + grid(norm=["b"], seed=[7])
     assert [len(h.points) for h in three.handed()] == [1, 3, 1]
     assert three.axes["seed"] == (0, 1, 2, 7)

@@ -22,11 +22,11 @@ OWN = ("status", "seconds", "attempts", "error", "traceback", "key")
 
 
 class Handed(NamedTuple):
-    """A trial: the points that it gives rows for, what it is called with, and whether that is lists of values."""
+    """A trial: the points that it gives rows for, what it is called with, and of which axes that is lists of values."""
 
     points: tuple[Point, ...]
     arguments: Point
-    together: bool
+    together: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Grid:
         """Each trial with what it is called with: of an axis in `together` the list of its values, point by point."""
         for part in self.added or (self,):
             for points in part.trials():
-                yield Handed(tuple(points), part.arguments(points), bool(part.together))
+                yield Handed(tuple(points), part.arguments(points), part.together)
 
     def arguments(self, points: Sequence[Point]) -> Point:
         """What a trial of `points` is called with."""

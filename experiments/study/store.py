@@ -125,6 +125,14 @@ class Store:
                              "the file, and the trial is run again") from e
         return record
 
+    def peek(self, key: str) -> Record | None:
+        """The file of the finished trial `key`; None where it can't be read, or is of another function or version."""
+        try: record: Record = json.loads((self.trials / f"{key}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError): return None
+        ours = isinstance(record, dict) and record.get("function") == self.identity.function and (
+            record.get("version") == self.identity.version)
+        return record if ours else None
+
     def forget(self, keys: Collection[str]) -> None:
         """Remove the files of finished trials."""
         for k in keys:

@@ -12,7 +12,7 @@ from experiments.results import versions
 from experiments.study import cells, executors, pictures, statistics
 from experiments.study.cells import Names, Row
 from experiments.study.display import Display
-from experiments.study.points import Grid, Trial, check_takes, function_name
+from experiments.study.points import Grid, Handed, Trial, cell, check_takes, function_name
 from experiments.study.store import Identity, Record, Store
 from experiments.study.work import Task
 from runner.console import say
@@ -39,7 +39,8 @@ class Study:
 
     A trial begins with one torch thread and with random numbers of its own, so that its row is the same whatever ran
     before it or beside it. A finished trial is a file, found again by the values it was handed, the function's name and
-    `version`; a changed function needs another version (and folder), for its code isn't looked at.
+    `version`; a changed function needs another version (and folder), for its code isn't looked at. With axes together
+    and more values later, a trial is handed those that have no row yet.
 
     Args:
         name: of the study.
@@ -59,9 +60,12 @@ class Study:
             raise InputError(f"the points are {type(points).__qualname__}; give a grid, as in grid(seed=range(20))")
         check_takes(trial, points.axes)
         self.name, self.trial, self.points, self.out = name, trial, points, Path(out)
+        self._together: list[tuple[str, Record]] | None = None
         self.store = Store(out, Identity(name, function_name(trial), str(version)))
-        self.tasks = [Task(self.store.key(handed), group, handed, together)
-                      for group, handed, together in points.handed()]
+        # Of each point in turn its trial, and which of the trial's rows.
+        self.places: list[tuple[Task, int]] = []
+        for given in points.handed(): self.places += self._placed(given)
+        self.tasks = list({task.key: task for task, _ in self.places}.values())
         self.go_on = "the same study's run() goes on"
 
     def run(self, jobs: int | None = None, *, backend: str = "loky", scheduler: Any = None, again: bool = False,
@@ -121,6 +125,35 @@ class Study:
                 "together": list(self.points.together), "threads": 1, "versions": versions(),
                 "started": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "argv": [Path(a).name for a in sys.argv[:1]]}
 
+    def _placed(self, given: Handed) -> list[tuple[Task, int]]:
+        """Where the rows of the points `given` are or will be.
+
+        Of points together some may be finished, in trials of other lists of values: then only the others are run.
+        """
+        task = self._task(given)
+        own = [(task, i) for i in range(len(task.points))]
+        if not task.together or self.store.has(task.key): return own
+        there = {cell(point): (Task(key, tuple(record["points"]), record["point"], True), i)
+                 for key, record in self._finished_together() for i, point in enumerate(record["points"])}
+        left = tuple(point for point in task.points if cell(point) not in there)
+        if len(left) == len(task.points): return own
+        if left:
+            rest = self._task(Handed(left, {name: [p[name] for p in left] if name in given.together else value
+                                            for name, value in given.arguments.items()}, given.together))
+            there |= {cell(point): (rest, i) for i, point in enumerate(left)}
+        return [there[cell(point)] for point in task.points]
+
+    def _task(self, given: Handed) -> Task:
+        return Task(self.store.key(given.arguments), given.points, given.arguments, bool(given.together))
+
+    def _finished_together(self) -> list[tuple[str, Record]]:
+        """The trials of several points that have ended well; read once."""
+        if self._together is None:
+            records = [(key, self.store.peek(key)) for key in sorted(self.store.finished())]
+            self._together = [(key, record) for key, record in records
+                              if record is not None and record.get("points") and record["status"] == "ok"]
+        return self._together
+
     def _records(self) -> list[tuple[Task, Record]]:
         finished = self.store.finished()
         return [(task, self.store.read(task.key, task.point)) for task in self.tasks if task.key in finished]
@@ -132,7 +165,8 @@ class Study:
         `attempts`, `error` and `traceback`, and the `key` that its files are named by.
         """
         finished = self.store.finished()
-        return [row for task in self.tasks if task.key in finished for row in self._rows_of(task)]
+        rows = {task.key: self._rows_of(task) for task in self.tasks if task.key in finished}
+        return [rows[task.key][i] for task, i in self.places if task.key in rows]
 
     def _rows_of(self, task: Task) -> list[dict[str, Any]]:
         """The rows of a finished trial."""
@@ -153,7 +187,7 @@ class Study:
     def missing(self) -> int:
         """How many points of the grid have no row yet."""
         finished = self.store.finished()
-        return sum(len(task.points) for task in self.tasks if task.key not in finished)
+        return sum(task.key not in finished for task, _ in self.places)
 
     def summary(self, by: Names, value: str, *, over: Names | None = None, where: Mapping[str, Any] | None = None,
                 failed_as: float | None = None, collapsed: float | None = None,

@@ -130,6 +130,7 @@ def record(store: Store, task: Task, status: str, rows: list[dict[str, Any]], se
            error: str | None, trace: str | None) -> Record:
     """What a trial's file holds."""
     return {"point": task.point, "function": store.identity.function, "version": store.identity.version,
+            "points": list(task.points) if task.together else None,
             "status": status, "rows": rows, "seconds": seconds and round(seconds, 3), "attempts": attempts,
             "error": error, "traceback": trace}
 
