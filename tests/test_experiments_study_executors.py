@@ -152,6 +152,7 @@ def test_a_signal_is_noted_and_acted_upon_where_it_is_asked_for(number, args):
             assert caught.value.args == args
     assert signal.getsignal(number) is before
     with Stop() as stop: stop.check()
+    with pytest.raises(KeyboardInterrupt), Stop(): os.kill(os.getpid(), number)     # too late for a check
 
 
 def test_handlers_of_others_stay_and_another_thread_has_none():

@@ -120,11 +120,11 @@ def _end(workers: Sequence[_Worker], patience: float) -> None:
 def _kill(workers: Sequence[_Worker]) -> None:
     if not hasattr(os, "killpg"): return        # Windows: loky does what can be done
     for worker in workers:
-        for pid in worker.pids | set(getattr(worker.pool, "_processes", ())):
-            # With what its trial has started, which is of its group; a worker that only starts has no group yet.
+        there = set(getattr(worker.pool, "_processes", None) or ())
+        for pid in worker.pids | there:     # with what its trial has started, which is of its group
             with suppress(OSError): os.killpg(pid, signal.SIGKILL)
-            if worker.pool and pid in (worker.pool._processes or ()):
-                with suppress(OSError): os.kill(pid, signal.SIGKILL)
+        for pid in there:                   # one that only starts has no group yet
+            with suppress(OSError): os.kill(pid, signal.SIGKILL)
 
 
 def _begin_worker(parent: int, how_to_start: str | None) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 
@@ -23,11 +23,14 @@ class Stop:
 
     def __init__(self) -> None:
         self.got: signal.Signals | None = None
+        self.acted = False
         self._before: dict[signal.Signals, Any] = {}
 
     def check(self) -> None:
         """Raises KeyboardInterrupt if a signal has arrived."""
-        if self.got is not None: raise KeyboardInterrupt(*([self.got.name] if self.got != signal.SIGINT else []))
+        if self.got is None: return
+        self.acted = True
+        raise KeyboardInterrupt(*([self.got.name] if self.got != signal.SIGINT else []))
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.got is None: self.got = signal.Signals(number)
@@ -38,8 +41,9 @@ class Stop:
             if signal.getsignal(number) is ours: self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         for number, before in self._before.items(): signal.signal(number, before)
+        if kind is None and not self.acted: self.check()        # too late for the block, not for its caller
 
 
 @contextlib.contextmanager

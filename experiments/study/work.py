@@ -1,6 +1,7 @@
 """One trial in the process that runs it, what it prints and the file it ends in; and who says that it has ended."""
 
 import contextlib
+import functools
 import json
 import os
 import pickle
@@ -51,7 +52,7 @@ class Work:
             InputError: the worker doesn't see the folder, or can't load the trial.
         """
         threads = threading.enumerate()
-        try: store, tasks, trial = pickle.loads(self.file.read_bytes())
+        try: store, tasks, trial = _read(self.file, self.file.stat().st_mtime_ns)
         except OSError as e:
             raise InputError(f"a worker process can't read {str(self.file)!r} ({e.strerror or e}); workers on other "
                              "machines need the study's folder under the same path, so name one that they share by "
@@ -63,6 +64,12 @@ class Work:
         torch.set_num_threads(1)        # workers are as many as cores
         if not store.has(key): run_trial(function, store, tasks[key], apart=True)     # a cluster may ask again
         return not left_behind(threads)
+
+
+@functools.lru_cache(maxsize=1)
+def _read(file: Path, mtime: int) -> tuple[Store, Mapping[str, Task], bytes]:
+    content: tuple[Store, Mapping[str, Task], bytes] = pickle.loads(file.read_bytes())
+    return content
 
 
 @contextlib.contextmanager
