@@ -25,9 +25,21 @@ def alone(tmp_path_factory, monkeypatch):
     # torch.manual_seed files a traceback for each kind of device that there isn't, which takes longer than most tests.
     if torch.cuda.is_available(): torch.manual_seed(0)
     else: torch.default_generator.manual_seed(0)
+    monkeypatch.setattr("os.fsync", lambda fd: None)        # a disk's time; what a crash leaves has tests of its own
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr("experiments.data.download", no_network)
     monkeypatch.delenv("NORMS_DATA_DIR", raising=False)
+
+
+def pytest_configure(config):
+    """Let a process of pytest-xdist that is through take over tests of another, which by default keeps what it was given.
+    """
+    if getattr(config.option, "dist", None) == "load": config.option.dist = "worksteal"
+
+
+# Their single tests take longest: at the end of a run one of them would keep one process busy and the other waiting.
+LONGEST = ("test_typing.py", "test_lessons.py", "test_readme.py", "test_experiments_small_batch.py",
+           "test_experiments_resume.py", "test_experiments_inside.py", "test_runner_compile.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -35,6 +47,7 @@ def pytest_collection_modifyitems(items):
     """
     items[:] = [item for item in items if not (item.get_closest_marker("one_route") and hasattr(item, "callspec")
                                                and item.callspec.params.get("kernels") == "definition")]
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session")

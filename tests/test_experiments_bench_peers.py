@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import logging
-import subprocess
-import sys
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -157,11 +155,11 @@ def test_warnings_and_log_lines_of_an_arm_are_kept_off(capfd):
     assert logging.root.manager.disable == 0
 
 
-def test_no_peer_comes_with_the_import():
+def test_no_peer_comes_with_the_import(forks):
     code = ("import sys; import experiments.bench.peers, experiments.__main__\n"
             "print([m for m in ('fastai', 'lightning', 'pytorch_lightning', 'ignite', 'skorch') if m in sys.modules])")
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+    out = forks.run("-c", code, cwd=ROOT)
+    assert out.stdout.strip() == "[]", out.stderr
 
 
 def test_the_extra_installs_every_peer():

@@ -2,7 +2,6 @@
 
 import ast
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -102,13 +101,13 @@ def test_private_names_of_torch_stand_in_norms_fast_alone():
     assert set(found) <= {"norms/testing/transforms.py"}, found
 
 
-def test_imports_take_no_heavy_package_with_them():
+def test_imports_take_no_heavy_package_with_them(forks):
     code = ("import sys; from runner import *; from norms import *; import runner.progress, experiments.study\n"
             "heavy = 'matplotlib', 'fastprogress', 'tensorboard', 'sklearn', 'torchvision', "
             "'joblib', 'pandas', 'scipy'\n"
             "print([m for m in heavy if m in sys.modules])")
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+    out = forks.run("-c", code, cwd=ROOT)
+    assert out.stdout.strip() == "[]", out.stderr
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -257,12 +257,12 @@ def test_jit_trace_gives_what_can_be_saved(name, tmp_path):
         torch.testing.assert_close(torch.jit.load(tmp_path / "norm.pt")(other), norm(other))
 
 
-def test_without_them_the_norms_work_the_same(tmp_path):
+def test_without_them_the_norms_work_the_same(tmp_path, forks):
     """Switched off, and where the file is of another system."""
     code = ("import norms.kernels, torch; from norms import RunningBatchNorm; assert not norms.fast.kernels.AVAILABLE; "
             "y = RunningBatchNorm(3)(torch.arange(12.).view(2, 3, 2)); print(y.square().mean().item())")
-    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"NORMS_KERNELS": "0", "PYTHONPATH": str(ROOT)},
-                         capture_output=True, text=True, check=True)
+    run = forks.run("-c", code, env=os.environ | {"NORMS_KERNELS": "0", "PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0, run.stderr
     assert float(run.stdout) == pytest.approx(1, abs=1e-4)
     from importlib.machinery import EXTENSION_SUFFIXES
     (tmp_path / f"_kernels{EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")

@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -401,13 +400,13 @@ def test_without_a_compiler_nothing_is_begun(no_compiler):
     for name, t in learn.model.state_dict().items(): assert torch.equal(t, before[name])
 
 
-def test_without_a_compiler_on_the_path(tmp_path):
+def test_without_a_compiler_on_the_path(tmp_path, forks):
     code = ("from runner.compiled import CompileError, CompiledStep\n"
             "try: CompiledStep().set_runner(None)\n"
             "except CompileError as e: print(e)")
     env = {**os.environ, "PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     env.pop("CXX", None)
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    out = forks.run("-c", code, env=env)
     assert "compile=True needs a C++ compiler and none was found" in out.stdout
 
 
@@ -422,12 +421,11 @@ def test_compile_is_true_or_false():
         Runner(compile="reduce-overhead")
 
 
-def test_importing_the_runner_does_not_import_the_compiler():
+def test_importing_the_runner_does_not_import_the_compiler(forks):
     code = ("import sys, runner; runner.Runner(compile=True); "
             "print([m for m in ('torch._dynamo', 'torch._inductor') if m in sys.modules])")
-    out = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-                         capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+    out = forks.run("-c", code, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert out.stdout.strip() == "[]", out.stderr
 
 
 # --- in the experiments -------------------------------------------------------------------------------------------

@@ -3,8 +3,6 @@
 import copy
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -250,11 +248,12 @@ print(again.same, repr(again.loss), again.report, sep="|")
 """
 
 
-def test_replay_in_another_process_repeats_the_loss_bit_for_bit(tmp_path):
+def test_replay_in_another_process_repeats_the_loss_bit_for_bit(tmp_path, forks):
     name, path = "backward alone", tmp_path / "diverged.pt"
     cb, _ = fit(made(name), TerminateOnNonFinite(path, every=5, grads=True))
     code = PROGRAM.format(tests=str(TESTS), path=str(path), name=name)
-    out = subprocess.run([sys.executable, "-c", code], cwd=TESTS.parent, capture_output=True, text=True, check=True)
+    out = forks.run("-c", code, cwd=TESTS.parent)
+    assert out.returncode == 0, out.stderr
     row = cb.record["rows"][-1]
     assert math.isfinite(row["loss"])                                                   # only the gradient isn't
     assert out.stdout == f"True|{row['loss']!r}|{cb.record['report']}\n"

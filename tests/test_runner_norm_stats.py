@@ -573,7 +573,7 @@ def test_batch_norm_at_batch_size_2_parts_and_running_batch_norm_does_so_less():
     images = load_data("digits")
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.set_flags(False)                          # at batch size 2 twice as fast
-    try: gaps = {norm: [small_batch_gap(norm, seed, images) for seed in (0, 1, 2)]
+    try: gaps = {norm: [small_batch_gap(norm, seed, images) for seed in (0, 1)]
                  for norm in ("BatchNorm2d", "RunningBatchNorm")}
     finally: torch.backends.mkldnn.set_flags(before)
     of = {norm: [g.rows[-1]["image"] for g in found] for norm, found in gaps.items()}

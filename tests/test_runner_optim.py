@@ -3,8 +3,6 @@
 import copy
 import io
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -147,13 +145,13 @@ def test_hooks_run_once_and_may_change_the_gradient(torchs):
     assert not torchs
 
 
-def test_hooks_run_where_torchs_sgd_was_never_made():
+def test_hooks_run_where_torchs_sgd_was_never_made(forks):
     code = ("import torch; from runner import SGD\n"
             "p = torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2); opt = SGD([p], lr=0.5); seen = []\n"
             "opt.register_step_post_hook(lambda *_: seen.append(p.tolist()))\n"
             "opt.step(); print(seen)")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[[0.5, 0.5]]"
+    out = forks.run("-c", code)
+    assert out.stdout.strip() == "[[0.5, 0.5]]", out.stderr
 
 
 def test_closure(torchs):
