@@ -32,7 +32,7 @@ def alone(tmp_path_factory, monkeypatch):
 
 
 def pytest_configure(config):
-    """Let a process of pytest-xdist that is through take over tests of another, which by default keeps what it was given.
+    """Let a process of pytest-xdist that is through take over another's tests: by default each keeps what it is given.
     """
     if getattr(config.option, "dist", None) == "load": config.option.dist = "worksteal"
 
