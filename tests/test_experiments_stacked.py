@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from experiments.beyond.best import Recipe
-from experiments.models import AvgPool, GeneralRelu, Lambda, Residual, ResidualBlock, flatten
+from experiments.models import AvgPool, GeneralRelu, Lambda, Residual, ResidualBlock, channels_last_, flatten
 from experiments.published.small_batch import build
 from experiments.study.stacked import register, stack, unstack
 from experiments.study.stacked_layers import GroupedConv2d, GroupedLinear, PerImage, by_patches
@@ -45,15 +45,16 @@ def close(a, b, what):
 def values(m): return {**dict(m.named_parameters()), **dict(m.named_buffers())}
 
 
-def train(models, shape, steps=20, sizes=(2,), seed=0, optimizers=None, evaluated=5):
+def train(models, shape, steps=20, sizes=(2,), seed=0, optimizers=None, evaluated=5, last=False):
     """Train copies of `models` alone and side by side on images of `shape`, and compare all that there is at each step.
 
     `sizes` are the batches', in turn; every `evaluated`-th batch is one of evaluation. `optimizers` are one for each
-    and one for the stack, functions of the parameters.
+    and one for the stack, functions of the parameters. `last` lays out the stack's weights channels last.
     """
     k, g = len(models), torch.Generator().manual_seed(seed)
     alone, together = copy.deepcopy(models), copy.deepcopy(models)
     net = stack(together)
+    if last: channels_last_(net)
     optimizers = optimizers or [lambda p: torch.optim.SGD(p, 0.02, momentum=0.5)] * (k + 1)
     opts = [make(list(m.parameters())) for make, m in zip(optimizers, (*alone, net), strict=True) if [*m.parameters()]]
     for step in range(steps):
@@ -132,6 +133,21 @@ def test_the_network_of_small_batch_trains_in_a_stack_as_alone(norm):
     train([build(norm, seed) for seed in (3, 4, 5)], (1, 28, 28), steps=10, sizes=sizes)
 
 
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("last", [True, False])
+def test_one_image_of_any_stride_is_an_image(onednn, last):
+    x = torch.randn(1, 6, 6, 24).permute(0, 3, 1, 2)
+    odd = x.as_strided(x.shape, (24, *x.stride()[1:]))      # of one image any stride will do
+    conv = GroupedConv2d(24, 6, 3, groups=3)
+    if last: channels_last_(conv)
+    wanted = [torch.autograd.grad(F.conv2d(x[:, 8 * k:8 * k + 8], conv.weight[2 * k:2 * k + 2]).sum(), conv.weight)[0]
+              for k in range(3)]
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.set_flags(onednn)
+    try: close(torch.autograd.grad(conv(odd).sum(), conv.weight)[0], sum(wanted), "gradients")
+    finally: torch.backends.mkldnn.set_flags(before)
+
+
 def test_residual_block_trains_in_a_stack_as_alone():
     train(randomly(lambda: ResidualBlock(4, BatchNorm)), (4, 4, 4), sizes=(4, 2))
 
@@ -174,7 +190,8 @@ def test_random_networks_train_in_a_stack_as_alone(seed):
                        [nn.Flatten(), nn.LayerNorm(features), nn.Linear(features, 3), nn.LogSoftmax(1)]])
     whole = nn.Sequential(body, *head)
     train(randomly(lambda: copy.deepcopy(whole), k), (c, 7, 7), seed=seed, evaluated=rng.randint(2, 6),
-          sizes=[rng.randint(2, 5) for _ in range(4)],      # at higher rates some diverge, and their rounding too
+          last=rng.random() < 0.5, sizes=[rng.randint(1, 5) for _ in range(4)],
+          # at higher rates some diverge, and their rounding too
           optimizers=[lambda p: torch.optim.SGD(p, 0.001, momentum=0.5)] * (k + 1))
 
 

@@ -122,8 +122,7 @@ class Killed(Callback):
         if self.batches == self.at: raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("lr", [0.1, (0.1, 0.0)])
-@pytest.mark.parametrize("at", [5, 20])
+@pytest.mark.parametrize(("at", "lr"), [(5, (0.1, 0.0)), (20, 0.1)])
 def test_killed_in_the_middle_it_goes_on_to_the_same_bits(images, tmp_path, monkeypatch, at, lr):
     monkeypatch.setattr("experiments.training.EVERY_SECONDS", 1e-6)
     wanted = [{**row, "lr": lr if row["seed"] or lr == 0.1 else (0.05, 0.01)} for row in rows(3)]

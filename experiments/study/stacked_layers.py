@@ -51,6 +51,11 @@ class GroupedConv2d(nn.Conv2d):
     by_rule = True
 
     def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 1 and x.ndim == 4:
+            # The stride of one image's batch axis may be anything, and with some, torch's own convolutions in groups
+            # give a wrong gradient of weights that are channels last (seen with torch 2.14).
+            last = x.is_contiguous(memory_format=torch.channels_last)
+            x = x.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
         if not (self.by_rule and x.ndim == 4 and len(x) <= FEW_IMAGES and self.padding_mode == "zeros"
                 and type(self.padding) is tuple and torch.backends.mkldnn.enabled and plain(x)
                 and not torch.is_autocast_enabled("cpu")): return super().forward(x)
