@@ -18,7 +18,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from experiments.errors import InputError
-from experiments.study import Study, grid, work
+from experiments.study import Study, dask, grid, work
+from experiments.study.cluster import Queue
 from experiments.study.state import left_behind, own_state
 from experiments.study.stop import Stop
 from experiments.study.store import Identity, Store
@@ -102,6 +103,80 @@ def test_a_trial_that_a_worker_can_t_load_ends_the_study(tmp_path):
     file.write_bytes(pickle.dumps((Store(tmp_path / "s", Identity("s", "f", "1")), {}, b"cnowhere\ntrial\n.")))
     with pytest.raises(InputError, match=r"a worker process can't load the trial \(ModuleNotFoundError: .*'nowhere'\)"):
         Work(file)("k")
+
+
+def test_a_script_s_trial_may_use_torch_s_flags():
+    import pickle
+    names = {"torch": torch, "__name__": "__main__"}
+    exec("def flags(seed): return {'on': torch.backends.cudnn.enabled, 'dnn': torch.backends.mkldnn.enabled}", names)
+    flags = names["flags"]
+    flags.__module__ = "__main__"
+    assert pickle.loads(work.pickled(flags))(0) == flags(0)
+
+
+# --- what clusters share --------------------------------------------------------------------------------------
+
+class Future:
+    """What dask says of a trial that a worker has, or had."""
+
+    def __init__(self, status, error=None): self.status, self.error, self.key = status, error, "k"
+
+    def exception(self, timeout): return self.error
+
+    def release(self): self.status = "released"
+
+
+@pytest.fixture
+def queue(tmp_path):
+    study = Study("s", trial, grid(kind=["a", "b"], folder=["."]), out=tmp_path / "s")
+    with study.store.locked({}): yield Queue(study.tasks, study.store, [].append)
+
+
+def test_a_trial_that_is_lost_is_run_again_or_killed_or_was_never_begun(queue):
+    (first, begun), (second, _) = queue.take(), queue.take()
+    for attempt in range(work.ATTEMPTS):
+        assert (begun, len(queue.waiting)) == (attempt, 0)
+        queue.store.begin(first.key)
+        queue.lost(first, begun, "gone")
+        if queue.waiting: _, begun = queue.take()
+    assert queue.store.read(first.key, first.point)["status"] == "killed"
+    assert (queue.left, len(queue.waiting), queue.ended(second)) == (1, 0, False)
+    for _ in range(2): queue.lost(second, 0, "gone")
+    with pytest.raises(InputError, match=r"3 workers were lost before they began one trial \(gone\); look at what"):
+        queue.lost(second, 0, "gone")
+
+
+@pytest.mark.parametrize(("status", "error", "there", "lost"), [
+    ("pending", None, True, None), ("pending", None, False, "the worker w is gone"),
+    ("cancelled", None, True, "the scheduler has lost the trial on w"), ("finished", None, True, None),
+    ("error", type("KilledWorker", (Exception,), {})(), True, "the worker w was killed")])
+def test_dask_s_word_on_a_trial(status, error, there, lost, queue):
+    task, before = queue.take()
+    cluster = dask._Cluster(None, None, None, queue)
+    if there: cluster.workers["w"] = 0
+    cluster.runs["w"] = run = dask._Run(task, Future(status, error), before, time.monotonic())
+    assert cluster._lost("w", run) == lost
+    cluster.collect()
+    assert (len(queue.waiting), run.future.status == "released") == ((1, False) if lost is None else (2, True))
+
+
+@pytest.mark.parametrize(("error", "message"), [
+    (ModuleNotFoundError("No module named 'mine'"), r"the worker w can't load what it is to run \(ModuleNotFoundError: "
+     r"No module named 'mine'\); install this project and what the trial uses there"), (InputError("as is"), "^as is$")])
+def test_dask_s_worker_that_can_t_load_a_trial(error, message, queue):
+    cluster = dask._Cluster(None, None, None, queue)
+    cluster.workers["w"] = 0
+    cluster.runs["w"] = dask._Run(*queue.take()[:1], Future("error", error), 0, time.monotonic())
+    with pytest.raises(InputError, match=message): cluster.collect()
+
+
+def test_dask_s_worker_whose_folder_is_another(queue, monkeypatch):
+    monkeypatch.setattr(dask, "SHARED", -1)
+    cluster = dask._Cluster(None, None, None, queue)
+    cluster.workers["w"] = 0
+    cluster.runs["w"] = dask._Run(*queue.take()[:1], Future("finished"), 0, time.monotonic())
+    with pytest.raises(InputError, match=r"w has finished a trial, but its file isn't in .* all machines share by out="):
+        cluster.collect()
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------------------------------

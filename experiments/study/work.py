@@ -1,7 +1,9 @@
 """One trial in the process that runs it, what it prints and the file it ends in; and who says that it has ended."""
 
 import contextlib
+import copyreg
 import functools
+import importlib
 import json
 import os
 import pickle
@@ -12,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -92,11 +95,18 @@ def to_do(trial: Trial, store: Store, tasks: Sequence[Task]) -> Iterator[Work]:
 def pickled(trial: Trial) -> bytes:
     """`trial` for other processes; a function of a script or a notebook goes with its code."""
     from joblib.externals.loky.cloudpickle_wrapper import dumps  # the cloudpickle of this joblib, within it or not
+    # Torch has modules of classes of its own, as torch.backends.cudnn, which nothing else knows how to pickle.
+    for kind in {type(m) for name, m in list(sys.modules.items()) if name.startswith("torch.")} - {ModuleType}:
+        if issubclass(kind, ModuleType): copyreg.pickle(kind, _by_name)  # type: ignore[arg-type]
     try: return bytes(dumps(trial))
     except Exception as e:
         raise InputError(f"the trial {function_name(trial)} can't be pickled for the worker processes "
                          f"({type(e).__name__}: {e}); let it make what can't be pickled itself, or give "
                          "backend='sequential'") from e
+
+
+def _by_name(module: ModuleType) -> tuple[Callable[[str], ModuleType], tuple[str]]:
+    return importlib.import_module, (module.__name__,)
 
 
 def run_trial(trial: Trial, store: Store, task: Task, *, apart: bool) -> str:
