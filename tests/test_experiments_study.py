@@ -230,6 +230,14 @@ def test_axes_together_with_too_few_rows_and_with_a_failure(tmp_path):
     assert list(frame.seed) == [0, 1, 2] * 2
 
 
+def test_what_failed_is_said_and_how_to_run_it_again(tmp_path, capsys):
+    study = Study("s", trial, POINTS, out=tmp_path / "s")
+    study.run(backend="sequential")
+    assert capsys.readouterr().out.endswith(
+        "s: 1 trial failed, the first (norm='b', seed=2) by RuntimeError: no such luck; frame() has the tracebacks, "
+        "and run(again=True) runs it again\n")
+
+
 # --- bad input of run -----------------------------------------------------------------------------------------
 
 def test_a_trial_that_can_t_be_pickled_is_named_before_anything_runs(tmp_path):

@@ -12,7 +12,7 @@ from experiments.results import versions
 from experiments.study import cells, executors, pictures, statistics
 from experiments.study.cells import Names, Row
 from experiments.study.display import Display
-from experiments.study.points import Grid, Handed, Trial, cell, check_takes, function_name
+from experiments.study.points import Grid, Handed, Trial, cell, check_takes, function_name, shown
 from experiments.study.store import Identity, Record, Store
 from experiments.study.work import Task
 from runner.console import say
@@ -118,6 +118,12 @@ class Study:
                 say(f"{self.name}: stopped with {kept} of {len(self.tasks)} trials finished and kept in "
                     f"{self.out}; {self.go_on}")
                 raise
+        lost = [(task, record) for task, record in self._records() if record["status"] != "ok"]
+        if lost and progress and each is None:
+            (task, record), n = lost[0], len(lost)
+            say(f"{self.name}: {n} trial{'s' * (n > 1)} failed, the first ({shown(task.point)}) by "
+                f"{record['error']}; frame() has the tracebacks, and run(again=True) runs {'them' if n > 1 else 'it'} "
+                "again")
         return self
 
     def _facts(self) -> dict[str, Any]:
