@@ -104,8 +104,9 @@ def test_the_page_has_the_preflight_and_the_gap(looked):
 
 @pytest.mark.parametrize(("norm", "absent"), [("none", {"norm_scales", "norm_means"}), ("GroupNorm", {"norm_means"}),
                                               ("RunningBatchNorm", set())])
-def test_other_norms_have_their_own_pictures(norm, absent, tmp_path, capsys):
-    assert main(["inside", "--data", "digits", "--norm", norm, "--steps", "30", "--lr", "0.01", "--limit", "60",
+def test_other_norms_have_their_own_pictures(norm, absent, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", 30)         # what is in the pictures is seen in `looked`
+    assert main(["inside", "--data", "digits", "--norm", norm, "--steps", "12", "--lr", "0.01", "--limit", "60",
                  "--out", str(tmp_path / "run")]) == 0
     written = {p.stem for p in (tmp_path / "run").glob("*.png")}
     assert written == {*PICTURES, "norm_means", "norm_variances"} - absent - (
@@ -117,7 +118,7 @@ def test_other_norms_have_their_own_pictures(norm, absent, tmp_path, capsys):
 
 
 def test_a_training_that_diverges_is_shown_up_to_there(tmp_path, capsys):
-    assert main(["inside", "--data", "digits", "--norm", "none", "--steps", "60", "--lr", "1e6", "--out",
+    assert main(["inside", "--data", "digits", "--norm", "none", "--steps", "20", "--lr", "1e6", "--out",
                  str(tmp_path / "run")]) == 0
     text = (tmp_path / "run" / "report.html").read_text()
     assert re.search(r"<p class=warn>diverged at step \d+", text)
