@@ -208,7 +208,8 @@ def each_loss(pred: Tensor, yb: Tensor, smoothing: Tensor | None = None) -> Tens
 class EachFigures(Stateful):
     """Loss and accuracy of each of K networks side by side: of every step, and of both data sets after each epoch.
 
-    Validation is done here, network by network: its batches are large, and side by side they would be slower.
+    Validation is done here, network by network: in its large batches that is the faster way (of 20 networks, 250 images
+    at once, 37 us of processor time per image and network; side by side 48 to 66).
 
     Args:
         models: the networks, which get the stack's values for it.
