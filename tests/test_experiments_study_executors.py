@@ -162,7 +162,7 @@ def test_dask_s_word_on_a_trial(status, error, there, lost, queue):
 
 @pytest.mark.parametrize(("error", "message"), [
     (ModuleNotFoundError("No module named 'mine'"), r"the worker w can't load what it is to run \(ModuleNotFoundError: "
-     r"No module named 'mine'\); install this project and what the trial uses there"), (InputError("as is"), "^as is$")])
+     r"No module named 'mine'\); install this project and what the trial uses"), (InputError("as is"), "^as is$")])
 def test_dask_s_worker_that_can_t_load_a_trial(error, message, queue):
     cluster = dask._Cluster(None, None, None, queue)
     cluster.workers["w"] = 0
@@ -175,7 +175,7 @@ def test_dask_s_worker_whose_folder_is_another(queue, monkeypatch):
     cluster = dask._Cluster(None, None, None, queue)
     cluster.workers["w"] = 0
     cluster.runs["w"] = dask._Run(*queue.take()[:1], Future("finished"), 0, time.monotonic())
-    with pytest.raises(InputError, match=r"w has finished a trial, but its file isn't in .* all machines share by out="):
+    with pytest.raises(InputError, match=r"w has finished a trial, but its file isn't in .* machines share by out="):
         cluster.collect()
 
 

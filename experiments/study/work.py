@@ -97,7 +97,7 @@ def pickled(trial: Trial) -> bytes:
     from joblib.externals.loky.cloudpickle_wrapper import dumps  # the cloudpickle of this joblib, within it or not
     # Torch has modules of classes of its own, as torch.backends.cudnn, which nothing else knows how to pickle.
     for kind in {type(m) for name, m in list(sys.modules.items()) if name.startswith("torch.")} - {ModuleType}:
-        if issubclass(kind, ModuleType): copyreg.pickle(kind, _by_name)  # type: ignore[arg-type]
+        if issubclass(kind, ModuleType): copyreg.pickle(kind, _by_name)
     try: return bytes(dumps(trial))
     except Exception as e:
         raise InputError(f"the trial {function_name(trial)} can't be pickled for the worker processes "
