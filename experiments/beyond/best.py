@@ -53,6 +53,7 @@ from experiments.models import CHANNELS, conv_layer, get_cnn_model, init_alike
 from experiments.results import Result, Row, Summary, Table, Verdict
 from experiments.settings import ImageStudySettings, add_choice, add_image_arguments, choose, from_args, positive
 from experiments.study import Grid, grid
+from experiments.study.statistics import interval
 from experiments.study.stacked import stack, unstack
 from experiments.study.stacked_layers import GroupedConv2d
 from experiments.together import EachTransform, SideBySide, each_loss
@@ -306,11 +307,9 @@ def judge(rows: list[Row], data: str, train_images: int) -> Verdict:
 
 def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
     """The mean of the differences `a - b` and its 95 % confidence interval by Student's t: `(mean, low, high)`."""
-    from scipy.stats import t  # comes with scikit-learn
     d = [x - y for x, y in zip(a, b, strict=True)]
-    mean = statistics.mean(d)
-    half = t.ppf(0.975, len(d) - 1) * statistics.stdev(d) / math.sqrt(len(d)) if len(d) > 1 else math.inf
-    return mean, mean - half, mean + half
+    low, high, _ = interval(d, "t")
+    return statistics.mean(d), low, high
 
 
 def table(summary: Summary) -> Table:

@@ -9,7 +9,7 @@ from types import TracebackType
 from runner.console import columns, is_terminal, shortened
 from runner.progress import format_time
 
-EVERY = 10.0        # seconds between two plain lines
+EVERY, MOST = 10.0, 60.0        # seconds between two plain lines, at first and later
 
 
 class Display:
@@ -55,7 +55,10 @@ class Display:
         return ", ".join(cells)
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.5 if self.live else EVERY): self._say()
+        pause = EVERY
+        while not self._stop.wait(0.5 if self.live else pause):
+            self._say()
+            pause = min(1.5 * pause, MOST)
 
     def _say(self, end: bool = False) -> None:
         if self.out is None: return
