@@ -18,7 +18,8 @@ from norms.moments import Norm, moments, scale_shift, wide
 
 # How a convolution of K networks' batches of few images is computed. Measured on one thread of an AMD EPYC (AVX2),
 # float32, while other work ran, so it is the ratios that count: microseconds of processor time per image and network,
-# forward and backward, of the conv layers of `small-batch`, whose networks have 1, 8, 16, 32 and 64 channels in.
+# forward and backward, of the conv layers of `small-batch`, whose networks have 1, 8, 16, 32 and 64 channels in. (The
+# contiguous ones are of another run.)
 #
 #                                           K = 8, batch 2              K = 20, batch 2
 #       oneDNN's, channels last         22   42   37   65  157      18   30   23  123  147
