@@ -9,7 +9,7 @@ from experiments.errors import InputError
 from experiments.study.store import Store
 from experiments.study.work import ATTEMPTS, Done, Task, settled
 
-ANSWER = 8.0        # seconds that a cluster has to answer at first
+ANSWER = 7.0        # seconds that a cluster has to answer at first
 GONE = 60.0         # and that it may have no workers, or not answer, later
 
 

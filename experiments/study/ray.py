@@ -96,12 +96,11 @@ def _connect(ray: Any, address: Any) -> None:
     """
     handler = signal.getsignal(signal.SIGTERM)
 
-    def connect() -> Any: return ray.init(address=address, log_to_driver=False)
+    def connect() -> Any:
+        if place := _place(address): socket.create_connection(place, timeout=ANSWER).close()    # ray waits for minutes
+        return ray.init(address=address, log_to_driver=False)
     try:
         if address is None: ray.init(log_to_driver=False, include_dashboard=False)
-        elif place := _place(address):
-            socket.create_connection(place, timeout=ANSWER).close()     # for ray itself waits for minutes, or crashes
-            answer(connect, ANSWER)
         else: answer(connect, ANSWER)
     except Exception as e:
         raise InputError(f"no ray cluster answers at {address!r} ({type(e).__name__}: {e}); start one by `ray start "
