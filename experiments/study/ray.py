@@ -20,7 +20,7 @@ from experiments.study.work import Done, Task, Work, to_do
 def run_ray(tasks: Sequence[Task], trial: Trial, store: Store, done: Done, jobs: int | None, scheduler: Any) -> None:
     """On the workers of a ray cluster, a core for each trial; `scheduler` None is a cluster of this machine.
 
-    Not by joblib: under its backend for ray a killed worker ends the whole call.
+    Not by joblib: under its backend for ray a killed worker ends the whole call (ActorDiedError).
     """
     try:
         import ray
