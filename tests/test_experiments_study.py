@@ -238,6 +238,29 @@ def test_what_failed_is_said_and_how_to_run_it_again(tmp_path, capsys):
         "and run(again=True) runs it again\n")
 
 
+def test_a_folder_is_opened_and_looked_at_without_the_function(tmp_path):
+    made = sequential(tmp_path / "s")
+    opened = Study.open(tmp_path / "s")
+    assert opened.frame().equals(made.frame())
+    given = {"by": "norm", "value": "acc", "failed_as": 0.0}
+    assert opened.summary(**given).equals(made.summary(**given))
+    assert repr(opened) == repr(made)
+    with pytest.raises(InputError, match="s was opened to be looked at; make the study with its function to run more"):
+        opened.run()
+    sequential(tmp_path / "s", points=grid(norm=["c"], seed=[7]))       # a later run, with fewer points
+    later = Study.open(tmp_path / "s")
+    assert [(row["norm"], row["seed"]) for row in later.rows()][:2] == [("c", 7), ("a", 0)]
+    assert len(later.rows()) == 7
+    with pytest.raises(InputError, match=r"can't read '.*/t/study.json' \(FileNotFound.*name the folder of a study"):
+        Study.open(tmp_path / "t")
+
+
+def test_points_together_are_opened_too(tmp_path):
+    points = grid(norm=["b", "a"], seed=[5, 0], lr=[0.4], together=("seed", "lr"))
+    made = sequential(tmp_path / "s", stacked, points)
+    assert Study.open(tmp_path / "s").frame().equals(made.frame())
+
+
 # --- bad input of run -----------------------------------------------------------------------------------------
 
 def test_a_trial_that_can_t_be_pickled_is_named_before_anything_runs(tmp_path):

@@ -53,9 +53,9 @@ from experiments.models import CHANNELS, conv_layer, get_cnn_model, init_alike
 from experiments.results import Result, Row, Summary, Table, Verdict
 from experiments.settings import ImageStudySettings, add_choice, add_image_arguments, choose, from_args, positive
 from experiments.study import Grid, grid
-from experiments.study.statistics import interval
 from experiments.study.stacked import stack, unstack
 from experiments.study.stacked_layers import GroupedConv2d
+from experiments.study.statistics import interval
 from experiments.together import EachTransform, SideBySide, each_loss
 from experiments.training import Stopwatch, check_batch_size, fit_from
 from norms import GroupNorm, RunningBatchNorm, recalibrate

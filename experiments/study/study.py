@@ -1,5 +1,6 @@
 """A study: a trial function, the points it is run at, a folder of what came out, and what that says."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -68,6 +69,39 @@ class Study:
         self.tasks = list({task.key: task for task, _ in self.places}.values())
         self.go_on = "the same study's run() goes on"
 
+    @classmethod
+    def open(cls, out: str | os.PathLike[str]) -> "Study":
+        """The study in the folder `out`, with the rows that are there, to look at: without its function it can't run.
+
+        That of an experiment is the folder `study` in its run folder.
+
+        Raises:
+            InputError: there is none, or a file of it can't be read.
+        """
+        self, file = cls.__new__(cls), Path(out) / "study.json"
+        try:
+            facts = json.loads(file.read_text(encoding="utf-8"))
+            identity = Identity(*(facts[name] for name in Identity._fields))
+            axes = {name: tuple(values) for name, values in facts["axes"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise InputError(f"can't read {str(file)!r} ({type(e).__name__}: {e}); name the folder of a study") from e
+        self.name, self.trial, self.out, self._together = identity.name, _no_trial, Path(out), None
+        self.store, self.go_on, self.points = Store(out, identity), "", Grid(axes)
+        self.tasks, found = [], list[tuple[Task, int]]()
+        for key in sorted(self.store.finished()):
+            if (record := self.store.peek(key)) is None: continue
+            points = record.get("points") or [record["point"]]
+            if any(set(point) != set(axes) for point in points): continue
+            self.tasks.append(Task(key, tuple(points), record["point"], bool(record.get("points"))))
+            found += [(self.tasks[-1], i) for i in range(len(points))]
+        # In the order of the axes' values; those of an earlier, larger grid after the others.
+        places = {name: {cell(v): i for i, v in enumerate(values)} for name, values in axes.items()}
+        self.places = sorted(found, key=lambda at: [
+            (places[name].get(text := cell(at[0].points[at[1]][name]), len(places[name])), text) for name in axes])
+        self.points = Grid({name: tuple({cell(v): v for v in (*values, *(task.points[i][name] for task, i in found))}
+                                        .values()) for name, values in axes.items()})
+        return self
+
     def run(self, jobs: int | None = None, *, backend: str = "loky", scheduler: Any = None, again: bool = False,
             progress: bool = True, each: Callable[[list[dict[str, Any]]], str | None] | None = None) -> "Study":
         """Run the trials that have no file yet, and return the study.
@@ -90,6 +124,8 @@ class Study:
                 backend that isn't there, or whose scheduler doesn't answer.
         """
         backend = pick(backend, executors.BACKENDS, "backend")
+        if self.trial is _no_trial:
+            raise InputError(f"{self.name} was opened to be looked at; make the study with its function to run more")
         if jobs is not None and jobs < 1: raise InputError(f"jobs is {jobs}; give 1 or more, or None for all cores")
         if backend != "sequential": executors.pickled(self.trial)
         with self.store.locked(self._facts()):
@@ -275,5 +311,8 @@ class Study:
         return table
 
     def __repr__(self) -> str:
-        n = len(self.points)
+        n = len(self.places)
         return f"<Study {self.name!r}: {n - self.missing()} of {n} rows in {str(self.out)!r}>"
+
+
+def _no_trial(**point: Any) -> Any: raise NotImplementedError
