@@ -18,8 +18,7 @@ from experiments.results import read_summary
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 # mark in the README: its records, where they are more than one or go by another name
-SEVERAL = {"more-seeds": ["running_kernels_0_to_5", "running_kernels_6_to_11"],
-           "best": ["best_running", "best_group"],
+SEVERAL = {"best": ["best_running", "best_group"],
            "best-tuning": ["best_tuning_running", "best_tuning_running_more", "best_tuning_group"]}
 WHOLE = {"MNIST": 50_000, "Fashion-MNIST": 50_000, "breast cancer": 455}
 
