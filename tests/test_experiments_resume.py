@@ -135,11 +135,11 @@ def test_killed_at_random_moments_and_resumed_it_ends_as_if_nothing_had_been(tmp
     def run(kills, folder):
         return subprocess.run([sys.executable, "-c", DRIVER, str(kills), "0", *argv, "--out", str(folder)], cwd=ROOT,
                               env=env, capture_output=True, text=True, timeout=300)
-    whole, parts = run(0, tmp_path / "whole"), run(3, tmp_path / "parts")
+    whole, parts = run(0, tmp_path / "whole"), run(4, tmp_path / "parts")
     assert whole.stderr == parts.stderr == ""
     assert whole.returncode == parts.returncode == 1                # two epochs on 80 images show nothing
     begun = json.loads((tmp_path / "parts" / "config.json").read_text())
-    assert len(begun["resumed"]) > 1
+    assert begun["resumed"]         # how often depends on when the kills came
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
 
 

@@ -101,7 +101,7 @@ def test_same_seed_same_rows_and_same_batches_for_every_norm(tmp_path, monkeypat
 
 
 def test_mnist_slice(mnist_dir, tmp_path):
-    result = small_batch.run(Config(data_dir=mnist_dir, norms=("BatchNorm", "RunningBatchNorm"), limit=600,
+    result = small_batch.run(Config(data_dir=mnist_dir, norms=("BatchNorm", "RunningBatchNorm"), limit=600, seeds=(0,),
                                     out=str(tmp_path / "run")))
     summary = read_summary(tmp_path / "run")
     assert (summary["data"], summary["train_images"], summary["valid_images"]) == ("MNIST", 600, 600)
