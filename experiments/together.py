@@ -20,7 +20,9 @@ from experiments.study.stacked_layers import FEW_IMAGES, PATCH_CHANNELS, Grouped
 from experiments.study.stacked_sgd import StackedSGD
 from experiments.training import (
     FIGURES,
+    LOOK,
     VALID_BATCH,
+    LeaveLost,
     Stopwatch,
     Trained,
     backend_of,
@@ -84,7 +86,7 @@ def train_together(models: Sequence[nn.Module], images: ImageData, rows: Sequenc
     learn = Learner(net, opt, figures.summed_loss, DataBunch(dl, None, images.c))
     run = Runner([figures, CudaCallback(device), BatchTransformXCallback(EachTransform(k, tfm)),
                   ProgressCallback(label), *([backend] if convolves else []),
-                  *([ParamScheduler("lr", sched)] if sched else []), watch, *cbs])
+                  *([ParamScheduler("lr", sched)] if sched else []), watch, LeaveLost(), *cbs])
     for model in models: model.to(device)
     error: str | None = None
     try: fit_from(checkpoint, run, row["epochs"], learn)
@@ -106,7 +108,7 @@ def train_together(models: Sequence[nn.Module], images: ImageData, rows: Sequenc
         finite = all(math.isfinite(row[n]) for n in FIGURES)
         row["status"] = "failed" if error else "ok" if finite else "diverged"
         if error: row["error"] = error
-        trained.append((epochs, row, losses[i]))
+        trained.append((epochs, row, losses[i][:figures.lost[i][1] if i in figures.lost else None]))
     return trained
 
 
@@ -234,12 +236,14 @@ class EachFigures(Stateful):
     def begin_fit(self) -> None:
         self.losses: list[Tensor] = []      # of each step, (K,)
         self.past: list[list[Row]] = []   # of each epoch a row for each network
+        # Of a network that is lost, as `LeaveLost` has it: in which epoch, after how many steps, loss and accuracy.
+        self.lost: dict[int, tuple[int, int, float, float]] = {}
         self._fresh()
 
     def begin_epoch(self) -> None: self._fresh()
 
     def _fresh(self) -> None:
-        self.start, self.count = time.perf_counter(), 0
+        self.start, self.count, self.seen = time.perf_counter(), 0, 0
         self.sums: Tensor | None = None     # over the images, of the loss and the accuracy, (2, K)
 
     def after_loss(self) -> None:
@@ -253,9 +257,23 @@ class EachFigures(Stateful):
             self.sums[1].add_(right, alpha=len(run.yb))
         self.count += len(run.yb)
 
+    def after_batch(self) -> None:
+        if not self.run.in_train or self.sums is None: return
+        self.seen += 1
+        if self.seen % LOOK: return
+        pred = self.run.pred
+        gone = pred.view(len(pred), len(self.models), -1).isnan().all(2).all(0).tolist()                    # (K,)
+        if not any(gone): return
+        loss, right = (self.sums / self.count).tolist()
+        for i in (i for i, is_gone in enumerate(gone) if is_gone and i not in self.lost):
+            self.lost[i] = self.run.epoch, len(self.losses), loss[i], right[i]
+
     def after_epoch(self) -> None:
         k = len(self.models)
-        train = [[math.nan] * k] * 2 if self.sums is None else (self.sums / self.count).tolist()
+        train = [[math.nan] * k for _ in range(2)] if self.sums is None else (self.sums / self.count).tolist()
+        for i, (epoch, _, *its) in self.lost.items():
+            for figures, figure in zip(train, its, strict=True):
+                figures[i] = figure if epoch == self.run.epoch else math.nan
         unstack(self.model, self.models)
         valid = zip(*map(self.validate, self.models), strict=True)
         seconds = time.perf_counter() - self.start
@@ -281,11 +299,13 @@ class EachFigures(Stateful):
     def state_dict(self) -> dict[str, Any]:
         """The losses so far, the epochs' rows, the sums of this epoch and its seconds."""
         losses = torch.stack(self.losses).cpu() if self.losses else torch.empty(0)
-        return {"losses": losses, "epochs": self.past, "sums": self.sums, "count": self.count,
+        return {"losses": losses, "epochs": self.past, "sums": self.sums, "count": self.count, "seen": self.seen,
+                "lost": self.lost,
                 "seconds": time.perf_counter() - self.start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
         self.losses, self.past, self.count = list(state["losses"].to(self.device)), state["epochs"], state["count"]
+        self.seen, self.lost = state["seen"], {i: tuple(its) for i, its in state["lost"].items()}
         self.sums = None if state["sums"] is None else state["sums"].to(self.device)
         self.start = time.perf_counter() - state["seconds"]

@@ -17,6 +17,7 @@ from runner import (
     AvgStatsCallback,
     BatchTransformXCallback,
     Callback,
+    CancelEpochException,
     Checkpoint,
     CheckpointError,
     CPUBackendCallback,
@@ -33,10 +34,12 @@ from runner import (
     sched_lin,
     view_tfm,
 )
+from runner.stateful import Stateful
 
 FIGURES = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
 VALID_BATCH = 250   # images at least in a batch of validation, which has nothing to learn from small ones
 EVERY_SECONDS = 30  # between two checkpoints of an arm, beside those at the ends of epochs
+LOOK = 100          # batches between two looks at whether a training is lost
 WARM_UP = 0.3       # the part of training in which a rate of three stops goes from the first to the second
 
 # The rule for convolutions on a CPU: up to so many images in a batch torch's own and channels last, above oneDNN's and
@@ -87,8 +90,9 @@ def train(model: nn.Module, images: ImageData, row: Row, device: str | torch.dev
         compile: whether to compile the steps.
         checkpoint: the folder for checkpoints; training goes on from the newest there. None keeps none.
 
-    The final row has the last epoch's figures, seconds and the status: "ok", "diverged" (a figure that is not finite)
-    or "failed", with the error of a norm that refused its input.
+    A training whose predictions are all NaN is left (`LeaveLost`). The final row has the last epoch's figures,
+    seconds and the status: "ok", "diverged" (a figure that is not finite) or "failed", with the error of a norm
+    that refused its input.
     """
     order, device = torch.Generator().manual_seed(row["seed"]), torch.device(device)
     train_dl, valid_dl = get_dls(images.train, images.valid, row["batch_size"], drop_last=drop_last,
@@ -100,7 +104,7 @@ def train(model: nn.Module, images: ImageData, row: Row, device: str | torch.dev
     learn, run = get_runner(model, DataBunch(train_dl, valid_dl, images.c), rate, [
         Recorder(), AvgStatsCallback(accuracy), CudaCallback(device),
         BatchTransformXCallback(tfm or view_tfm(1, 28, 28)), ProgressCallback(label),
-        *([backend] if convolves else []), *([ParamScheduler("lr", sched)] if sched else []), watch, *cbs],
+        *([backend] if convolves else []), *([ParamScheduler("lr", sched)] if sched else []), watch, LeaveLost(), *cbs],
         compile=compile)
     row = {**row, "parameters": sum(p.numel() for p in model.parameters())}
     error: str | None = None
@@ -133,6 +137,30 @@ def fit_from(checkpoint: Path | None, run: Runner, epochs: int, learn: Learner) 
     if checkpoint is None: return run.fit(epochs, learn)
     try: run.fit(epochs, learn, Checkpoint(checkpoint, every_seconds=EVERY_SECONDS), resume=checkpoint)
     except CheckpointError as e: raise InputError(f"{e}. Or delete {checkpoint}, and this arm begins anew") from e
+
+
+class LeaveLost(Stateful):
+    """Leaves out what is left of a training in which every prediction is NaN: it would change nothing.
+
+    The step after such a batch makes the last layer's bias NaN, and no step mends that. It is looked at every `every`
+    training batches of an epoch; the training figures are those of the batches until then, and validation goes on.
+    """
+
+    _saved = "seen", "lost"
+
+    def __init__(self, every: int = LOOK) -> None: self.every = every
+
+    def begin_fit(self) -> None: self.seen, self.lost = 0, False
+
+    def begin_epoch(self) -> None: self.seen = 0
+
+    def begin_batch(self) -> None:
+        if self.lost and self.in_train: raise CancelEpochException
+
+    def after_batch(self) -> None:
+        if not self.in_train or self.lost: return
+        self.seen += 1
+        if self.seen % self.every == 0: self.lost = bool(self.pred.isnan().all())
 
 
 class Stopwatch(Callback):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from experiments import together as together_
+from experiments import training
 from experiments.data import load_data
 from experiments.errors import InputError
 from experiments.models import Lambda, flatten
@@ -99,6 +101,26 @@ def test_one_that_diverges_is_a_row_and_leaves_the_others_alone(images, norm):
     assert row["valid_accuracies"] == pytest.approx(alone[1]["valid_accuracies"])
     assert not math.isfinite(losses[-1])
     assert len(epochs) == 2
+
+
+@pytest.mark.parametrize("rates", [(1e30, 0.1), (1e30, 1e30)])
+def test_what_is_left_of_a_lost_training_is_left_out_alone_and_together(doubles, rates, monkeypatch):
+    def both(look):
+        for module in (training, together_): monkeypatch.setattr(module, "LOOK", look)
+        monkeypatch.setattr(training.LeaveLost.__init__, "__defaults__", (look,))
+        wanted = [{**row, "lr": rate} for row, rate in zip(rows(2), rates, strict=True)]
+        return ([train(build("GroupNorm", 0), doubles, row, "cpu", "") for row in wanted],
+                train_together([build("GroupNorm", 0) for _ in wanted], doubles, wanted, "cpu"))
+    (alone, found), (whole, _) = both(4), both(1000)
+    for one, other, full, rate in zip(alone, found, whole, rates, strict=True):
+        alike(one, other)
+        lost = rate > 1
+        # 14 batches an epoch; in the second nothing is trained.
+        assert len(one[2]) in ((4, 8) if lost else (28,))
+        assert len(full[2]) == 28
+        for name in ("valid_loss", "valid_accuracy", "valid_accuracies", "train_loss", "status"):
+            assert one[1][name] == pytest.approx(full[1][name], nan_ok=True), name
+        assert [math.isnan(epoch["train_accuracy"]) for epoch in one[0]] == [False, lost]
 
 
 def test_a_norm_that_refuses_its_input_is_a_row_for_each(images):
