@@ -261,6 +261,13 @@ def test_points_together_are_opened_too(tmp_path):
     assert Study.open(tmp_path / "s").frame().equals(made.frame())
 
 
+def test_a_folder_left_by_a_kill_in_the_first_moments_is_taken(tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "lock").write_text("77")
+    (tmp_path / "s" / "study.json.77.part").write_text('{"na')
+    assert sequential(tmp_path / "s").missing() == 0
+
+
 # --- bad input of run -----------------------------------------------------------------------------------------
 
 def test_a_trial_that_can_t_be_pickled_is_named_before_anything_runs(tmp_path):
