@@ -18,6 +18,7 @@ from runner.clipping import GradientClip
 from runner.compiled import CompileError
 from runner.core import Runner, TrainEvalCallback
 from runner.data import DataBunch, Dataset, get_dls
+from runner.distributed import Distributed, DistributedError, shard_loader
 from runner.events import (
     EVENTS,
     STEPS,
@@ -85,6 +86,8 @@ __all__ = [
     "CudaCallback",
     "DataBunch",
     "Dataset",
+    "Distributed",
+    "DistributedError",
     "EarlyStopping",
     "GradientAccumulation",
     "GradientClip",
@@ -124,6 +127,7 @@ __all__ = [
     "sched_exp",
     "sched_lin",
     "sched_no",
+    "shard_loader",
     "train_eval_gap",
     "view_tfm",
 ]

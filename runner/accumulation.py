@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from runner.batches import size_of
 from runner.events import Callback, CancelBatchException, CancelEpochException
+from runner.ranks import images_of
 from runner.stateful import Stateful
 
 
@@ -78,9 +78,14 @@ class GradientAccumulation(Stateful):
             self._began = run.epoch + self._group / groups if self._group < groups else run.n_epochs
         run.n_epochs, run.stepped = self._began, False      # until it has: a batch that is cancelled hasn't
 
+    @property
+    def completes(self) -> bool:
+        """Whether the running batch is its group's last, as far as that is known before its backward pass."""
+        return len(self.waiting) + 1 >= self._size or self._batch + 1 == self.run.iters
+
     def backward(self, inner: Callable[[], None]) -> None:
         """The gradients of the batch's part of the group's mean loss."""
-        run, n = self.run, size_of(self.run.xb) if self.reduction == "mean" else 1
+        run, n = self.run, images_of(self.run) if self.reduction == "mean" else 1
         first = self.waiting[0] if self.waiting else n
         # As if all were as large as the first; what is wrong about that is made good in the step. Equal batches are
         # divided by their number, as one does by hand, and to the same bit.

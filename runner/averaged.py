@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_avg_fn
 
 from runner.backend import without_hooks
-from runner.batches import NoPair, described, leaves, map_tensors, size_of
+from runner.batches import NoPair, described, leaves, map_tensors
 from runner.learner_load import put_learner
 from runner.learner_state import learner_state
+from runner.ranks import images_of, ranks_of
 from runner.stateful import Stateful
 from runner.states import random_states
 
@@ -137,7 +138,7 @@ class AveragedWeights(Stateful):
         run = self.run
         if not run.in_train or self._renew is None or self._images >= self.n_images: return
         self._kept.append((run.xb, run.yb))
-        self._images += size_of(run.xb)
+        self._images += images_of(run)
 
     def after_step(self) -> None: self._due = True
 
@@ -165,6 +166,7 @@ class AveragedWeights(Stateful):
         restore = random_states()
         try:
             with torch.no_grad(): self._renew(self.averaged_model, self._kept)
+            ranks_of(self.run).share(self.averaged_model.buffers())         # of norms that saw a process's own part
         finally: restore()
         self._stale = False
 

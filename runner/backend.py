@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from runner.batches import first_tensor, map_tensors, size_of
+from runner.batches import first_tensor, map_tensors
+from runner.ranks import images_of, on_its_own, ranks_of
 from runner.stateful import Stateful
 from runner.states import random_states
 
@@ -81,15 +82,20 @@ class CPUBackendCallback(Stateful):
             if self._settled or not self._before: return
             if callable(self.onednn): self._use(*self._by_rule(self.onednn), "by rule")
             else: self._settle(self._before)
+            ranks = ranks_of(self.run)
+            if ranks.size > 1:
+                choice, self.times, self._measured, reason = ranks.first(
+                    (self.choice, self.times, self._measured, self.reason))
+                self._use(choice["onednn"], choice["threads"], reason)
         elif callable(self.onednn):
             if not self._validating and self._before: use_backend(*self._by_rule(self.onednn))
             self._validating = True
-        elif self._measured and self._usual and size_of(self.xb) >= LARGER * self._measured:
+        elif self._measured and self._usual and images_of(self.run) >= LARGER * self._measured:
             use_backend(*self._usual)
 
     def _by_rule(self, rule: Callable[[int], bool]) -> Setting:
         """What the rule says of the batch at hand"""
-        try: images = size_of(self.xb)
+        try: images = images_of(self.run)
         except TypeError: images = 0
         return bool(rule(images)), self.threads or torch.get_num_threads()
 
@@ -113,7 +119,7 @@ class CPUBackendCallback(Stateful):
         else:
             fewer = [s for s in self.times if s[1] < best[1] and THREADS * self.times[s] <= self.times[best]]
             best = min(fewer, key=self.times.__getitem__, default=best)
-        self._measured = size_of(self.xb)
+        self._measured = images_of(self.run)
         self._use(*best, "measured: " + ", ".join(f"{_words(*s)} {ms:.2f} ms" for s, ms in self.times.items()))
 
     def after_fit(self) -> None:
@@ -144,6 +150,7 @@ class CPUBackendCallback(Stateful):
         try:
             with without_hooks(self.model, self.loss_func):
                 model, loss_func = copy.deepcopy((self.model, self.loss_func))
+            on_its_own(model, loss_func)
             xb, yb = map_tensors(torch.clone, self.xb), self.yb
 
             def seconds(setting: Setting) -> float:

@@ -13,6 +13,7 @@ import torch
 from runner.dispatch import Always, answer
 from runner.events import EVENTS, RUNNER_ATTRS, STEPS, Callback, Progress, listify
 from runner.optim import needs_closure
+from runner.ranks import ALONE, Ranks
 
 C = TypeVar("C")
 R = TypeVar("R", bound="RunnerBase")
@@ -39,6 +40,7 @@ class RunnerBase(Progress):
     cbs: list[Any]
     learn: "Learner | None"
     evaluating: bool
+    ranks: Ranks = ALONE            # the processes that train together, for the length of a fit
 
     _lasting: list[Any]             # the callbacks that stay after a fit, while one is going on
     _fitting: bool
@@ -96,7 +98,7 @@ class RunnerBase(Progress):
     def __getstate__(self) -> dict[str, Any]:
         """A copy is idle: it has the lasting callbacks, and neither the learner nor what a fit has at hand."""
         lasting, fitting = (self._lasting, True) if self._fitting else (self.cbs, False)
-        gone = {"xb", "yb", "pred", "loss", "_loader", *STEPS, *(cb.name for cb in self.cbs[len(lasting):])}
+        gone = {"xb", "yb", "pred", "loss", "ranks", "_loader", *STEPS, *(cb.name for cb in self.cbs[len(lasting):])}
         kept = {k: v for k, v in vars(self).items()
                 if k not in gone and not (isinstance(v, torch.Tensor) and not v.is_leaf)}
         idle: dict[str, Any] = {"learn": None, "cbs": list(lasting), "_lasting": [], "_fitting": False,

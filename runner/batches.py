@@ -215,3 +215,30 @@ def _key(key: object) -> str: return json.dumps(key) if isinstance(key, str) els
 
 def _listed(parts: Sequence[str]) -> str:
     return ", ".join(parts[:SHOWN]) + (f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else "")
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """The batches of a pass as one: tensors end to end, nests of them leaf by leaf, lists of other things end to end.
+
+    Other leaves are themselves where all batches agree, else a list of them.
+
+    Raises:
+        ValueError: tensors that differ in more than their first axis.
+    """
+    first = parts[0]
+    if isinstance(first, torch.Tensor):
+        if not first.ndim: return torch.stack(list(parts))
+        try: return torch.cat(list(parts))
+        except RuntimeError as e:
+            shapes = list(dict.fromkeys(tuple(p.shape) for p in parts))
+            raise ValueError(f"the batches' tensors have shapes such as {shapes[0]} and {shapes[-1]}, which can't be "
+                             "put end to end; pad them by a callback (after_pred), or keep run.pred batch by batch by "
+                             "one of your own") from e
+    nests = [opened(p) for p in parts]
+    if nests[0] is None: return first if all(p is first or p == first for p in parts) else list(parts)
+    children = [nest[0] if nest is not None else [] for nest in nests]
+    if isinstance(first, (list, tuple)) and not any(opened(c) or isinstance(c, torch.Tensor) for cs in children for c in cs):
+        return [c for cs in children for c in cs]
+    if len({len(cs) for cs in children}) > 1:
+        raise ValueError(f"the batches are built differently: {described(parts[0])}, and {described(parts[-1])}")
+    return nests[0][1]([joined(column) for column in zip(*children, strict=True)])

@@ -12,8 +12,9 @@ from runner.checkpoint_files import VERSION, check, checkpoints_in, number_of, p
 from runner.events import Callback
 from runner.fingerprint import fingerprint, has_state, loader
 from runner.learner_state import Begun, learner_state
-from runner.loading import MEND, draws_in_workers, feeding_state, position_of, why_not
+from runner.loading import MEND, draws_in_workers, feeding_state, position_of, same_states, why_not
 from runner.midfit import Marks, loaders_of
+from runner.ranks import ranks_of
 from runner.sources import set_states, sources_of, states_of
 from runner.values import encoded
 
@@ -51,6 +52,9 @@ class Checkpoint(Callback):
     are no half-written ones, whenever the process or the machine dies. `torch.load(path, weights_only=True)` reads
     them. A disk that is full, or a folder that can't be written any more, costs a warning and no training: the last
     good file stays.
+
+    With `Distributed` rank 0 writes one file for all processes, with what each has of its own: random states, averages
+    of a pass that goes on. Any number of processes goes on from it; the same number to the last bit.
 
     Args:
         folder: for the files, made if it doesn't exist. Of several runs in one folder the latest goes on, and none
@@ -118,7 +122,9 @@ class Checkpoint(Callback):
         if (folder := self.folder.absolute()) in ACTIVE:
             raise ValueError(f"Checkpoint: another fit that is going on writes to {os.fspath(self.folder)!r}; give "
                              "each a folder of its own")
-        others = self._take_folder(found)
+        ranks = ranks_of(run)
+        others = self._take_folder(found) if ranks.leads else False
+        others, self.run_id, self._number = ranks.first((others, self.run_id, self._number))
         self._anywhere = not self._draws_in_workers(dl, in_epoch) and not reason
         self.fingerprint = fingerprint(run) if resumed is None else resumed.fingerprint
         if resumed is None: self.begun, self.marks = begun_of(run, anew=True), Marks(run)
@@ -172,8 +178,8 @@ class Checkpoint(Callback):
             yield batch         # the loop asks for the next one when this one is over, and only if all went well
             self._batch += 1
             self._batches += 1
-            due = (self.every_batches and not self._batches % self.every_batches) or self._is_due()
-            if due and self._anywhere:
+            due = bool(self.every_batches and not self._batches % self.every_batches) or self._is_due()
+            if ranks_of(run).any(due) and self._anywhere:
                 self._write(run.epoch, None)
         self._batch = None
 
@@ -187,8 +193,8 @@ class Checkpoint(Callback):
         if self._idle: return
         self._batch, done = None, self.run.epoch + 1
         self._before = states_of(sources_of_run(self.run))
-        due = done == self.run.epochs or (self.every_epochs and not done % self.every_epochs)
-        if due or self._is_due(): self._write(done, None)
+        due = done == self.run.epochs or bool(self.every_epochs and not done % self.every_epochs) or self._is_due()
+        if ranks_of(self.run).any(due): self._write(done, None)
 
     def after_cancel_train(self) -> None:
         """Write once more if the fit has found its end, which none that was merely left has."""
@@ -211,9 +217,17 @@ class Checkpoint(Callback):
         self._requested = True
 
     def _write(self, epoch: int, ended: str | None) -> None:
+        ranks = ranks_of(self.run)
+        if ranks.size > 1: ranks.together(self._hear_out)
         # Another run may have written here meanwhile: what is written last has the highest number.
-        self._number = max([self._number, *map(number_of, checkpoints_in(self.folder))])
+        if ranks.leads: self._number = max([self._number, *map(number_of, checkpoints_in(self.folder))])
+        self._number = ranks.first(self._number)
         contents, self._requested = self._contents(epoch, ended), False
+        if ranks.size > 1: contents["ranks"] = self._of_ranks(contents)
+        if ranks.first(ranks.leads and self._save(contents)): self._number += 1
+
+    def _save(self, contents: dict[str, Any]) -> bool:
+        """Write the file; whether that went well."""
         path = path_for(self.folder, self.run_id, self._number + 1)
         try: save(contents, path, self.keep)
         except OSError as e:
@@ -221,8 +235,23 @@ class Checkpoint(Callback):
                 warnings.warn(f"the checkpoint {path} can't be written ({type(e).__name__}: {e.strerror or e}); "
                               "training goes on, and what was written before stays", RuntimeWarning, stacklevel=2)
             self._failing, self._written = True, time.monotonic()
-            return
-        self._number, self._failing, self.path, self._written = self._number + 1, False, path, time.monotonic()
+            return False
+        self._failing, self.path, self._written = False, path, time.monotonic()
+        return True
+
+    def _hear_out(self) -> None:
+        """Let callbacks that may end the fit by what they have yet to look at do so now, on all processes."""
+        for cb in self.run.cbs:
+            if getattr(cb, "may_cancel", ()) and has_state(cb): cb.state_dict()
+
+    def _of_ranks(self, contents: dict[str, Any]) -> list[dict[str, Any]]:
+        """What the other processes have of their own: random states, and of callbacks what isn't rank 0's."""
+        ranks, common = ranks_of(self.run), contents["callbacks"]
+        own = {k: contents[k] for k in ("random", "before")}
+        told = ranks.gather({**own, "callbacks": {} if ranks.leads else common})
+        for other in told[1:] if ranks.leads else ():
+            other["callbacks"] = {k: v for k, v in other["callbacks"].items() if not same_states(v, common.get(k))}
+        return told[1:]
 
     def _contents(self, epoch: int = 0, ended: str | None = None) -> dict[str, Any]:
         """What is written: tensors and plain values."""
@@ -230,7 +259,7 @@ class Checkpoint(Callback):
         dl, marks, sources = run._loader if in_epoch else run.data.train_dl, self.marks, sources_of_run(run)
         assert marks is not None
         return dict(encoded({
-            "version": VERSION, "run": self.run_id, "number": self._number + 1, "fit": run.fits,
+            "version": VERSION, "processes": ranks_of(run).size, "run": self.run_id, "number": self._number + 1, "fit": run.fits,
             "fingerprint": self.fingerprint, "epoch": epoch, "batch": self._batch if in_epoch else None,
             "epochs": run.epochs, "ended": ended, "status": run.status, "n_iter": run.n_iter, "n_epochs": run.n_epochs,
             "batches": self._batches, "random": states_of(sources), "before": self._before,
@@ -244,7 +273,7 @@ class Checkpoint(Callback):
             "settings": marks.settings}, "checkpoint"),
             callbacks={cb.name: encoded(cb.state_dict(), f"{type(cb).__name__}.state_dict()")
                        for cb in run.cbs if cb is not self and has_state(cb)},
-            learner={**learner_state(run.model, run.loss_func, run.opt, self.begun)})
+            learner={**learner_state(run.model, run.loss_func, run.opt, self.begun)} if ranks_of(run).leads else {})
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy writes a run of its own."""

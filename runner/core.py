@@ -154,7 +154,9 @@ class Runner(RunnerBase):
         self.fits += not any(getattr(cb, "undoes_fit", False) for cb in [*self.cbs, *cbs])
 
     def _fit(self, epochs: int, learn: "Learner", cbs: list[Any]) -> None:
-        with self._callbacks(epochs, learn, cbs), Always(self, "after_fit"):
+        with self._callbacks(epochs, learn, cbs), Always(self, "after_fit"), ExitStack() as around:
+            for cb in self.cbs:
+                if hasattr(type(cb), "around_loop"): around.enter_context(cb.around_loop())
             try:
                 self("begin_fit")
                 first = self.first_epoch
@@ -194,7 +196,8 @@ class Runner(RunnerBase):
             for batch in batches:
                 some = True
                 self.one_batch(*pair(batch))
-            if not some: raise ValueError(_no_batches(begin, dl))
+            # Of several processes one may have no part of the last batches.
+            if not self.ranks.any(some): raise ValueError(_no_batches(begin, dl))
             if self.in_train: self.n_epochs = self.epoch + 1.0
         except CancelEpochException: self("after_cancel_epoch")
 

@@ -56,6 +56,10 @@ class CancelTrainException(CancelException):
     level = 3
 
 
+CANCELS: dict[int, type[CancelException]] = {
+    cls.level: cls for cls in (CancelBatchException, CancelEpochException, CancelTrainException)}
+
+
 def listify(o: Any) -> list[Any]:
     """`o` as a list: None gives [], a single thing (a string too) [o], a list, tuple or generator its items."""
     if o is None: return []
@@ -110,13 +114,18 @@ class Callback(Progress):
     True from `begin_epoch` or `begin_validate` skips that pass. `name` (the class name in snake case without
     "Callback") is the attribute under which the runner exposes it.
 
+    Of several processes (`Distributed`) each has callbacks of its own. What one of yours answers by True or by a cancel
+    exception, on whichever of them, counts on all.
+
     Two marks of a class: `fit_only = True` keeps it out of `Runner.evaluate` and `Runner.predict`, as what keeps a
     history needs it; `undoes_fit = True` says that it puts back at the end what the fit has changed, as `LR_Find` does,
     and so no history goes on from that fit.
 
     A method `around_fit(self, run, learn)` that is a context manager (`contextlib.contextmanager`) is entered before
-    the fit and left when all is over, all callbacks' `after_fit` included. A method `around_pass(self, batches)` gets
-    the batches of a pass, an iterable, once the pass has begun, and returns what is to take its place.
+    the fit and left when all is over, all callbacks' `after_fit` included. So is a method `around_loop(self)`, entered
+    when it is settled who answers what, just before `begin_fit`, and left just before `after_fit`. A method
+    `around_pass(self, batches)` gets the batches of a pass, an iterable, once the pass has begun, and returns what is
+    to take its place.
 
     What a callback keeps from batch to batch or from epoch to epoch is in a checkpoint if it has `state_dict()`,
     which returns a dict of tensors, numbers, strings, and lists, tuples, sets and dicts of those, and

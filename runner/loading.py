@@ -163,7 +163,7 @@ def samplers(dl: Any) -> list[Any]:
         for name in ("batch_sampler", "sampler"):
             sampler = getattr(owner, name, None)
             if sampler is None or any(sampler is other for other in found) or isinstance(sampler, Sequence): continue
-            found.append(sampler)
+            if not getattr(sampler, "transparent", False): found.append(sampler)       # `runner.sharing`'s
             todo.append(sampler)
     return found
 

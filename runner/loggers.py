@@ -17,6 +17,7 @@ from runner.files import replacing, require_folder
 from runner.insight.stats import Described
 from runner.metrics import AvgStatsCallback
 from runner.monitors import statistics_of
+from runner.ranks import ranks_of
 from runner.stateful import Stateful
 
 
@@ -55,9 +56,10 @@ class CSVLogger(Callback):
     def begin_fit(self) -> None:
         statistics_of(self.run, self)
         require_folder(self.path, "CSVLogger")
-        if not self.append: self.path.unlink(missing_ok=True)
+        if not self.append and ranks_of(self.run).leads: self.path.unlink(missing_ok=True)
 
-    def after_epoch(self) -> None: add_row(self.path, statistics_of(self.run, self).history[-1])
+    def after_epoch(self) -> None:
+        if ranks_of(self.run).leads: add_row(self.path, statistics_of(self.run, self).history[-1])
 
     def state_dict(self) -> dict[str, Any]:
         """The file's contents."""
@@ -65,6 +67,7 @@ class CSVLogger(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put the file back: the rows that came after are going to be written again."""
+        if not ranks_of(self.run).leads: return
         if state["file"] is None: self.path.unlink(missing_ok=True)
         elif not self.path.exists() or self.path.read_bytes() != state["file"]:
             with replacing(self.path) as part: part.write_bytes(state["file"])
@@ -138,7 +141,7 @@ class TensorBoardLogger(Stateful):
         self._waiting: list[tuple[int, float, Tensor, list[float]]] = []
 
     def begin_fit(self) -> None:
-        self._fit = uuid.uuid4().hex[:8]
+        self._fit = uuid.uuid4().hex[:8]        # of rank 0's files, who alone has any
         self._open()
         self.begun, self._seen = self.batches, dict[tuple[str, str, str], int]()
 
@@ -149,10 +152,13 @@ class TensorBoardLogger(Stateful):
         except ImportError as e:
             raise ImportError("TensorBoardLogger needs the package tensorboard: pip install "
                               f"'runnernorms[tensorboard]' ({e})") from e
-        self.writer, self._waiting = SummaryWriter(os.fspath(self.folder), filename_suffix=f".{self._fit}"), []
+        self._waiting = []
+        if ranks_of(self.run).leads: self.writer = SummaryWriter(os.fspath(self.folder), filename_suffix=f".{self._fit}")
+        else: self.writer = _Nowhere()
 
     def _files(self) -> list[Path]:
         """Those of this fit."""
+        if not ranks_of(self.run).leads: return []
         return [path for path in self.folder.iterdir() if path.name.endswith(f".{self._fit}")]
 
     def state_dict(self) -> dict[str, Any]:
@@ -179,7 +185,7 @@ class TensorBoardLogger(Stateful):
         run = self.run
         if not run.in_train or self.batches % self.every: return
         rates = [float(group["lr"]) for group in run.opt.param_groups]
-        self._waiting.append((self.batches, time.time(), run.loss.detach(), rates))
+        self._waiting.append((self.batches, time.time(), run.loss.detach() * ranks_of(run).weight, rates))
 
     def after_batch(self) -> None:
         if not self.run.in_train: return
@@ -192,7 +198,7 @@ class TensorBoardLogger(Stateful):
         """Bring the losses that wait on the device to the host, in one transfer, and write them."""
         waiting, self._waiting = self._waiting, []
         if not waiting: return
-        losses = torch.stack([loss for _, _, loss, _ in waiting]).tolist()
+        losses = ranks_of(self.run).sum(torch.stack([loss for _, _, loss, _ in waiting])).tolist()
         for (step, at, _, rates), loss in zip(waiting, losses, strict=True):
             self.writer.add_scalar("batch/loss", loss, step, at)
             for i, lr in enumerate(rates):
@@ -208,7 +214,8 @@ class TensorBoardLogger(Stateful):
                     if name != "epoch" and isinstance(value, (int, float)):
                         self.writer.add_scalar(f"epoch/{name}", value, epoch)
             if isinstance(cb, Described) and self.histograms: self._write_histograms(cb)
-        for name, draw in self.figures.items(): self.writer.add_figure(name, figure_of(draw(run)), epoch)
+        for name, draw in self.figures.items() if ranks_of(run).leads else ():
+            self.writer.add_figure(name, figure_of(draw(run)), epoch)
         self.writer.flush()
 
     def _write_histograms(self, cb: Described) -> None:
@@ -240,6 +247,12 @@ class TensorBoardLogger(Stateful):
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no file open; it goes on counting where this one is."""
         return {**super().__getstate__(), "writer": None, "_waiting": []}
+
+
+class _Nowhere:
+    """The writer of a process that doesn't write."""
+
+    def __getattr__(self, name: str) -> Any: return lambda *args, **kwargs: None
 
 
 def figure_of(drawn: Any) -> Any:

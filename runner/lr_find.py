@@ -12,6 +12,7 @@ from runner.accumulation import GradientAccumulation
 from runner.batches import length_of
 from runner.compiled import CompiledStep
 from runner.events import Callback, CancelTrainException
+from runner.ranks import ranks_of
 from runner.rows import Rows
 from runner.smoothing import smoothed
 from runner.states import loader_states, random_states
@@ -208,7 +209,7 @@ class LR_Find(Callback):
         run = self.run
         if not (run.in_train and self.reached): return
         self.reached = False
-        loss = run.loss.item()
+        loss = ranks_of(run).mean(run.loss).item()
         self.lrs.append(self.lr)
         self.losses.append(loss)
         self._smooth = 0.9 * self._smooth + 0.1 * loss

@@ -7,7 +7,8 @@ import copy
 import math
 import numbers
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from runner.attributes import load as load_state
 from runner.attributes import state_of
-from runner.batches import NoPair, map_tensors, size_of
+from runner.batches import NoPair, joined, map_tensors, size_of
 from runner.console import say
 from runner.events import camel2snake, listify
 from runner.history import History
+from runner.ranks import Ranks, ranks_of
 from runner.rows import Rows
 from runner.stateful import columns, rows_of
 
@@ -119,6 +121,7 @@ class AvgStats:
     def reset(self) -> None:
         self.sums: list[Tensor] | None = None
         self.count, self._placed = 0, False             # whether sums and metrics lie where the loss does
+        self._held: list[Any] = []                      # predictions and targets, of one of several processes
         self._avg: list[float] | None = None            # once asked for
         for m in self._objects: m.reset()
 
@@ -147,6 +150,22 @@ class AvgStats:
             self._avg = values
         return list(self._avg)
 
+    def combine(self, ranks: Ranks) -> None:
+        """Let this be the averages over all processes, equal on each, when the pass is over.
+
+        Sums are added up. A metric with state, which nobody knows how to add up, gets the predictions and targets of
+        all processes, batch for batch as one process would have had them.
+        """
+        if ranks.size == 1 and not self._held: return       # which a checkpoint of several may have left
+        totals = ranks.sum(torch.tensor([*self.all_stats, self.count], dtype=torch.float64))
+        *sums, count = totals.unbind()
+        self.sums, self.count, self._placed, self._avg = sums if count else None, int(count), False, None
+        for batches in zip_longest(*ranks.gather(self._held)) if self._objects else ():
+            pairs = [pair for pair in batches if pair is not None]
+            pred, yb = (joined([pair[i] for pair in pairs]) for i in range(2))
+            for m in self._objects: m.update(pred, yb)
+        self._held = []
+
     def _computed(self, metric: Any) -> dict[str, float]:
         """What `metric` computes: its name, or those of a dict, with their numbers."""
         with torch.no_grad(): value = metric.compute()
@@ -160,6 +179,7 @@ class AvgStats:
             ValueError: the loss or a metric is not one number.
         """
         n = size_of(run.xb if torch.is_tensor(run.xb) else (run.xb, run.yb, run.pred))
+        if not n and ranks_of(run).size > 1: return                 # this process had no image in the batch
         yb = run.xb if isinstance(run.yb, NoPair) else run.yb       # of a batch that is no pair the whole
         loss = run.loss.detach()
         values = [loss, *(m(run.pred, yb) for m, _ in self._functions)]
@@ -179,7 +199,9 @@ class AvgStats:
             self.sums[i].add_(v if torch.is_tensor(v) else float(v), alpha=n)
         if self._objects:
             pred = map_tensors(Tensor.detach, run.pred)     # one that is kept must not keep the batch's graph
-            for m in self._objects: m.update(pred, yb)
+            if ranks_of(run).size > 1: self._held.append(map_tensors(_on_host, (pred, yb)))
+            else:
+                for m in self._objects: m.update(pred, yb)
         self.count += n
         self._avg = None
 
@@ -190,17 +212,30 @@ class AvgStats:
             TypeError: a metric keeps something that no checkpoint can hold, and has no `state_dict`.
         """
         return {"sums": self.sums, "count": self.count, "names": self.names, "columns": self._columns, "avg": self._avg,
+                "held": self._held,
                 "metrics": [state_of(m, f"the metric {name_of(m)!r}") for m in self._objects]}
+
+    @staticmethod
+    def divided(states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
+        """The state for process `rank` of another number than that of `states`: rank 0 gets all that there is."""
+        first, sums = dict(states[0]), [s["sums"] for s in states if s["sums"] is not None]
+        if rank: return {**first, "sums": None, "count": 0, "avg": None, "held": []}
+        return {**first, "sums": [sum(column[1:], column[0]) for column in zip(*sums, strict=True)] if sums else None,
+                "count": sum(s["count"] for s in states), "avg": None, "held": [h for s in states for h in s["held"]]}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
         """Go on from `state`, with a model on `device`."""
         self.sums, self.count, self.names, self._columns, self._avg = (
             state[k] for k in ("sums", "count", "names", "columns", "avg"))
+        self._held = list(state.get("held", ()))
         for m, its in zip(self._objects, state["metrics"], strict=True): load_state(m, its, torch.device(device))
         self._placed = False
 
     def __repr__(self) -> str:
         return f"{'train' if self.in_train else 'valid'}: {self.avg_stats}" if self.count else ""
+
+
+def _on_host(t: Tensor) -> Tensor: return t.detach().cpu()
 
 
 def _number(value: Any, name: str) -> float:
@@ -267,13 +302,15 @@ class AvgStatsCallback(History):
         if self._start is None: self._fresh()       # another callback ended the training pass before this one heard
         row: dict[str, Any] = {"epoch": self.past_epochs + self.run.epoch}
         passes = [("train", self.train_stats), ("valid", self.valid_stats)]
+        ranks = ranks_of(self.run)
+        for _, stats in passes: stats.combine(ranks)
         values = {phase: stats.avg_stats for phase, stats in passes}
         for phase, stats in passes[:1 if self._no_validation() else 2]:
             # A skipped pass doesn't know what a metric's dict would have held; the other one may.
             names = stats.names if stats.count else next((s.names for _, s in passes if s.count), stats.names)
             found = values[phase] if stats.count else [math.nan] * len(names)
             row.update((f"{phase}_{name}", v) for name, v in zip(names, found, strict=True))
-        row["seconds"] = time.perf_counter() - (self._start or 0.0)
+        row["seconds"] = ranks.first(time.perf_counter() - (self._start or 0.0))
         self._start = None
         self.history.append(row)
         logger = getattr(self.run, "logger", None)
@@ -286,6 +323,12 @@ class AvgStatsCallback(History):
         seconds = None if self._start is None else time.perf_counter() - self._start
         return {**super().state_dict(), "history": columns(self.history), "seconds": seconds,
                 "train": self.train_stats.state_dict(), "valid": self.valid_stats.state_dict()}
+
+    @staticmethod
+    def divided(states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
+        """The state for process `rank` of another number of processes than that of `states`."""
+        return {**states[0], **{phase: AvgStats.divided([s[phase] for s in states], rank)
+                                for phase in ("train", "valid")}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`, in the middle of an epoch or between two."""

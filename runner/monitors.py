@@ -12,6 +12,7 @@ from runner.averaged import AveragedWeights, tensors_of
 from runner.events import Callback, CancelTrainException
 from runner.files import replacing, require_folder
 from runner.metrics import AvgStatsCallback
+from runner.ranks import ranks_of
 from runner.stateful import Stateful
 
 LOWER = ("error", "err", "mae", "mse", "rmse", "perplexity")
@@ -50,8 +51,9 @@ class Monitor(Stateful):
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"{type(self).__name__}: the history has no {self.monitor!r}: {hint}There are: "
                              f"{', '.join(row)}")
-        phase = self.monitor.split("_")[0]
-        return None if phase in ("train", "valid") and phase not in self._ran else float(row[self.monitor])
+        phase, ranks = self.monitor.split("_")[0], ranks_of(self.run)
+        if phase in ("train", "valid") and not ranks.any(phase in self._ran): return None
+        return float(row[self.monitor])
 
     @property
     def epoch_now(self) -> int:
@@ -224,7 +226,7 @@ class KeepBest(Monitor):
         self.best, self.best_epoch = value, self.epoch_now
 
     def _write(self, state: dict[str, Any]) -> None:
-        if self.path is None: return
+        if self.path is None or not ranks_of(self.run).leads: return
         with replacing(self.path) as part: torch.save(state, part)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

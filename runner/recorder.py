@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from runner.history import History
+from runner.ranks import ranks_of
 from runner.rows import Rows
 from runner.stateful import column
 
@@ -30,6 +31,7 @@ class Recorder(History):
         self.lrs: list[list[float]] = []
         self._losses: list[float] = []
         self._waiting: list[torch.Tensor] = []                  # losses on the device, after those of `_losses`
+        self._weights: list[float] = []                         # of theirs this process's share of the images
         self._at = array("q")                   # of each loss four: epoch, batch, step, number of groups
         self._batch = 0
 
@@ -59,6 +61,7 @@ class Recorder(History):
         for group, lrs in zip(groups, self.lrs, strict=False): lrs.append(float(group["lr"]))
         self._at.extend((self.past_epochs + run.epoch, self._batch, self.past_steps + run.n_iter, len(groups)))
         self._waiting.append(run.loss.detach())
+        self._weights.append(ranks_of(run).weight)
 
     def after_batch(self) -> None:
         if self.run.in_train: self._batch += 1
@@ -72,23 +75,32 @@ class Recorder(History):
         self._fetch()
 
     def _fetch(self) -> None:
-        """Bring the losses that still lie on the device to the host, in one transfer."""
-        if self._waiting: self._losses += torch.stack(self._waiting).tolist()
-        self._waiting = []
+        """Bring the losses that still lie on the device to the host, in one transfer; of several processes the means.
+        """
+        if not self._waiting: return
+        losses, ranks = torch.stack(self._waiting), ranks_of(self.run)
+        if ranks.size > 1:
+            weights = torch.tensor(self._weights, dtype=torch.float64, device=losses.device)
+            losses = ranks.sum(losses * weights)
+        self._losses += losses.tolist()
+        self._waiting, self._weights = [], []
 
     def state_dict(self) -> dict[str, Any]:
         """Losses, rates and where they belong, in columns."""
+        self._fetch()
         return {**super().state_dict(), "losses": column(self.losses), "lrs": [*map(column, self.lrs)],
                 "at": column(self._at, "q")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batches of `state`."""
         super().load_state_dict(state)
-        self._losses, self._waiting = state["losses"].tolist(), []
+        self._losses, self._waiting, self._weights = state["losses"].tolist(), [], []
         self.lrs, self._at = [lrs.tolist() for lrs in state["lrs"]], array("q", state["at"].tolist())
 
     @property
     def losses(self) -> list[float]:
+        # In mid-epoch one process may ask alone: those that wait are its own part's as yet.
+        if self._waiting and ranks_of(self.run).size > 1: return self._losses + torch.stack(self._waiting).tolist()
         self._fetch()
         return self._losses
 

@@ -15,6 +15,7 @@ from runner.fingerprint import differences, fingerprint, has_state, loader, word
 from runner.learner_load import StateError, put_learner
 from runner.loading import LoaderError, has_position, put_feeding, rest_of
 from runner.midfit import Marks, loaders_of, same
+from runner.ranks import ranks_of
 from runner.sources import set_states
 from runner.values import decoded
 
@@ -43,11 +44,14 @@ class Resume(Callback):
         self.state: dict[str, Any] | None = None    # None: there is none, and the fit begins anew
         self.began: dict[str, Any] = {}             # the beginning of the pass that goes on
         self._waiting = self._placed = False
+        self.processes, self.borrowed = 1, False    # who wrote it; whether this one has random numbers of rank 0's
+        self._own: dict[str, Any] = {}              # of this process in the checkpoint
+        self._others: list[dict[str, Any]] = []     # of all but rank 0, where their number is another now
         if self.source.is_dir():
             if found := newest(self.source): self.path, self.state = found
         elif self.source.exists() or self.source.suffix == ".pt": self.path, self.state = self.source, load(self.source)
         # These three are decoded anew each time that they are put somewhere.
-        if self.state: self.state = {k: v if k in ("learner", "callbacks", "loader") else decoded(v)
+        if self.state: self.state = {k: v if k in ("learner", "callbacks", "loader", "ranks") else decoded(v)
                                      for k, v in self.state.items()}
 
     @contextmanager
@@ -58,12 +62,16 @@ class Resume(Callback):
         yield
 
     def begin_fit(self) -> None:
-        run, state = self.run, self.state
+        run, ranks = self.run, ranks_of(self.run)
+        if len(set(ranks.gather(self.path and self.path.name))) > 1:        # not all see the same files
+            self.path, self.state = ranks.first((self.path, self.state))
+        state = self.state
         if any(getattr(cb, "undoes_fit", False) for cb in run.cbs):
             raise CheckpointError("a fit that is undone at its end, as by LR_Find, can't be resumed; leave resume out")
         self.begun = begun_of(run, anew=state is None)
         self.fingerprint, self.marks = fingerprint(run), Marks(run)
         if state is None: return
+        self._of_rank(state)
         self._check(state)
         self.fingerprint = state["fingerprint"] | ({k: self.fingerprint[k] for k in ("versions", "settings")}
                                                    if not self.strict else {})
@@ -83,7 +91,24 @@ class Resume(Callback):
         else: self._place(run.data.train_dl, state)
         where = f"epoch {state['epoch'] + 1} of {run.epochs}" + f", batch {run.first_batch}" * self._waiting
         if self._is_over(state): where = "the fit was complete"
+        if self.processes != ranks.size: where += f"; {self.processes} process{'es' * (self.processes > 1)} wrote it"
         say(f"resumed from {self.path}: {where}")
+
+    def _of_rank(self, state: dict[str, Any]) -> None:
+        """Take what is this process's own; of another number of processes each gets a part, or rank 0's."""
+        ranks = ranks_of(self.run)
+        self.processes, others = state.get("processes", 1), state.get("ranks", [])
+        if self.processes != ranks.size: self.borrowed, self._others = ranks.rank > 0, others
+        elif ranks.rank: self._own = others[ranks.rank - 1]
+        if self._own: state.update({k: decoded(self._own[k]) for k in ("random", "before")})
+
+    def _state_of(self, cb: Any, state: dict[str, Any]) -> Any:
+        """What this process's `cb` is to go on from."""
+        common = state["callbacks"][cb.name]
+        if cb.name in self._own.get("callbacks", ()): return decoded(self._own["callbacks"][cb.name])
+        if not self._others or not hasattr(cb, "divided"): return decoded(common)
+        states = [common, *(other["callbacks"].get(cb.name, common) for other in self._others)]
+        return cb.divided([decoded(its) for its in states], ranks_of(self.run).rank)
 
     def _is_over(self, state: dict[str, Any]) -> bool:
         return state["ended"] is not None or state["epoch"] >= self.run.epochs
@@ -98,7 +123,10 @@ class Resume(Callback):
             raise CheckpointError(f"{self.path} was written in epoch {state['epoch'] + 1}, and the fit is to have "
                                   f"{run.epochs}; epochs are counted from the beginning: give at least "
                                   f"{state['epoch'] + (state['batch'] is not None)}")
-        never, perhaps = differences(state["fingerprint"], self.fingerprint, state["batch"] is not None)
+        saved = state["fingerprint"]
+        if self.processes != ranks_of(run).size:        # which share the cores
+            saved = {**saved, "settings": {**saved["settings"], "threads": self.fingerprint["settings"]["threads"]}}
+        never, perhaps = differences(saved, self.fingerprint, state["batch"] is not None)
         if never:
             raise CheckpointError(f"{self.path} is of another run: {'; '.join(never)}; build learner and loaders as "
                                   "they were, or take another folder to begin anew")
@@ -115,7 +143,7 @@ class Resume(Callback):
         run.n_iter, run.n_epochs, run.status = state["n_iter"], state["n_epochs"], state["status"]
         if self._is_over(state): run.first_epoch, run.epoch = run.epochs, max(0, state["epoch"] - (not state["ended"]))
         for cb in run.cbs:
-            if cb.name in state["callbacks"] and has_state(cb): cb.load_state_dict(decoded(state["callbacks"][cb.name]))
+            if cb.name in state["callbacks"] and has_state(cb): cb.load_state_dict(self._state_of(cb, state))
         if (checkpoint := getattr(run, "checkpoint", None)) is not None: checkpoint._batches = state["batches"]
         if self._other_parts(state): self._put_learner(state)       # by now a callback has put them there
         put_feeding(run.data.train_dl, state["feeding"])

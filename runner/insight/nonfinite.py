@@ -23,6 +23,7 @@ from runner.events import Callback, CancelTrainException
 from runner.insight.record import copies, draw_indices, plain, report
 from runner.insight.repeat import Repeat, flaw, norms_of
 from runner.precision import LEAST_SCALE, precision_of
+from runner.ranks import on_its_own, ranks_of
 from runner.states import generators_of, params_of, parts_of, random_state, random_states
 from runner.values import can_be_encoded
 
@@ -106,6 +107,8 @@ class TerminateOnNonFinite(Callback):
 
     _order = 1000   # after whatever changes the batch, the loss or the gradients
     fit_only = True
+    may_cancel = ("begin_epoch", "begin_batch", "after_loss", "after_backward", "after_cancel_batch", "begin_validate",
+                  "after_epoch")
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, keep: int = 20, every: int = 20,
                  grads: bool = True) -> None:
@@ -303,6 +306,7 @@ class TerminateOnNonFinite(Callback):
         try:
             with without_hooks(run.model, run.loss_func):
                 parts = copy.deepcopy((run.model, run.loss_func, run.opt))
+            on_its_own(*parts)
             record["finding"], words = Repeat(*parts).run(record)
             record["repeats"] = not words
         # Whatever is in the way of a second look, the failure itself must be told.
@@ -311,8 +315,17 @@ class TerminateOnNonFinite(Callback):
         record["report"] = report(record, words)
         file = f"run.{self.name}.record" if self.path is None else os.fspath(self.path)
         print(f"{record['report']}; the record is in {file}", flush=True)
-        if self.path is not None: torch.save(record, self.path)
+        if self.path is not None and ranks_of(run).size == 1: torch.save(record, self.path)
         raise CancelTrainException
+
+    def after_cancel_train(self) -> None:
+        """Of several processes let all have the record of the first that has one, and that one write it."""
+        ranks = ranks_of(self.run)
+        if ranks.size == 1: return
+        found = [(rank, record) for rank, record in enumerate(ranks.gather(self.record)) if record is not None]
+        if not found: return
+        rank, self.record = found[0]
+        if self.path is not None and rank == ranks.rank: torch.save(self.record, self.path)
 
     def _record(self) -> dict[str, Any]:
         """All that is kept, as tensors on the host and plain values, with the indices of the batches."""

@@ -1,0 +1,444 @@
+"""One fit over several processes: `Distributed`, to be started by `torchrun`."""
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
+
+from runner.accumulation import GradientAccumulation, averages_of
+from runner.agreement import Agreement, Muted
+from runner.events import Callback
+from runner.loading import samplers
+from runner.ranks import Ranks, synced
+from runner.reducing import Reducer
+from runner.sharing import Place, ShardedLoader, counted, longest, own_randomness, same_order, shared
+
+T = TypeVar("T")
+
+WAIT = 2.0          # seconds in which another process may say why it has gone
+LOST = re.compile("gloo|nccl|connection (closed|reset)|broken pipe|socket|process group", re.IGNORECASE)
+
+
+class DistributedError(RuntimeError):
+    """Another process has failed, or the processes don't fit together; the text names the rank and the error."""
+
+
+# --- the processes ------------------------------------------------------------------------------------------------
+
+def world_size() -> int:
+    """How many processes train together: 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def place_now() -> tuple[int, int]:
+    """This process's rank and how many there are: 0 and 1 without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if world_size() > 1 else (0, 1)
+
+
+def launched() -> bool:
+    """Whether a process group is there, or this process was started by `torchrun`, or as one of several by its rules.
+    """
+    if not dist.is_available(): return False
+    return dist.is_initialized() or all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR",
+                                                                        "MASTER_PORT"))
+
+
+class Connection:
+    """The process group, joined if there is none yet, and a word from whoever leaves it with an error."""
+
+    joined = 0          # times; a group that was broken off leaves its addresses behind
+    fits = 0
+
+    def __init__(self) -> None:
+        if not dist.is_initialized(): self._join()
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        told = os.environ.get("WORLD_SIZE", "")
+        if told.isdecimal() and dist.is_torchelastic_launched() and int(told) != self.size:
+            raise DistributedError(f"Distributed: the process group has {self.size} processes and torchrun has started "
+                                   f"{told}; let Distributed join the group, or init_process_group without a size")
+        self.store = dist.distributed_c10d._get_default_store()
+        Connection.fits += 1
+        self.key = f"runner/failed/{Connection.fits}"
+
+    def _join(self) -> None:
+        kind = "gloo"
+        if torch.cuda.is_available():
+            local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+            if local < torch.cuda.device_count():
+                torch.cuda.set_device(local)
+                kind = "cpu:gloo,cuda:nccl"
+        store, rank, size = next(iter(dist.rendezvous("env://")))
+        Connection.joined += 1
+        dist.init_process_group(kind, store=dist.PrefixStore(f"runner/{Connection.joined}", store), rank=rank,
+                                world_size=size)
+
+    def tell(self, text: str) -> None:
+        """Say why this process leaves; the first word counts."""
+        with suppress(Exception): self.store.compare_set(self.key, "", f"{self.rank}\n{text}")
+
+    def heard(self, seconds: float = 0.0) -> tuple[int, str] | None:
+        """The rank that has failed and its error, for which it may wait; None if there is none."""
+        with suppress(Exception):
+            if seconds: self.store.wait([self.key], timedelta(seconds=seconds))
+            if not self.store.check([self.key]): return None
+            rank, text = self.store.get(self.key).decode().split("\n", 1)
+            return int(rank), text
+        return None
+
+    def leave(self) -> None:
+        """Break off: whoever waits for this process gets an error at once."""
+        with suppress(Exception): dist.destroy_process_group()
+
+
+class Group(Ranks):
+    """The processes of a fit that goes on; once one has failed, each is alone."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.rank, self.size, self.broken = connection.rank, connection.size, False
+        self.agreement: Agreement | None = None
+
+    def sum(self, t: Tensor) -> Tensor:
+        if self.broken: return t
+        t = t.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(t)
+        return t
+
+    def mean(self, t: Tensor) -> Tensor: return self.sum(t.detach() * self.weight)
+
+    def gather(self, value: T) -> list[T]:
+        if self.broken: return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def first(self, value: T) -> T:
+        if self.broken: return value
+        found: list[Any] = [value if self.leads else None]
+        dist.broadcast_object_list(found, 0)
+        made: T = value if self.leads else found[0]
+        return made
+
+    def any(self, yes: bool) -> bool:
+        if self.broken: return yes
+        return bool(self.sum(torch.tensor(int(yes))))
+
+    def decide(self, level: int, skip: bool) -> tuple[int, bool]:
+        """The largest `level` of all, and whether any skips."""
+        if self.broken: return level, skip
+        t = torch.tensor([level, int(skip)])
+        dist.all_reduce(t, dist.ReduceOp.MAX)
+        return int(t[0]), bool(t[1])
+
+    @torch.no_grad()
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        if self.broken: return
+        tensors = list(tensors)
+        for kind in dict.fromkeys((t.dtype, t.device) for t in tensors):
+            some = [t for t in tensors if (t.dtype, t.device) == kind]
+            flat = torch.cat([t.flatten() for t in some])
+            dist.broadcast(flat, 0)
+            for t, new in zip(some, flat.split([t.numel() for t in some]), strict=True): t.copy_(new.view_as(t))
+
+    def together(self, do: Callable[[], T]) -> T:
+        if self.broken or self.agreement is None: return do()
+        return self.agreement.together(do)
+
+
+def shard_loader(loader: Any, *, parts: bool = False, rank: int | None = None, size: int | None = None,
+                 ) -> ShardedLoader:
+    """A loader of this process's part of each batch, of several processes that train together.
+
+        rank r of W gets of n images n // W, and one more if r < n mod W
+
+        for xb, yb in shard_loader(train_dl): ...       # in a loop of your own, under torchrun
+
+    `Distributed` does so by itself with the loaders whose order it knows: those of `get_dls`, torch's `DataLoader` with
+    torch's samplers, lists of batches. By this function you vouch for another: that all processes get the same batches
+    from it, in the same order. The number of images may be smaller than that of the processes; then some get a batch of
+    none, tensors of length 0. Of a loader with a sampler of batches of indices no image is fetched that isn't used (one
+    for a process with none); batches of others are cut.
+
+    Args:
+        loader: any iterable of batches.
+        parts: its batches are each process's own already, as with a `DistributedSampler`, and of any size and number;
+            `Distributed` counts them, in a further exchange per batch.
+        rank, size: of the process; None for those of torch.distributed's group at the time of iteration, 0 and 1
+            without a group.
+
+    Raises:
+        TypeError: no iterable.
+        ValueError: a rank that isn't in 0 to size - 1, or one of the two alone.
+    """
+    if not hasattr(loader, "__iter__"):
+        raise TypeError(f"shard_loader got a {type(loader).__name__}; it needs a loader, an iterable of batches")
+    place: Place = place_now
+    if rank is not None and size is not None and 0 <= rank < size: place = _fixed(rank, size)
+    elif (rank, size) != (None, None):
+        raise ValueError(f"shard_loader got rank {rank!r} and size {size!r}; give both, 0 <= rank < size, or none of "
+                         "them for those of the process group")
+    return ShardedLoader(loader, place, not parts)
+
+
+def _fixed(rank: int, size: int) -> Place: return lambda: (rank, size)
+
+
+# --- the callback -------------------------------------------------------------------------------------------------
+
+class Distributed(Callback):
+    """Trains one model in several processes, as one process would train it, and faster.
+
+        torchrun --nproc-per-node 2 script.py
+
+        run = Runner([AvgStatsCallback(accuracy), Distributed()])       # the script: nothing else is different
+        sync_norms(learn.model)                                         # from norms, where a model has batch norms
+        run.fit(10, learn)
+
+        for batch in train_dl:                                          # what it does: of B images over W processes
+            own = part(batch)                                           # b_r, in rank r
+            loss = loss_func(ddp(own.x), own.y)
+            (W b_r / B * loss).backward()                               # and ddp takes the mean over the processes
+            opt.step()                                                  # the same on all
+
+    Without `torchrun` it does nothing. The batch size stays that of the whole, and so do rates and schedules: every
+    process takes its part of the same batches (`shard_loader`), in the order that one process would have them in from
+    the same random state. Parts may be uneven, and of a batch with fewer images than there are processes some have
+    none; each loss counts by its images. The loss is taken for a mean over images. Dropout and other random numbers are
+    other ones in each process; the order of the images is the same in all.
+
+    For the length of the fit the process group is joined (nccl with GPUs, one for each process, and gloo), unless there
+    is one, and the forward pass of training goes through `DistributedDataParallel`, of which nobody else sees anything:
+    `run.model` is the model itself. Every parameter that is trained gets the mean gradient, also where it belongs to
+    the loss, is unfrozen in mid-fit, or has a second backward pass (`runner.reducing`). Rank 0's weights are everybody's
+    at the beginning, and after each step its buffers. Batch norms normalise by their own process's part unless they are
+    synchronised (`norms.sync_norms`).
+
+    What callbacks see: `run.xb`, `run.pred` and `run.loss` are the process's own. Histories, metrics and the losses of
+    `Recorder` are of all images, equal on all processes; so is what is decided by them. A cancel exception of any
+    callback, on any process, holds on all in the same step (`runner.agreement`). Validation is shared, each image once.
+    Rank 0 prints and writes; others only what has ended the fit. `Checkpoint` writes one file, and any number of
+    processes goes on from it. `run.ranks` (`runner.ranks.Ranks`) has sums and means over the processes for callbacks of
+    your own. `Runner.evaluate` and `predict` are done by each process for itself, over all images.
+
+    An exception on one process ends the others too, with a `DistributedError` that names it.
+
+    Args:
+        broadcast_buffers: give rank 0's buffers to all after each step, but those of synchronised norms, which are
+            equal. Without, each process keeps its own until the pass is over.
+        **settings: for `torch.nn.parallel.DistributedDataParallel`, such as `find_unused_parameters=True` for a model
+            that doesn't use all parameters in each batch.
+
+    Raises:
+        DistributedError: another process has failed; the group has another size than `torchrun` says, or than the one
+            that it was begun with.
+        ShareError: a loader of whose order nobody knows whether it is the same on all processes; see `shard_loader`.
+    """
+
+    _order = 9_500      # around the batches of a fit that is resumed, and next to the model; before Checkpoint
+    fit_only = True
+
+    def __init__(self, *, broadcast_buffers: bool = True, **settings: Any) -> None:
+        self.broadcast_buffers, self.settings = broadcast_buffers, settings
+        self.size: int | None = None        # of the group that it was begun with
+        self._clear()
+
+    def _clear(self) -> None:
+        self._connection: Connection | None = None
+        self._group: Group | None = None
+        self._agreement: Agreement | None = None
+        self._reducer: Reducer | None = None
+        self._muted = Muted()
+        self._stale = self._wait = False
+        self._heard = 0.0
+
+    # --- the fit ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def around_fit(self, run: Any, learn: Any) -> Iterator[None]:
+        """Join the processes before the fit begins; afterwards the runner is alone."""
+        self._clear()
+        if not launched():
+            yield
+            return
+        connection = self._connection = Connection()
+        group = self._group = Group(connection)
+        if self.size not in (None, group.size):
+            raise DistributedError(f"this Distributed() was begun with {self.size} processes and is to go on with "
+                                   f"{group.size}; make a new one")
+        self.size = group.size
+        try:
+            with nullcontext() if group.leads else redirect_stdout(self._muted): yield
+        except BaseException as e:
+            if (found := self._failed(e)) is e: raise
+            raise found from e
+        finally:
+            vars(run).pop("ranks", None)
+            self._clear()
+
+    @contextmanager
+    def around_loop(self) -> Iterator[None]:
+        """For the length of the loop the callbacks of all processes decide together."""
+        group, run = self._group, self.run
+        if group is None:
+            yield
+            return
+        run.ranks = group
+        self._agreement = group.agreement = Agreement(run, group.decide, self._failed, self._muted)
+        self._agreement.settle(self._settle)
+        try: yield
+        except BaseException as e:
+            if (found := self._failed(e)) is e: raise
+            raise found from e
+
+    def _failed(self, e: BaseException) -> BaseException:
+        """Let the others know of `e`, which ends the fit here, or hear from them why it does; what is to be raised."""
+        group, connection = self._group, self._connection
+        if group is None or connection is None or group.broken: return e
+        group.broken = True
+        lost = isinstance(e, RuntimeError) and LOST.search(str(e)) is not None
+        other = connection.heard(WAIT if lost else 0.0)
+        if other is None and not lost: connection.tell(f"{type(e).__name__}: {e}")
+        connection.leave()
+        if other is not None and other[0] != group.rank: return _of_other(*other)
+        if not lost: return e
+        return DistributedError("the connection to another process was lost, and it has said nothing: it was killed, "
+                                "or ran out of memory; see what torchrun says of it, and go on from a checkpoint "
+                                "(fit(..., resume=folder))")
+
+    def begin_fit(self) -> None:
+        if self._group is not None: self._wrap()
+
+    def _wrap(self) -> None:
+        assert self._group is not None
+        self._reducer = Reducer(self.run.model, self._group, self.settings)
+
+    def begin_batch(self) -> None:
+        run, reducer = self.run, self._reducer
+        if reducer is None or not run.in_train: return
+        if not reducer.fits(run.model): self._wrap()
+        accumulation = next((cb for cb in run.cbs if isinstance(cb, GradientAccumulation)), None)
+        self._wait = accumulation is not None and not accumulation.completes
+
+    # --- the steps of a batch ---------------------------------------------------------------------------------
+
+    def predict(self, inner: Callable[[], None]) -> None:
+        """The prediction; in training by `DistributedDataParallel`."""
+        run, reducer = self.run, self._reducer
+        if reducer is None or not run.in_train: return inner()
+        learn, model = run.learn, run.learn.model
+        if reducer.ddp is not None and getattr(run, "compiled_step", None) is None: learn.model = reducer.ddp
+        try:
+            with reducer.alone(self._wait), self._explained(): inner()
+        finally: learn.model = model
+
+    def get_loss(self, inner: Callable[[], None]) -> None:
+        """The loss; of no images 0, with a graph, as all processes take part in a backward pass."""
+        run, group = self.run, self._group
+        if group is None or not run.in_train: return inner()
+        with self._explained(): inner()
+        if not group.weight: run.loss = torch.nan_to_num(run.loss, 0.0, 0.0, 0.0)
+
+    def backward(self, inner: Callable[[], None]) -> None:
+        """The gradients of all images' mean loss, W b_r / B of it this process's, on each process."""
+        run, group, reducer = self.run, self._group, self._reducer
+        if group is None or reducer is None: return inner()
+        scale, own, compiled = group.size * group.weight, run.loss, getattr(run, "compiled_step", None)
+        # Synchronised, they are means over the processes, as is the gradient.
+        averages = [m for m in averages_of(run.model, run.loss_func) if not synced(m)] if scale != 1 else []
+        if compiled is not None: inner = partial(_divided, compiled, scale, inner)
+        elif scale != 1: run.loss = own * scale
+        try:
+            for m in averages: m.rescale_(scale)
+            with self._explained(): reducer.backward(run, inner, self._wait)
+        finally:
+            if compiled is None: run.loss = own
+            for m in averages: m.rescale_(1 / scale)
+        self._stale = True
+        if self.broadcast_buffers and not self._wait: self._settle()
+
+    def step(self, inner: Callable[[], None]) -> None:
+        """The step, with gradients that all have."""
+        if self._reducer is not None: self._reducer.settle(self.run)
+        inner()
+
+    def _settle(self) -> None:
+        """Rank 0's buffers for all, but those of synchronised norms, which are equal."""
+        group, model = self._group, self.run.model
+        if group is None or not self._stale or not isinstance(model, nn.Module): return
+        self._stale = False
+        group.share([b for m in model.modules() if not synced(m) for b in m._buffers.values() if b is not None])
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say of an exception of a batch without images that it is one."""
+        try: yield
+        except Exception as e:
+            group = self._group
+            if group is not None and not group.weight and hasattr(e, "add_note"):
+                e.add_note(f"{group} has no image in a batch of {group.images}: the model got tensors of length 0, which "
+                           "a norm that needs an image in each process can't take; synchronise the norms "
+                           "(norms.sync_norms), take larger batches, or drop the last one (drop_last=True)")
+            raise
+
+    # --- the batches ------------------------------------------------------------------------------------------
+
+    def around_pass(self, batches: Iterable[Any]) -> Iterable[Any]:
+        """This process's part of each batch."""
+        return batches if self._group is None else self._own(batches, self.run._loader, self._group)
+
+    def _own(self, batches: Iterable[Any], dl: Any, group: Group) -> Iterator[Any]:
+        run, train, agreement = self.run, self.run.in_train, self._agreement
+        assert agreement is not None
+        resumed = train and run.first_batch > 0         # then what resumes has put the random states back
+        for sampler in samplers(dl):
+            if isinstance(sampler, DistributedSampler): sampler.set_epoch(run.epoch)
+        try:
+            with shared(dl, group) as share:
+                if not resumed: same_order(group, dl)
+                if share.known and (batches is dl or resumed or share.cuts):
+                    parts = share.parts(batches, run.first_batch if train else 0)
+                else:
+                    share.refuse_known()
+                    run.iters = longest(group.gather(run.iters))
+                    parts = counted(batches, group)
+                for k, (batch, own, n) in enumerate(parts):
+                    if not k and (not resumed or run.resume.borrowed): own_randomness(group)
+                    group.images, group.weight = n, own / n if n else 0.0
+                    self._listen()
+                    if own or train: yield batch
+                    if agreement.pending is not None: break
+                if not train: agreement.end_of_validation()
+        finally: group.images, group.weight = None, 1.0
+
+    def _listen(self) -> None:
+        """Once a second, hear whether another process has failed, which may be long before they meet again."""
+        if (now := time.monotonic()) - self._heard < 1.0: return
+        self._heard = now
+        assert self._connection is not None
+        if (other := self._connection.heard()) is not None: raise _of_other(*other)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is in no fit."""
+        idle = dict.fromkeys(("_connection", "_group", "_agreement", "_reducer"))
+        return {**super().__getstate__(), **idle, "_muted": Muted(), "_stale": False, "_wait": False}
+
+
+def _of_other(rank: int, text: str) -> DistributedError:
+    return DistributedError(f"rank {rank} failed, and so this process ends: {text}")
+
+
+def _divided(compiled: Any, scale: float, inner: Callable[[], None]) -> None:
+    """A compiled step's gradients, `scale` times as large; of no images none, which might be 0 / 0."""
+    if not scale: return
+    divisor = compiled.divisor
+    compiled.divisor = divisor / scale
+    try: inner()
+    finally: compiled.divisor = divisor
