@@ -21,5 +21,7 @@ from norms.instance import InstanceNorm
 from norms.layer import LayerNorm
 from norms.recalibration import recalibrate
 from norms.running import RunningBatchNorm
+from norms.sync import sync_norms, unsync_norms
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RunningBatchNorm", "convert_norms", "recalibrate"]
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RunningBatchNorm", "convert_norms", "recalibrate",
+           "sync_norms", "unsync_norms"]

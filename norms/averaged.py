@@ -6,7 +6,8 @@ These are averaged over steps as the forward's statistics are, with the same sha
     G <- (1 - a) G + a mean(g)          D <- (1 - a) D + a mean(g xhat)         g = dL/dy
     dL/dx = weight / s [g - G - xhat D]
 
-(without D where the variance is clamped). That is the gradient of no function, but a steadier estimate. It is akin to
+(without D where the variance is clamped; over several processes, where the loss is the mean of theirs, both means are
+taken over all of their values). That is the gradient of no function, but a steadier estimate. It is akin to
 moving-average batch normalization (MABN: J. Yan et al., "Towards stabilizing batch statistics in backward propagation
 of batch normalization", ICLR 2020) and not the same: MABN averages over a window, all steps alike, does not centre, and
 so has one mean in its gradient.
@@ -33,7 +34,8 @@ from norms.moments import averaged_gradients, scale_shift, wide
 
 
 def averaged_scale_shift(x: Tensor, mean: Tensor, var: Tensor, a: Tensor, floor: Tensor, eps: float,
-                         weight: Tensor | None, bias: Tensor | None, averages: Sequence[Tensor]) -> Tensor:
+                         weight: Tensor | None, bias: Tensor | None, averages: Sequence[Tensor],
+                         over: tuple[str, Tensor] | None = None) -> Tensor:
     """`(x - mean) / sqrt(max(var, floor) + eps) * weight + bias` with the gradient at the top of this file.
 
     Args:
@@ -42,24 +44,26 @@ def averaged_scale_shift(x: Tensor, mean: Tensor, var: Tensor, a: Tensor, floor:
         a, floor: the batch's share of `mean` and `var`, and the least variance, scalar tensors.
         eps: added to the variance.
         averages: G and D, `(C,)` each, which every backward pass updates.
+        over: of a batch over several processes, see `norms.moments.averaged_gradients`.
     """
-    args = x, weight, bias, mean.detach(), var.detach(), a, floor, eps, *averages
+    args = x, weight, bias, mean.detach(), var.detach(), a, floor, eps, *averages, *(over or (None, None))
     # What is compiled or exported needs an operator, whose gradient goes with it; to call one takes longer.
     y: Tensor = _operator(*args) if torch.compiler.is_compiling() else _Averaged.apply(*args)
     return y
 
 
 def _value(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, a: Tensor, floor: Tensor,
-           eps: float, grad_mean: Tensor, grad_dot: Tensor) -> Tensor:
+           eps: float, grad_mean: Tensor, grad_dot: Tensor, key: str | None, totals: Tensor | None) -> Tensor:
     return scale_shift(wide(x) - mean, var.clamp_min(floor), eps, weight, bias).to(x.dtype)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
     """What the backward pass needs: x, and copies of all that may be written until then, but for G and D themselves."""
-    x, weight, bias, mean, var, a, floor, eps, *averages = inputs
+    x, weight, bias, mean, var, a, floor, eps, *averages, key, totals = inputs
     rstd, free = torch.rsqrt(var.clamp_min(floor) + eps), (var >= floor).to(var.dtype)
     ctx.save_for_backward(x)
-    ctx.kept = mean, rstd, None if weight is None else wide(weight).clone(), a, free, averages
+    over = None if key is None else (key, totals)
+    ctx.kept = mean, rstd, None if weight is None else wide(weight).clone(), a, free, averages, over
     ctx.like = [None if t is None else (t.shape, t.dtype) for t in (weight, bias)]
 
 
@@ -68,7 +72,7 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     if not torch.compiler.is_compiling(): fast.refuse_many(g)
     gx, *affine = averaged_gradients(g, *ctx.saved_tensors, *ctx.kept)
     gw, gb = (None if like is None else t.view(like[0]).to(like[1]) for t, like in zip(affine, ctx.like, strict=True))
-    return gx, gw, gb, *[None] * 7
+    return gx, gw, gb, *[None] * 9
 
 
 class _Averaged(torch.autograd.Function):
@@ -83,8 +87,9 @@ class _Averaged(torch.autograd.Function):
 
 @torch.library.custom_op("runnernorms::averaged_scale_shift", mutates_args=())
 def _operator(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, a: Tensor,
-              floor: Tensor, eps: float, grad_mean: Tensor, grad_dot: Tensor) -> Tensor:
-    return _value(x, weight, bias, mean, var, a, floor, eps, grad_mean, grad_dot)
+              floor: Tensor, eps: float, grad_mean: Tensor, grad_dot: Tensor, key: str | None,
+              totals: Tensor | None) -> Tensor:
+    return _value(x, weight, bias, mean, var, a, floor, eps, grad_mean, grad_dot, key, totals)
 
 
 _operator.register_fake(lambda x, *_: torch.empty_like(x))

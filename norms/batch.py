@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.types import Device
 
 from norms import fast
-from norms.moments import RunningNorm, all_but_channels, moments, per_channel, scale_shift, wide
+from norms.moments import per_channel, scale_shift, wide
+from norms.running_norm import RunningNorm
+from norms.shares import batch_moments
 
 
 class BatchNorm(RunningNorm):
@@ -43,7 +45,8 @@ class BatchNorm(RunningNorm):
         `num_batches_tracked` is a scalar.
 
     Raises:
-        ValueError: another channel count, fewer than two axes, an empty input.
+        ValueError: another channel count, fewer than two axes, an empty input (but in evaluation, or in a training step
+            over several processes of which others have images, a batch of no images gives none back).
         TypeError: an integer input.
     """
 
@@ -60,12 +63,11 @@ class BatchNorm(RunningNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if (y := fast.step(self, x)) is not None: return y
-        self.check_input(x, self.nf)
+        self.check_input(x, self.nf, no_images=not self.training or self.over_ranks())
         xs = wide(x)
         if self.training:
-            mean, var, centred = moments(xs, all_but_channels(x))           # (1, C, 1, 1), the same, (N, C, H, W)
-            if not fast.repeating():
-                self.track(mean.detach().flatten(), var.detach().flatten(), x.numel() // self.nf)
+            mean, var, centred, _, n, _ = batch_moments(self, xs)           # (1, C, 1, 1), the same, (N, C, H, W)
+            if not fast.repeating(): self.track(mean.detach().flatten(), var.detach().flatten(), n)
         else:
             state = fast.state(self)        # the buffers; those of then in a forward that checkpointing does again
             mean, var = (per_channel(state[name], x.ndim) for name in ("running_mean", "running_var"))  # (1, C, 1, 1)
@@ -74,11 +76,15 @@ class BatchNorm(RunningNorm):
         return scale_shift(centred, var, self.eps, weight, bias).to(x.dtype)
 
     @torch.no_grad()
-    def track(self, mean: Tensor, var: Tensor, n: int) -> None:
+    def track(self, mean: Tensor, var: Tensor, n: int | Tensor) -> None:
         """Take the batch's `mean` and biased `var`, each `(C,)` over `n` values, into the running averages."""
         fast.write(self.num_batches_tracked, self.num_batches_tracked + 1)
-        for old, new in ((self.running_mean, mean), (self.running_var, var * (n / max(n - 1, 1)))):
-            if new is mean or n > 1: fast.write(old, torch.lerp(old, new.to(old.dtype), self.mom))
+        known = not isinstance(n, Tensor)       # of several processes it isn't, and to look would wait for a GPU
+        var = var * (n / (max(n - 1, 1) if known else (n - 1).clamp_min(1)))
+        for old, new in ((self.running_mean, mean), (self.running_var, var)):
+            if new is var and known and n == 1: continue
+            step = torch.lerp(old, new.to(old.dtype), self.mom)
+            fast.write(old, step if known or new is mean else torch.where(n > 1, step, old))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
                               *args: Any) -> None:
@@ -87,7 +93,8 @@ class BatchNorm(RunningNorm):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
-        return f"{self.nf}, mom={self.mom}, eps={self.eps}" + ("" if self.weight is not None else ", affine=False")
+        more = "" if self.weight is not None else ", affine=False"
+        return f"{self.nf}, mom={self.mom}, eps={self.eps}{more}{self.synced_repr()}"
 
 
 fast.register(BatchNorm, fast.batch_norm)

@@ -1,11 +1,11 @@
 """Swap the norms of a finished model for others, weights and statistics carried over."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
+from norms.counts import Counts
 from norms.factory import LAYER_MEND, Factory, factory_text, made_class
 from norms.kinds import LAYER, is_norm, swappable
 from norms.running import CARRIED_COUNT
@@ -14,23 +14,8 @@ from norms.successor import successor
 __all__ = ["CARRIED_COUNT", "Swapped", "convert_norms"]
 
 
-class Swapped(Counter[str]):
+class Swapped(Counts):
     """How many layers of each class were swapped; `left_alone` counts the norms that were not."""
-
-    left_alone: Counter[str]
-
-    def __init__(self, swapped: Mapping[str, int] | Iterable[str] = (),
-                 left_alone: Mapping[str, int] | Iterable[str] = ()) -> None:
-        super().__init__(swapped)
-        self.left_alone = Counter(left_alone)
-
-    def __repr__(self) -> str:
-        return repr(Counter(self)) + (f", left alone: {dict(self.left_alone)}" if self.left_alone else "")
-
-    def __reduce__(self) -> tuple[type["Swapped"], tuple[dict[str, int], Counter[str]]]:
-        return Swapped, (dict(self), self.left_alone)
-
-    def copy(self) -> "Swapped": return Swapped(self, self.left_alone)
 
 
 @torch.no_grad()
@@ -65,6 +50,7 @@ def convert_norms(model: nn.Module, factory: Factory) -> Swapped:
     - `mom` from one batch norm to another, except torch's None. RunningBatchNorm's means something else (a batch's
       weight at batch size 2), so there the factory's holds.
     - Training or evaluation mode, device and dtype.
+    - The mark of `sync_norms`, from one norm of this package's to another; and an nn.SyncBatchNorm's group.
 
     torchvision's FrozenBatchNorm2d holds weight, bias and statistics as buffers and evaluates always. The norm in its
     place gets the first two as parameters that don't require a gradient, and is in evaluation mode if it takes the

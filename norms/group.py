@@ -27,7 +27,8 @@ class GroupNorm(Norm):
     Shapes: `(N, C)` or `(N, C, *spatial)` in and out; `weight` and `bias` `(C,)`.
 
     Raises:
-        ValueError: groups that don't divide the channels, another channel count, fewer than two axes, an empty input.
+        ValueError: groups that don't divide the channels, another channel count, fewer than two axes, an empty input
+            (but a batch of no images gives none back).
         TypeError: an integer input.
     """
 
@@ -46,7 +47,7 @@ class GroupNorm(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         if (y := fast.step(self, x)) is not None: return y
-        self.check_input(x, self.num_channels)
+        self.check_input(x, self.num_channels, no_images=True)
         groups = (1, self.num_groups, -1, *[1] * (x.ndim - 2))                      # of the channels
         xs = wide(x).unflatten(1, groups[1:3])                                      # (N, G, C / G, H, W)
         _, var, centred = moments(xs, tuple(range(2, xs.ndim)))                     # (N, G, 1, 1, 1), and as xs

@@ -30,7 +30,7 @@ class InstanceNorm(Norm):
     Shapes: `(N, C, *spatial)` in and out, at least one spatial axis; `weight` and `bias` `(C,)`.
 
     Raises:
-        ValueError: another channel count, no spatial axis, an empty input.
+        ValueError: another channel count, no spatial axis, an empty input (but a batch of no images gives none back).
         TypeError: an integer input.
     """
 
@@ -44,7 +44,7 @@ class InstanceNorm(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         if (y := fast.step(self, x)) is not None: return y
-        self.check_input(x, self.nf, min_dims=3)
+        self.check_input(x, self.nf, min_dims=3, no_images=True)
         _, var, centred = moments(wide(x), tuple(range(2, x.ndim)))                 # (N, C, 1, 1), (N, C, H, W)
         weight, bias = (per_channel(t, x.ndim) for t in (self.weight, self.bias))   # (1, C, 1, 1)
         return scale_shift(centred, var, self.eps, weight, bias).to(x.dtype)

@@ -37,7 +37,8 @@ class LayerNorm(Norm):
         `(N, C, *spatial)`, and scalars.
 
     Raises:
-        ValueError: an input whose trailing axes are not `normalized_shape`, fewer than two axes, an empty input.
+        ValueError: an input whose trailing axes are not `normalized_shape`, fewer than two axes, an empty input (but a
+            batch of no images gives none back).
         TypeError: an integer input; a `normalized_shape` that is no shape; `shape`, as the argument was called before.
     """
 
@@ -61,7 +62,7 @@ class LayerNorm(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         if (y := fast.step(self, x)) is not None: return y
-        self.check_input(x, min_dims=2 if self.normalized_shape is None else 1)
+        self.check_input(x, min_dims=2 if self.normalized_shape is None else 1, no_images=True)
         self.check_trailing(x)
         axes = x.ndim - 1 if self.normalized_shape is None else len(self.normalized_shape)
         _, var, centred = moments(wide(x), tuple(range(x.ndim - axes, x.ndim)))     # (N, 1, 1, 1), (N, C, H, W)

@@ -3,8 +3,8 @@
 The numerical decisions of the package stand here, once, each with its reason.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -74,21 +74,28 @@ def scale_shift(centred: Tensor, var: Tensor, eps: float, weight: Tensor | None 
 
 
 def averaged_gradients(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, a: Tensor, free: Tensor,
-                       averages: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+                       averages: Sequence[Tensor], over: tuple[str, Tensor] | None = None
+                       ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias with the means over steps that `norms.averaged` defines, which it updates.
 
     `mean`, `rstd` = 1 / s, `weight` and `free`, 0 where the variance is clamped and else 1, are `(1, C, 1, ...)`;
     `averages` are G and D, `(C,)` each. They stay where the gradient is not finite: one such step would spoil all later
-    ones.
+    ones. `over`, of a step over several processes, is the `key` of its `Ranks` and their totals: of images, of values
+    per channel, of processes. There the loss is the mean over the processes of theirs, as for
+    `DistributedDataParallel`, and G and D are of that loss's scale, the one that a single process would have.
     """
     dims, n = all_but_channels(x), x.numel() // x.shape[1]
     g, xhat = wide(g), (wide(x) - mean) * rstd
     total, dot = g.sum(dims), (g * xhat).sum(dims)                                          # (C,) each
-    finite, new = total.isfinite().all() & dot.isfinite().all(), []
-    for old, s in zip(averages, (total, dot), strict=True):
+    sums, losses = (total, dot), None
+    if over is not None:
+        key, (_, values, losses) = over
+        sums, n = torch.ops.runnernorms.sum_over_ranks(torch.stack(sums), key).unbind(), values * losses
+    finite, new = sums[0].isfinite().all() & sums[1].isfinite().all(), []
+    for old, s in zip(averages, sums, strict=True):
         new.append(torch.lerp(old, s.to(old.dtype) / n, a.to(old.dtype)))
         old.copy_(torch.where(finite, new[-1], old))
-    grad_mean, grad_dot = (per_channel(t, x.ndim) for t in new)                             # (1, C, 1, 1) each
+    grad_mean, grad_dot = (per_channel(t if losses is None else t * losses, x.ndim) for t in new)   # (1, C, 1, 1) each
     scale = rstd if weight is None else rstd * weight
     return (scale * (g - grad_mean - xhat * grad_dot * free)).to(x.dtype), dot, total
 
@@ -149,9 +156,13 @@ class Norm(nn.Module):
         if self.weight is not None: nn.init.ones_(self.weight)
         if self.bias is not None: nn.init.zeros_(self.bias)
 
-    def check_input(self, x: Tensor, channels: int | None = None, min_dims: int = 2) -> None:
-        """Raise an error that says what came, what is needed and what to do, unless `x` is fit for this norm."""
-        fits = x.is_floating_point() and x.ndim >= min_dims and x.numel()
+    def check_input(self, x: Tensor, channels: int | None = None, min_dims: int = 2, no_images: bool = False) -> None:
+        """Raise an error that says what came, what is needed and what to do, unless `x` is fit for this norm.
+
+        `no_images`: whether a batch of no images is: of those whose statistics need none of this batch.
+        """
+        fits = x.is_floating_point() and x.ndim >= min_dims and (
+            x.numel() or (no_images and x.ndim > 1 and x.shape[0] == 0 and all(x.shape[1:])))
         if fits and (channels is None or x.shape[1] == channels): return
         name, shape = type(self).__name__, tuple(x.shape)
         if not x.is_floating_point():
@@ -168,71 +179,6 @@ class Norm(nn.Module):
         if x.numel() == 0:
             raise ValueError(f"{name} got an empty input of shape {shape}; a mean needs at least one value: "
                              "skip empty batches before the model")
-
-
-class RunningNorm(Norm):
-    """Base of the norms with running statistics: buffers `running_mean` (zeros), `running_var` (ones), and counters.
-
-    Evaluation normalises by these two and nothing else, in every norm: what reads them from outside (a fusion with the
-    convolution before, an export, another layer's state dict) gets what evaluation computes. They are float32 or wider
-    whatever the module is cast to, and are written in place only, so that whatever holds them sees the update.
-
-    Args:
-        nf, eps, affine, device, dtype: as in `Norm`; `weight` and `bias` are `(nf,)`.
-        further: the norm's other buffers, `{name: (size, value before training)}`; those with an int are int64.
-    """
-
-    nf: int
-    mom: float
-    running_mean: Tensor
-    running_var: Tensor
-    fresh: dict[str, float]
-    _buffers: dict[str, Tensor]     # type: ignore[assignment]  # torch's may hold None; here all are tensors
-
-    def __init__(self, nf: int, eps: float, further: Mapping[str, tuple[tuple[int, ...], float]], affine: bool = True,
-                 device: Device = None, dtype: torch.dtype | None = None) -> None:
-        check_channels(type(self).__name__, nf)
-        super().__init__((nf,), eps, affine, device, dtype)
-        self.nf, self.fresh = nf, {}
-        width = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        for name, (size, value) in {"running_mean": ((nf,), 0.0), "running_var": ((nf,), 1.0), **further}.items():
-            kind = torch.int64 if isinstance(value, int) else width
-            self.register_buffer(name, torch.empty(size, device=device, dtype=kind))
-            self.fresh[name] = value
-        self.reset_running_stats()
-
-    @torch.no_grad()
-    def reset_running_stats(self) -> None:
-        """Set the running statistics and their counts to what they are before training, in place."""
-        for name, value in self.fresh.items(): self._buffers[name].fill_(value)
-
-    def reset_parameters(self) -> None:
-        """Set parameters and running statistics to what they are after construction, as torch's batch norms do."""
-        self.reset_running_stats()
-        super().reset_parameters()
-
-    def statistic_groups(self, x: Tensor) -> Tensor: return channel_groups(x)     # (C, N * positions)
-
-    @property
-    def num_features(self) -> int:
-        """`nf`, by the name that torch's functions on batch norms read, such as `fuse_linear_bn_eval`."""
-        return self.nf
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningNorm":
-        """Move or cast the module; `half()` and `bfloat16()` leave the running statistics at their width."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)     # type: ignore[no-untyped-call]  # torch's has no annotations
-        for name, old in before.items():
-            if self._buffers[name].dtype in HALF: self._buffers[name] = old.to(self._buffers[name].device)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
-                              *args: Any) -> None:
-        # With `assign=True` the checkpoint's tensors become the buffers: those of half precision are widened first.
-        for name in self.fresh:
-            found = state_dict.get(prefix + name)
-            if isinstance(found, torch.Tensor) and found.dtype in HALF: state_dict[prefix + name] = found.float()
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 def check_channels(name: str, nf: int) -> None:

@@ -1,7 +1,7 @@
 """Running batch normalization (fastai, "Deep Learning from the Foundations", 2019, part 2 v3, notebook 07)."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -10,7 +10,9 @@ from torch.types import Device
 from norms import fast
 from norms.averaged import averaged_scale_shift
 from norms.fast.kernels import Kernels
-from norms.moments import RunningNorm, all_but_channels, merge_moments, moments, per_channel, scale_shift, wide
+from norms.moments import merge_moments, per_channel, scale_shift, wide
+from norms.running_norm import RunningNorm
+from norms.shares import batch_moments
 
 CLAMP_IMAGES, CLAMP_VAR = 20, 0.01  # the lesson's: variance at least 0.01 until 20 images have been seen
 
@@ -78,7 +80,9 @@ class RunningBatchNorm(RunningNorm):
         compiled step is not compiled again. With `average_backward` also `grad_mean` and `grad_dot` (G and D) `(C,)`.
 
     Raises:
-        ValueError: another channel count, fewer than two axes, an empty input, an unknown rule, `mom` out of range.
+        ValueError: another channel count, fewer than two axes, an empty input (but in evaluation, or in a training step
+            over several processes of which others have images, a batch of no images gives none back), an unknown rule,
+            `mom` out of range.
         TypeError: an integer input.
         RuntimeError: a training forward inside a backward pass that is no repetition of one before.
     """
@@ -107,12 +111,20 @@ class RunningBatchNorm(RunningNorm):
 
     clamp_images, clamp_var = CLAMP_IMAGES, CLAMP_VAR
 
-    def batch_weight(self, b: int) -> float:
+    @overload
+    def batch_weight(self, b: int) -> float: ...
+    @overload
+    def batch_weight(self, b: Tensor) -> Tensor: ...
+    def batch_weight(self, b: int | Tensor) -> float | Tensor:
         """alpha: the weight of a new batch of `b` images in the exponential averages."""
-        kept: float
-        if self.rule == "per_image" or b == 1: kept = (1 - self.mom) ** (b / 2)
+        kept: Any
+        if isinstance(b, Tensor):                                   # of several processes
+            kept = (1 - self.mom) ** (b / 2)
+            if self.rule == "lesson": kept = torch.where(b == 1, kept, (1 - self.mom) * (b - 1).clamp_min(1).rsqrt())
+        elif self.rule == "per_image" or b == 1: kept = (1 - self.mom) ** (b / 2)
         else: kept = (1 - self.mom) / (math.sqrt(b - 1) if isinstance(b, int) else (b - 1) ** 0.5)   # or symbolic
-        return 1 - kept
+        alpha: float | Tensor = 1 - kept
+        return alpha
 
     def floor(self, seen: Tensor) -> Tensor:
         """The least variance after `seen` images, a scalar tensor: 0.01 until there were 20, then 0."""
@@ -120,23 +132,23 @@ class RunningBatchNorm(RunningNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if (y := fast.step(self, x)) is not None: return y
-        self.check_input(x, self.nf)
+        self.check_input(x, self.nf, no_images=not self.training or self.over_ranks())
         xs = wide(x)
         weight, bias = (per_channel(t, x.ndim) for t in (self.weight, self.bias))                   # (1, C, 1, 1)
         if self.training:
-            batch_mean, batch_var, _ = moments(xs, all_but_channels(x))                             # (1, C, 1, 1)
-            mean, var, a, floor = self.track(batch_mean, batch_var, x.shape[0], x.numel() // self.nf)
+            batch_mean, batch_var, _, images, n, over = batch_moments(self, xs)                     # (1, C, 1, 1)
+            mean, var, a, floor = self.track(batch_mean, batch_var, images, n)
             if self.average_backward:
                 averages = self.grad_mean, self.grad_dot                                            # (C,) each
-                return averaged_scale_shift(x, mean, var, a, floor, self.eps, weight, bias, averages)
+                return averaged_scale_shift(x, mean, var, a, floor, self.eps, weight, bias, averages, over)
             var = var.clamp_min(floor)
         else:
             state = fast.state(self)
             mean, var = (per_channel(state[name], x.ndim) for name in ("running_mean", "running_var"))  # (1, C, 1, 1)
         return scale_shift(xs - mean, var, self.eps, weight, bias).to(x.dtype)
 
-    def track(self, batch_mean: Tensor, batch_var: Tensor, images: int,
-              n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def track(self, batch_mean: Tensor, batch_var: Tensor, images: int | Tensor,
+              n: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Take a batch into the running statistics: of `images` images, its moments over `n` values per channel.
 
         Returns:
@@ -151,6 +163,7 @@ class RunningBatchNorm(RunningNorm):
         before = self.floor(old["seen"])
         var = torch.where((var == before) & (before > 0), hidden, var)
         alpha, seen = self.batch_weight(images), old["seen"] + images
+        if isinstance(images, Tensor): alpha, seen = alpha.to(old["count"].dtype), seen.to(old["seen"].dtype)
         new = alpha * n * torch.ones_like(old["count"])         # a number over a tensor takes an inexact reciprocal
         count, floor = (1 - alpha) * old["count"] + new, self.floor(seen)
         a = (new / count).to(mean.dtype)
@@ -200,7 +213,7 @@ class RunningBatchNorm(RunningNorm):
 
     def extra_repr(self) -> str:
         more = ", average_backward=True" if self.average_backward else ""
-        more += "" if self.weight is not None else ", affine=False"
+        more += ("" if self.weight is not None else ", affine=False") + self.synced_repr()
         return f"{self.nf}, mom={self.mom}, eps={self.eps}, rule={self.rule!r}{more}"
 
 

@@ -8,8 +8,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from norms.batch import BatchNorm
 from norms.factory import Factory, make
 from norms.kinds import CHANNEL_NORMS, FAMILIES, LAYER, ON_IMAGES, frozen_class
-from norms.moments import RunningNorm
 from norms.running import CARRIED_COUNT, CLAMP_IMAGES, RunningBatchNorm
+from norms.running_norm import RunningNorm
+from norms.sync import ProcessRanks
 
 FORWARDS = {cls.forward for cls in (*CHANNEL_NORMS, nn.SyncBatchNorm, *LAYER)}
 IDENTITY = {"weight": 1.0, "bias": 0.0}
@@ -51,6 +52,9 @@ def successor(model: nn.Module, path: str, old: nn.Module, factory: Factory) -> 
     if isinstance(old, (_BatchNorm, BatchNorm)) and isinstance(new, (_BatchNorm, BatchNorm)):
         mom = old.mom if isinstance(old, BatchNorm) else old.momentum
         if mom is not None: setattr(new, "mom" if isinstance(new, BatchNorm) else "momentum", mom)
+    if isinstance(new, RunningNorm):
+        if isinstance(old, nn.SyncBatchNorm): new.synced = ProcessRanks(old.process_group)
+        if isinstance(old, RunningNorm): new.synced = old.synced
     return new
 
 

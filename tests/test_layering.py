@@ -39,6 +39,38 @@ def test_imports_run_one_way(package):
         for heavy, home in ONLY_IN.items(): assert heavy not in found or name == home, f"{name} imports {heavy}"
 
 
+def uses(file, name, tree=None):
+    """Whether `file` imports or names the module `name`, wherever in it; with `tree`, only in this part of it."""
+    for node in ast.walk(ast.parse(file.read_text()) if tree is None else tree):
+        if isinstance(node, ast.Import) and any(f"{a.name}.".startswith(f"{name}.") for a in node.names): return True
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            if any(f"{node.module}.{a.name}.".startswith(f"{name}.") for a in node.names): return True
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == name: return True
+    return False
+
+
+@pytest.mark.parametrize("package", ["norms", "runner"])
+def test_other_processes_are_asked_for_in_one_file_and_not_at_its_import(package):
+    home = {"norms": "norms/sync.py", "runner": "runner/distributed.py"}[package]
+    for file in (ROOT / package).rglob("*.py"):
+        name = file.relative_to(ROOT).as_posix()
+        assert name == home or not uses(file, "torch.distributed"), f"{name} uses torch.distributed"
+        for node in ast.parse(file.read_text()).body:
+            inside = isinstance(node, ast.FunctionDef | ast.ClassDef)
+            assert inside or not uses(file, "torch.distributed", node), f"{name} imports torch.distributed at once"
+
+
+@pytest.mark.parametrize("line", ["import torch.distributed", "import torch.distributed as dist",
+                                  "from torch import distributed", "from torch.distributed import barrier",
+                                  "from torch.distributed.fsdp import fully_shard", "torch.distributed.barrier()"])
+def test_every_way_to_other_processes_is_found(line, tmp_path):
+    file = tmp_path / "file.py"
+    file.write_text(f"import torch\ndef f():\n    {line}")
+    assert uses(file, "torch.distributed")
+    file.write_text("import torch\nfrom torch import nn\nnn.parallel.DistributedDataParallel")
+    assert not uses(file, "torch.distributed")
+
+
 def modules(package):
     """Every file of `package` and those of the package that it imports, wherever in it."""
     paths = [f.relative_to(ROOT) for f in (ROOT / package).rglob("*.py")]

@@ -1,6 +1,7 @@
 """What every norm keeps: dtypes, memory formats, copies, state dicts, compilation, and its error messages."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -118,9 +119,28 @@ def test_integer_input_is_refused(norm):
         norm(torch.ones(2, 4, 3, 3, dtype=torch.int64))
 
 
-def test_empty_input_is_refused(norm):
-    with pytest.raises(ValueError, match=r"got an empty input of shape \(0, 4, 3, 3\).*skip empty batches"):
-        norm(torch.randn(0, 4, 3, 3))
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3), (0, 4, 0, 3)])
+def test_empty_input_is_refused_where_a_statistic_would_need_it(norm, shape):
+    # A batch of no images has no statistics where each image has its own, and in evaluation.
+    for training in (True, False):
+        norm.train(training)
+        if shape == (0, 4, 3, 3) and not (training and isinstance(norm, BatchNorm | RunningBatchNorm)): continue
+        with pytest.raises(ValueError, match=rf"got an empty input of shape {re.escape(str(shape))}.*skip empty batch"):
+            norm(torch.randn(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (0, 4, 3)])
+def test_no_images_come_out_as_none_with_a_graph(norm, shape, dtype):
+    norm.train(not isinstance(norm, BatchNorm | RunningBatchNorm))
+    before = copy.deepcopy(norm.state_dict())
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    y = norm(x)
+    assert (y.shape, y.dtype) == (x.shape, dtype)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    for p in norm.parameters(): assert not p.grad.any()
+    assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
 
 
 def test_too_few_dimensions_are_refused(norm):
@@ -130,7 +150,7 @@ def test_too_few_dimensions_are_refused(norm):
 
 def test_refused_input_leaves_the_state_alone(norm):
     before = copy.deepcopy(norm.state_dict())
-    for bad in (torch.randn(0, 4, 3, 3), torch.ones(2, 4, 3, 3, dtype=torch.int64), torch.randn(4)):
+    for bad in (torch.randn(2, 4, 0, 3), torch.ones(2, 4, 3, 3, dtype=torch.int64), torch.randn(4)):
         with pytest.raises((TypeError, ValueError)): norm(bad)
     assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
 

@@ -12,7 +12,7 @@ from norms.fast.channels import batch_norm, running_batch_norm
 from norms.fast.compiled import owned, write
 from norms.fast.dispatch import refuse_many, register, step
 from norms.fast.images import group_norm
-from norms.fast.repeats import repeating, state
+from norms.fast.repeats import first_result, repeating, state
 
-__all__ = ["batch_norm", "group_norm", "owned", "refuse_many", "register", "repeating", "running_batch_norm",
-           "state", "step", "write"]
+__all__ = ["batch_norm", "first_result", "group_norm", "owned", "refuse_many", "register", "repeating",
+           "running_batch_norm", "state", "step", "write"]

@@ -22,15 +22,8 @@ from torch.autograd.graph import increment_version
 from norms.fast.dispatch import bare, refuse_many
 from norms.fast.kernels import Kernels, channels_last, laid_out_as, ordinary, pointers
 from norms.fast.repeats import repeating, state
-from norms.moments import (
-    RunningNorm,
-    all_but_channels,
-    averaged_gradients,
-    merge_moments,
-    moments,
-    per_channel,
-    scale_shift,
-)
+from norms.moments import all_but_channels, averaged_gradients, merge_moments, moments, per_channel, scale_shift
+from norms.running_norm import RunningNorm
 
 STATE = ("running_mean", "running_var", "unclamped_var", "count", "seen")
 

@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 from norms.fast import kernels
 from norms.fast.repeats import same_way
+from norms.running_norm import RunningNorm
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -35,6 +36,8 @@ def step(norm: nn.Module, x: Tensor | torch.fx.Proxy) -> Tensor | torch.fx.Proxy
         return x.tracer.create_proxy("call_module", path, (x,), {})
     launch = None if torch.compiler.is_compiling() else _LAUNCHERS.get(type(norm))
     if launch is None or not plain(x) or x.ndim < 2 or not x.numel(): return None
+    # The kernels take a step's statistics in one go with all else, and know nothing of other processes.
+    if isinstance(norm, RunningNorm) and norm.synced is not None and norm.over_ranks(): return None
     found = same_way(norm, kernels.kernels_for(x))
     return None if found is None else launch(norm, x, found)
 

@@ -15,7 +15,7 @@ Segments may be nested: a forward can be the repetition of one and the first of 
 """
 
 import sys
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from types import FrameType
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils import checkpoint
 
 from norms.fast.kernels import Kernels
-from norms.moments import RunningNorm
+from norms.running_norm import RunningNorm
 
 # Private names of torch. Without one of them repetitions can't be told apart, and `state` refuses them.
 _Frame = getattr(checkpoint, "_CheckpointFrame", ())
@@ -80,6 +80,19 @@ def same_way(norm: nn.Module, kernels: Kernels | None) -> Kernels | None:
     if then is not None: (kernels,) = then
     for segment in first: _firsts(segment).setdefault((norm, "way"), []).append((kernels,))
     return kernels
+
+
+def first_result(norm: nn.Module, what: str, make: Callable[[tuple[Tensor, ...] | None], tuple[Tensor, ...]]
+                 ) -> tuple[Tensor, ...]:
+    """`make(None)`, or in a repetition `make(then)` with what the forward that is repeated got under the name `what`.
+
+    So a repetition need not ask other processes again, which may have nothing to repeat.
+    """
+    if torch.compiler.is_compiling() or _usual(): return make(None)
+    first, again, key = _segments()
+    value = make(None if again is None else _recall(again, (norm, what), key))
+    for segment in first: _firsts(segment).setdefault((norm, what), []).append(tuple(t.detach() for t in value))
+    return value
 
 
 def _usual() -> bool:

@@ -9,6 +9,7 @@ from norms.testing.case import (
     Case,
     Checks,
     NotForThisNorm,
+    agree,
     buffers,
     draw,
     finite,
@@ -49,7 +50,19 @@ def ragged(case: Case) -> None:
 
 
 @check("an empty batch is refused in training")
-def empty_batch(case: Case) -> None: refused(case, case.x(1, n=0), r"empty|\b0\b|no values", modes=(True,))
+def empty_batch(case: Case) -> None:
+    # Where each image is normalised by itself, none is no matter: a process may have no share of a ragged batch.
+    norm, x = case.make(2), case.x(1)
+    others = torch.cat((x[:1], x[1:] + 1))
+    if torch.equal(norm(x)[0], case.make(2)(others)[0]):
+        norm, before = case.make(2), state(norm)
+        try: y = step(norm, case.x(1, n=0))[OUT]
+        except ValueError: pass
+        else:
+            if y.shape != case.shape(0): raise AssertionError(f"no images gave an output of shape {tuple(y.shape)}")
+            agree(state(norm), before, "after a batch of no images")
+            raise NotForThisNorm("it normalises each image by itself, so no images come out as none")
+    refused(case, case.x(1, n=0), r"empty|\b0\b|no values", modes=(True,))
 
 
 @check("NaN input comes out as NaN")
