@@ -23,6 +23,7 @@ from experiments.results import read_summary, text_table
 from experiments.run_folder import RunFolder
 from experiments.settings import parse_seeds
 from experiments.study import statistics as statistics_of_studies
+from runner import plots
 
 ROOT = Path(__file__).parent.parent
 FIELDS = {"norm", "batch_size", "lr", "seed", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds",
@@ -202,8 +203,25 @@ def test_seeds_are_trained_together_where_batches_are_small():
     assert sizes(seeds=range(5), norms=("none",), together=2) == [1, 2, 2]
     assert sizes(seeds=range(3), norms=("none",), together=1) == [1] * 3
     assert sizes(seeds=range(3), norms=("none",), batch_size=16) == [1] * 3
-    assert next(Config().points().handed()).together         # the longest first
     with pytest.raises(InputError, match="together is 0; it must be a positive integer"): Config(together=0)
+
+
+@pytest.mark.parametrize("norms", [NORMS, ("RunningBatchNorm", "none", "GroupNorm")])
+def test_what_takes_longest_is_run_first_and_all_is_shown_in_the_order_of_the_norms(norms, tmp_path, capsys,
+                                                                                    monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "plot_groups", lambda groups, *args, **kwargs: drawn.append(list(groups)))
+    small(tmp_path / "run", norms=tuple(norms), limit=8)
+    out = capsys.readouterr().out
+    ended = [name for name, _ in re.findall(r"^  (\w+), seed (\d)", out, re.MULTILINE)]
+    learning = [norm for norm in norms if norm in small_batch.LEARNING]
+    assert list(dict.fromkeys(ended)) == [*learning, *(norm for norm in norms if norm not in learning)]
+    shown = re.findall(r"^(\w+) .* of \d ", out[out.index("\nnorm "):], re.MULTILINE)
+    summary, curves = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("summary", "curves"))
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for rows in (summary["rows"], metrics): assert list(dict.fromkeys(row["norm"] for row in rows)) == [*norms]
+    assert shown == list(curves) == [*norms]
+    assert drawn[-1] == [*norms]
 
 
 def test_exit_status_follows_the_verdict(tmp_path, capsys):

@@ -189,6 +189,19 @@ def test_axes_together_give_a_row_for_each_combination(tmp_path):
     assert study.summary(by=["norm", "lr"], value="acc")["mean"].tolist() == pytest.approx([1.1, 1.4, 1.1, 1.4])
 
 
+def test_trials_of_most_points_begin_first_and_rows_stay_in_the_order_of_the_grid(tmp_path):
+    begun = []
+
+    def noted(norm, seed):
+        begun.append((norm, seed))
+        return [{"x": 1}] * len(seed) if isinstance(seed, list) else {"x": 1}
+    points = (grid(norm=["c"], seed=[4, 3]) + grid(norm=["a"], seed=range(2), together="seed")
+              + grid(norm=["d"], seed=[7]) + grid(norm=["b"], seed=range(3), together="seed"))
+    study = sequential(tmp_path / "s", noted, points)
+    assert begun == [("b", [0, 1, 2]), ("a", [0, 1]), ("c", 4), ("c", 3), ("d", 7)]
+    assert [(row["norm"], row["seed"]) for row in study.rows()] == [(p["norm"], p["seed"]) for p in points]
+
+
 def test_of_points_together_only_those_without_a_row_are_run(tmp_path):
     handed = []
 

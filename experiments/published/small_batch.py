@@ -131,8 +131,6 @@ class Config(ImageStudySettings):
             size = self.together if stacked else len(seeds)
             for chunk in (seeds[i:i + size] for i in range(0, len(seeds), size)):
                 parts.append(grid(norm=[norm], seed=chunk, together="seed" if stacked and len(chunk) > 1 else ()))
-        # What takes longest begins first, so that no core waits for it at the end.
-        parts.sort(key=lambda part: -len(part) if part.together else 0)
         return sum(parts[1:], parts[0])
 
 

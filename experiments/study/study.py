@@ -104,7 +104,7 @@ class Study:
 
     def run(self, jobs: int | None = None, *, backend: str = "loky", scheduler: Any = None, again: bool = False,
             progress: bool = True, each: Callable[[list[dict[str, Any]]], str | None] | None = None) -> "Study":
-        """Run the trials that have no file yet, and return the study.
+        """Run the trials that have no file yet, those of most points first, and return the study.
 
         A trial that raises becomes a row with its traceback. One whose process is killed is run again, at most twice,
         and then becomes a row "killed"; with "sequential" it takes this process along. Ctrl-C ends the workers, keeps
@@ -131,7 +131,8 @@ class Study:
         with self.store.locked(self._facts()):
             if again: self.store.forget([task.key for task, record in self._records() if record["status"] != "ok"])
             finished = self.store.finished()
-            tasks = [task for task in self.tasks if task.key not in finished]
+            # What gives more rows takes longer and begins first, so that no core waits for it at the end.
+            tasks = sorted((task for task in self.tasks if task.key not in finished), key=lambda t: -len(t.points))
             before = len(self.tasks) - len(tasks)
             try:
                 with Display(self.name, len(self.tasks), before, lambda: len(self.store.begun()), progress) as display:
