@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from experiments.data import ImageData, load_data
 from experiments.errors import InputError
-from experiments.results import Result, Row, Summary, Table, Verdict, text_table
+from experiments.results import Result, Row, Summary, Table, Trained, Verdict, text_table
 from experiments.run_folder import CHECKPOINTS, FREE, STUDY, RunFolder, checkpoint_folder
 from experiments.settings import ImageSettings, ImageStudySettings, Settings, StudySettings
 from experiments.study import Grid, Study
@@ -26,12 +26,10 @@ MEASURED = ["valid accuracy", "95 % interval", "median", "range", "at chance", "
             "status"]                           # the columns of `measured`
 CHANCE = 0.15       # an accuracy up to this, of ten classes, is that of one answer to everything
 
-Curve = TypeVar("Curve")
-Trained = tuple[list[Row], Row, Any]            # rows per epoch, final row, curve: anything that JSON takes
 # `f(config, arm, seed, checkpoint)` trains an arm, `f(config, arms, seeds, checkpoint)` several as one, a pair each.
 # `checkpoint` is a folder to go on from after an interruption; an arm of seconds may leave it alone.
-TrainArm = Callable[[Any, str, int, Path], Trained]
-TrainArms = Callable[[Any, Sequence[str], Sequence[int], Path], Sequence[Trained]]
+TrainArm = Callable[[Any, str, int, Path], Trained[Any]]
+TrainArms = Callable[[Any, Sequence[str], Sequence[int], Path], Sequence[Trained[Any]]]
 
 
 class Data(Protocol):
@@ -98,14 +96,14 @@ class ArmTrial:
         return [*map(as_trial, self.several(self.config, names, seeds, folder))]
 
 
-def as_trial(trained: Trained) -> Row:
+def as_trial(trained: Trained[Any]) -> Row:
     """The row of a study for what training an arm gave."""
     epochs, row, curve = trained
     renamed = {"status": "outcome", "seconds": "trained_seconds", "error": "refusal"}
     return {**{renamed.get(k, k): v for k, v in row.items()}, "per_epoch": epochs, "curve": curve}
 
 
-def from_trial(trial: Mapping[str, Any]) -> Trained:
+def from_trial(trial: Mapping[str, Any]) -> Trained[Any]:
     """What `as_trial` had, of a row of the study."""
     own = ("status", "seconds", "attempts", "error", "traceback", "key", "per_epoch", "curve")
     renamed = {"outcome": "status", "trained_seconds": "seconds", "refusal": "error"}
@@ -118,7 +116,7 @@ def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid, t
              judge: Callable[[list[Row], str, int], Verdict], table: Callable[[Summary], Table],
              draw: Callable[[list[Row], dict[str, Any], Path], None], published: object,
              train_arms: TrainArms | None = None, said: Callable[[Row], str] = lambda row: "",
-             complete: Callable[[list[Trained]], None] = lambda trained: None) -> Result:
+             complete: Callable[[list[Trained[Any]]], None] = lambda trained: None) -> Result:
     """Run the arms as a study, print as it goes, write the run folder: a `Result`.
 
     Args:
@@ -160,9 +158,9 @@ def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid, t
     first: dict[str, int] = {}
     for point in points: first.setdefault(point[key], point["seed"])
 
-    def trained() -> list[Trained]: return [from_trial(row) for row in study.rows() if row["status"] == "ok"]
+    def trained() -> list[Trained[Any]]: return [from_trial(row) for row in study.rows() if row["status"] == "ok"]
 
-    def record(found: list[Trained]) -> tuple[Summary, dict[str, Any]]:
+    def record(found: list[Trained[Any]]) -> tuple[Summary, dict[str, Any]]:
         rows = [row for _, row, _ in found]
         curves = {row[key]: curve for _, row, curve in found if row["seed"] == first[row[key]]}
         lost = [row for row in study.rows() if row["status"] != "ok"]

@@ -6,14 +6,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import torch
 
 from experiments.errors import InputError
 from runner.rows import text_table as text_table  # the plain table beside `markdown_table`
 
+Curve = TypeVar("Curve")
 Row = dict[str, Any]                            # figures by name, as JSON takes them; which ones, its experiment says
+# What training gives: rows per epoch, final row, and a curve such as the losses, which JSON takes.
+Trained = tuple[list[Row], Row, Curve]
 Verdict = tuple[bool | None, str]               # reproduced (None: not tested), and a sentence
 Table = tuple[list[str], list[list[str]]]       # header and lines
 

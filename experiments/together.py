@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, RandomSampler
 from experiments.data import ImageData
 from experiments.errors import InputError
 from experiments.models import channels_last_
-from experiments.results import Row
+from experiments.results import Row, Trained
 from experiments.study.stacked import stack, unstack
 from experiments.study.stacked_layers import FEW_IMAGES, PATCH_CHANNELS, GroupedConv2d
 from experiments.study.stacked_sgd import StackedSGD
@@ -23,8 +23,8 @@ from experiments.training import (
     LOOK,
     VALID_BATCH,
     LeaveLost,
+    Losses,
     Stopwatch,
-    Trained,
     backend_of,
     fit_from,
     onednn_is_faster,
@@ -54,7 +54,7 @@ SAME = ("batch_size", "epochs")     # what the rows of networks that are trained
 def train_together(models: Sequence[nn.Module], images: ImageData, rows: Sequence[Row], device: str | torch.device,
                    label: str = "", cbs: Iterable[Callback] = (), *, tfm: Callable[[Tensor], Tensor] | None = None,
                    convolutions: str = "rule", drop_last: bool = False,
-                   checkpoint: Path | None = None) -> list[Trained]:
+                   checkpoint: Path | None = None) -> list[Trained[Losses]]:
     """Train each of the K `models` as its row says, all as one: what `train` gives for each, in a list.
 
     `stack` says which models can be, and that each becomes what it would alone, to rounding. One that diverges leaves
@@ -95,7 +95,7 @@ def train_together(models: Sequence[nn.Module], images: ImageData, rows: Sequenc
         if not watch.running: raise InputError(str(e)) from e
         error = str(e)
     unstack(net, models)
-    trained: list[Trained] = []
+    trained: list[Trained[Losses]] = []
     losses = torch.stack(figures.losses, 1).tolist() if figures.losses else [[]] * k
     for i, (model, row) in enumerate(zip(models, rows, strict=True)):
         row = {**row, "parameters": sum(p.numel() for p in model.parameters())}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from experiments.data import ImageData
 from experiments.errors import InputError
 from experiments.models import channels_last_, get_runner
-from experiments.results import Row
+from experiments.results import Row, Trained
 from runner import (
     AvgStatsCallback,
     BatchTransformXCallback,
@@ -50,7 +50,8 @@ SMALL_BATCH = 8
 CONVOLUTIONS = ("rule", "onednn", "own", "measured")
 
 Rate = float | Sequence[float]      # a learning rate, or its stops: see `schedule`
-Trained = tuple[list[Row], Row, list[float]]        # rows per epoch, final row, training losses
+Losses = list[float]                # of each training step
+Windows = tuple[list[float], list[float]]       # steps and means: see `windows`
 
 
 def onednn_is_faster(images: int) -> bool:
@@ -73,7 +74,7 @@ def convolutions_in_words(convolutions: str) -> str:
 def train(model: nn.Module, images: ImageData, row: Row, device: str | torch.device, label: str,
           cbs: Iterable[Callback] = (), *, tfm: Callable[[Tensor], Tensor] | None = None,
           convolutions: str = "rule", drop_last: bool = False, compile: bool = False,
-          checkpoint: Path | None = None) -> Trained:
+          checkpoint: Path | None = None) -> Trained[Losses]:
     """Train `model` as `row` says: `(rows per epoch, final row, training losses)`.
 
     Args:
@@ -205,7 +206,7 @@ def schedule(lr: Rate) -> tuple[float, Callable[[float], float] | None]:
     return lr[0], legs[0] if len(legs) == 1 else combine_scheds([WARM_UP, 1 - WARM_UP], legs)
 
 
-def windows(losses: Sequence[float], n: int = 100) -> tuple[list[float], list[float]]:
+def windows(losses: Sequence[float], n: int = 100) -> Windows:
     """Means of `losses` over `n` windows, with the step at the middle of each: `(steps, means)`."""
     size = max(1, len(losses) // n)
     starts = range(0, len(losses) - size + 1, size)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from experiments.beyond.best import Recipe
+from experiments.beyond.eigen import EigenAdam
 from experiments.models import AvgPool, GeneralRelu, Lambda, Residual, ResidualBlock, channels_last_, flatten
 from experiments.published.small_batch import build
 from experiments.study.stacked import register, stack, unstack
@@ -215,6 +216,26 @@ def test_rates_that_make_no_sense_are_refused():
     two, four = torch.ones(2), torch.ones(4)
     with pytest.raises(ValueError, match=r"4 rates and parameters of the shapes \[\(6,\)\]"): StackedSGD(p, four)
     with pytest.raises(ValueError, match="Nesterov's way needs a momentum"): StackedSGD(p, two, nesterov=True)
+
+
+@pytest.mark.parametrize("make", [lambda net: StackedSGD(net.parameters(), torch.tensor([0.1, 0.1])),
+                                  lambda net: EigenAdam(net, every=1)], ids=["StackedSGD", "EigenAdam"])
+def test_a_step_calls_its_closure_for_the_loss_and_then_moves(make):
+    net, x, called = nn.Linear(3, 2), torch.randn(4, 3), []
+    opt, before = make(net), [p.detach().clone() for p in net.parameters()]
+
+    def closure():
+        called.append(torch.is_grad_enabled())
+        opt.zero_grad()
+        loss = net(x).square().mean()
+        loss.backward()
+        return loss
+    hooked = []
+    opt.register_step_post_hook(lambda *args: hooked.append(True))
+    assert opt.step(closure) > net(x).square().mean()
+    assert (called, hooked) == ([True], [True])
+    assert not any(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    assert opt.step() is None
 
 
 # --- convolutions -------------------------------------------------------------------------------------------------

@@ -36,7 +36,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 from experiments.arms import (
-    Trained,
     by_arm,
     finite,
     heading,
@@ -50,7 +49,7 @@ from experiments.arms import (
 from experiments.beyond.eigen import EigenAdam
 from experiments.data import TRAIN_IMAGES, ImageData
 from experiments.models import CHANNELS, conv_layer, get_cnn_model, init_alike
-from experiments.results import Result, Row, Summary, Table, Verdict
+from experiments.results import Result, Row, Summary, Table, Trained, Verdict
 from experiments.settings import ImageStudySettings, add_choice, add_image_arguments, choose, from_args, positive
 from experiments.study import Grid, grid
 from experiments.study.stacked import stack, unstack
@@ -237,7 +236,7 @@ class Config(ImageStudySettings):
         super().__post_init__()
 
 
-def train_arms(config: Config, names: Sequence[str], seeds: Sequence[int], checkpoint: Path) -> list[Trained]:
+def train_arms(config: Config, names: Sequence[str], seeds: Sequence[int], checkpoint: Path) -> list[Trained[None]]:
     """Train recipes as one, each from its seed: for each its row as its only epoch, its row, and no curve."""
     recipes = [RECIPES[name] for name in names]
     label = f"{names[0]}, seed {seeds[0]}" + f" and {len(seeds) - 1} more" * (len(seeds) > 1)
@@ -245,7 +244,7 @@ def train_arms(config: Config, names: Sequence[str], seeds: Sequence[int], check
     return [([row], row, None) for row in rows]
 
 
-def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> Trained:
+def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> Trained[None]:
     """Train one recipe from one seed."""
     trained, = train_arms(config, [name], [seed], checkpoint)
     return trained

@@ -12,13 +12,14 @@ for Adam in it. Here only the input's side is turned.
 """
 
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from experiments.optimizer import Optimizer
 from experiments.study.stacked_layers import GroupedLinear
 
 SINCE = 0.005       # the least weight of new inputs in A: about the last 200 looks count
@@ -29,7 +30,7 @@ Layer = nn.Conv2d | nn.Linear | GroupedLinear
 State = dict[str, Any]      # a parameter's, as torch's optimizers keep it: tensors, and numbers
 
 
-class EigenAdam(optim.Optimizer):
+class EigenAdam(Optimizer):
     """Adam (D. Kingma, J. Ba, 2014), for layers' weights in the eigenbasis of their inputs.
 
         A <- average of a a^T          A = Q diag(..) Q^T            a: the layer's inputs, `(d,)` each
@@ -88,16 +89,8 @@ class EigenAdam(optim.Optimizer):
         looks = state["looks"] = state.get("looks", 0) + 1
         state["A"] = new if looks == 1 else state["A"].lerp_(new, max(1 / looks, SINCE))
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; a `closure` is called for the loss, as in torch's optimizers."""
-        with torch.enable_grad(): loss = closure() if closure is not None else None
+    def update(self) -> None:
+        """One step of all parameters that have a gradient."""
         for group in self.param_groups:
             group["steps"] += 1
             renew, renewals = group["steps"] % self.every == 0, group["steps"] // self.every
@@ -111,7 +104,6 @@ class EigenAdam(optim.Optimizer):
                 lr = group["lr"]
                 if not torch.is_tensor(lr): p.add_(state["U"], alpha=-lr)
                 else: p.view(len(lr), -1).addcmul_(state["U"].view(len(lr), -1), lr.to(p)[:, None], value=-1)
-        return loss
 
     def renew(self, p: Tensor, state: State, group: dict[str, Any], n: int) -> None:
         """Make the direction U of `p` from the gradient G since the last of `n` renewals."""

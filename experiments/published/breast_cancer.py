@@ -28,7 +28,7 @@ from torch import Tensor, nn, optim
 
 from experiments import settings
 from experiments.arms import by_arm, heading, mean, plural, run_arms, seeds_and_device
-from experiments.results import Result, Row, Summary, Table, Verdict
+from experiments.results import Result, Row, Summary, Table, Trained, Verdict
 from experiments.study import grid
 from norms import BatchNorm
 from runner import AvgStatsCallback, CudaCallback, DataBunch, Dataset, Learner, ProgressCallback, Recorder, Runner
@@ -210,7 +210,7 @@ def train(seed: int, device: str) -> tuple[Runner, nn.Module, Samples]:
 
 # --- the experiment -----------------------------------------------------------------------------------------------
 
-def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> tuple[list[Row], Row, Curve]:
+def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> Trained[Curve]:
     """Do one exercise from one seed: a tenth of a second, so that one which was interrupted begins anew."""
     start = time.perf_counter()
     figures, curve = EXERCISES[name](seed, config.device)

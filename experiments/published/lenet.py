@@ -34,7 +34,7 @@ from experiments.arms import (
 )
 from experiments.data import TRAIN_IMAGES
 from experiments.models import NormFactory
-from experiments.results import Result, Row, Summary, Table, Verdict
+from experiments.results import Result, Row, Summary, Table, Trained, Verdict
 from experiments.settings import ImageStudySettings, add_image_arguments, from_args, positive
 from experiments.study import grid
 from experiments.training import check_batch_size, train
@@ -80,7 +80,7 @@ def lenet(arm: str, seed: int) -> nn.Sequential:
 
 # --- the experiment -----------------------------------------------------------------------------------------------
 
-def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> tuple[list[Row], Row, None]:
+def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> Trained[None]:
     """Train one arm from one seed."""
     model = lenet(name, seed)
     row: Row = {"arm": name, "batch_size": BATCH, "lr": LR, "seed": seed, "epochs": config.epochs}

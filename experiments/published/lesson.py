@@ -26,7 +26,7 @@ from experiments.models import CHANNELS, conv_layer, get_cnn_layers, init_alike
 from experiments.published import one_epoch, runs
 from experiments.published.runs import Curves, Run, train_run
 from experiments.published.small_batch import build
-from experiments.results import Result, Row
+from experiments.results import Result, Row, Trained
 from experiments.settings import add_choice, add_image_arguments, from_args
 from experiments.study import grid
 from experiments.training import windows
@@ -115,7 +115,7 @@ def explanation(name: str, row: Row) -> str:
 
 # --- the experiment -----------------------------------------------------------------------------------------------
 
-def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> tuple[list[Row], Row, LessonCurves]:
+def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> Trained[LessonCurves]:
     """Train the run called `name` from one seed."""
     images = images_of(config)
     model = RUNS[name].build(seed, images.c)

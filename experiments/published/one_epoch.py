@@ -23,7 +23,7 @@ from experiments.models import Lambda, NormFactory, ResidualBlock, conv_layer, f
 from experiments.published import runs
 from experiments.published.runs import Curves, Run, train_run
 from experiments.published.small_batch import build
-from experiments.results import Result, Row
+from experiments.results import Result, Trained
 from experiments.settings import add_choice, add_image_arguments, from_args
 from experiments.study import grid
 from experiments.training import windows
@@ -64,7 +64,7 @@ class Config(runs.RunSettings):
     arms: Sequence[str] = tuple(RUNS)
 
 
-def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> tuple[list[Row], Row, Curves]:
+def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> Trained[Curves]:
     """Train the run called `name` from one seed."""
     images = images_of(config)
     rows, row, losses = train_run(config, RUNS[name], name, RUNS[name].build(seed, images.c), images, seed, checkpoint)

@@ -12,9 +12,9 @@ from torch import nn
 from experiments.arms import by_arm, course, finite, heading, plural, seeds_and_device, statuses
 from experiments.data import TRAIN_IMAGES, ImageData
 from experiments.published.small_batch import FAILED, least_median
-from experiments.results import Row, Summary, Table, Verdict
+from experiments.results import Row, Summary, Table, Trained, Verdict
 from experiments.settings import ImageStudySettings, choose
-from experiments.training import train
+from experiments.training import Losses, Windows, train
 
 # The standard deviation of one run above batch size 2. The lesson ran one function twice, or nearly: its own BatchNorm
 # and torch's, 3 epochs at lr 1.0. They differ by 0.0110 after the first epoch and by 0.0106 after the third, and a
@@ -25,7 +25,7 @@ STD = 0.008
 class Curves(TypedDict):
     """What a run's record keeps of its course: the training loss, `windows` of it."""
 
-    losses: tuple[list[float], list[float]]
+    losses: Windows
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class RunSettings(ImageStudySettings):
 
 
 def train_run(config: RunSettings, run: Run, name: str, model: nn.Module, images: ImageData, seed: int,
-              checkpoint: Path | None) -> tuple[list[Row], Row, list[float]]:
+              checkpoint: Path | None) -> Trained[Losses]:
     """Train `model`, the network of the `Run` called `name`: `(rows per epoch, final row, training losses)`."""
     row = {"arm": name, "batch_size": run.batch_size, "lr": run.lr, "seed": seed, "epochs": run.epochs}
     return train(model, images, row, config.device, f"{name}, seed {seed}", convolutions=config.convolutions,

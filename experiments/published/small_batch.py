@@ -21,7 +21,6 @@ from torch import nn
 from experiments.arms import (
     CHANCE,
     MEASURED,
-    Trained,
     by_arm,
     finite,
     heading,
@@ -36,7 +35,7 @@ from experiments.arms import (
 from experiments.data import TRAIN_IMAGES, ImageData
 from experiments.errors import InputError, pick
 from experiments.models import CHANNELS, NormFactory, conv_layer, get_cnn_model, init_alike
-from experiments.results import Result, Row, Summary, Table, Verdict
+from experiments.results import Result, Row, Summary, Table, Trained, Verdict
 from experiments.settings import (
     ImageStudySettings,
     add_choice,
@@ -48,7 +47,7 @@ from experiments.settings import (
 )
 from experiments.study import Grid, grid
 from experiments.together import train_together
-from experiments.training import SMALL_BATCH, check_batch_size, onednn_is_faster, train, windows
+from experiments.training import SMALL_BATCH, Losses, Windows, check_batch_size, onednn_is_faster, train, windows
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
 
 NORMS: dict[str, NormFactory | None] = {
@@ -144,20 +143,20 @@ def build(norm: str, seed: int, c: int = 10) -> nn.Sequential:
 
 
 def train_norm(config: Config, images: ImageData, norm: str, seed: int,
-               checkpoint: Path | None = None) -> tuple[list[Row], Row, list[float]]:
+               checkpoint: Path | None = None) -> Trained[Losses]:
     """Train one norm from one seed on `images`: `(rows per epoch, final row, training losses)`."""
     return train(build(norm, seed, images.c), images, row_of(config, norm, seed), config.device,
                  f"{norm}, seed {seed}", drop_last=True, convolutions=config.convolutions, compile=config.compile,
                  checkpoint=checkpoint)
 
 
-def train_arm(config: Config, norm: str, seed: int, checkpoint: Path) -> Trained:
+def train_arm(config: Config, norm: str, seed: int, checkpoint: Path) -> Trained[Windows]:
     """Train one norm from one seed: `(rows per epoch, final row, windows of the training losses)`."""
     epochs, row, losses = train_norm(config, images_of(config), norm, seed, checkpoint)
     return epochs, row, windows(losses)
 
 
-def train_arms(config: Config, norms: Sequence[str], seeds: Sequence[int], checkpoint: Path) -> list[Trained]:
+def train_arms(config: Config, norms: Sequence[str], seeds: Sequence[int], checkpoint: Path) -> list[Trained[Windows]]:
     """Train one norm from several seeds as one network: for each what `train_arm` gives."""
     images = images_of(config)
     models = [build(norm, seed, images.c) for norm, seed in zip(norms, seeds, strict=True)]
@@ -246,7 +245,7 @@ def table(summary: Summary) -> Table:
     return ["norm", "published" if summary["train_images"] == TRAIN_IMAGES else "published on MNIST", *MEASURED], lines
 
 
-def draw(rows: Sequence[Row], curves: Mapping[str, tuple[list[float], list[float]]], images: ImageData,
+def draw(rows: Sequence[Row], curves: Mapping[str, Windows], images: ImageData,
          config: Config, path: Path) -> None:
     """The picture: validation accuracy per arm and seed beside the training loss of the first seed.
 

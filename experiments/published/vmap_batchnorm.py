@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from experiments.arms import (
     MEASURED,
-    Trained,
     by_arm,
     heading,
     images_of,
@@ -36,7 +35,7 @@ from experiments.arms import (
     seeds_and_device,
 )
 from experiments.data import TRAIN_IMAGES, ImageData
-from experiments.results import Result, Row, Summary, Table, Verdict
+from experiments.results import Result, Row, Summary, Table, Trained, Verdict
 from experiments.settings import ImageStudySettings, add_image_arguments, from_args, positive
 from experiments.study import grid
 from experiments.training import check_batch_size, train
@@ -188,7 +187,7 @@ class Evaluate(Callback):
 
 # --- the experiment -----------------------------------------------------------------------------------------------
 
-def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> tuple[list[Row], Row, dict[str, list[float]]]:
+def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> Trained[dict[str, list[float]]]:
     """Train one arm from one seed; the curve of all arms but one has the losses."""
     images = images_of(config)
     valid = pixels(images, images.valid.x).to(config.device), images.valid.y.to(config.device)
@@ -203,7 +202,7 @@ def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> tuple[l
     return rows, row, curve
 
 
-def compare_losses(trained: Sequence[Trained]) -> None:
+def compare_losses(trained: Sequence[Trained[dict[str, list[float]]]]) -> None:
     """Put into the rows and curves of per-example how far its losses are from vanilla's of the same seed."""
     vanilla = {row["seed"]: curve["losses"] for _, row, curve in trained if row["arm"] == "vanilla"}
     for _, row, curve in trained:

@@ -1,13 +1,14 @@
 """SGD for networks side by side, each with a rate of its own."""
 
-from collections.abc import Callable, Iterable
-from typing import overload
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, optim
+from torch import Tensor
+
+from experiments.optimizer import Optimizer
 
 
-class StackedSGD(optim.Optimizer):
+class StackedSGD(Optimizer):
     """`torch.optim.SGD` for a `stack` of K networks, each with its own rate; alone it would train each the same.
 
         d <- dL/dp + weight_decay p
@@ -42,16 +43,8 @@ class StackedSGD(optim.Optimizer):
             raise ValueError(f"StackedSGD got {len(lr)} rates and parameters of the shapes {odd}; it needs those of a "
                              f"stack of {len(lr)} networks, whose axis 0 has the networks' parts")
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; a `closure` is called for the loss, as in torch's optimizers."""
-        with torch.enable_grad(): loss = closure() if closure is not None else None
+    def update(self) -> None:
+        """One step of all parameters that have a gradient."""
         for group in self.param_groups:
             momentum, decay, rates = group["momentum"], group["weight_decay"], group["lr"]
             for p in group["params"]:
@@ -65,4 +58,3 @@ class StackedSGD(optim.Optimizer):
                 k = len(rates)
                 lr = rates.to(p).view(k, *[1] * p.ndim)
                 p.unflatten(0, (k, -1)).addcmul_(d.unflatten(0, (k, -1)), lr, value=-1)
-        return loss
