@@ -214,7 +214,7 @@ def test_of_points_together_only_those_without_a_row_are_run(tmp_path):
     def run(*args): return study(*args).run(backend="sequential", progress=False)
     run(["a"], [0, 1])
     frame = run(["a", "b"], [3, 0, 2, 1]).frame()
-    assert handed == [("a", [0, 1]), ("a", [3, 2]), ("b", [3, 0, 2, 1])]
+    assert handed == [("a", [0, 1]), ("b", [3, 0, 2, 1]), ("a", [3, 2])]
     assert list(frame.seed) == [3, 0, 2, 1] * 2
     assert list(frame.acc) == [32, 2, 22, 12, 34, 4, 24, 14]
     again = study(["a", "b"], [3, 0, 2, 1])
