@@ -2,29 +2,24 @@
 
 import hashlib
 import json
-import math
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
-from experiments.data import ImageData, load_data
+from experiments.data import ImageData
 from experiments.errors import InputError
-from experiments.results import Result, Row, Summary, Table, Trained, Verdict, text_table
+from experiments.figures import Data
+from experiments.images import keep_loaded
+from experiments.results import Row, Summary, Table, Trained, text_table
 from experiments.run_folder import CHECKPOINTS, FREE, STUDY, RunFolder, checkpoint_folder
 from experiments.settings import ImageSettings, ImageStudySettings, Settings, StudySettings
 from experiments.study import Grid, Study
-from experiments.study.statistics import interval
 from experiments.training import convolutions_in_words
+from experiments.verdict import Result, Verdict
 from runner.progress import format_time
-
-MEASURED = ["valid accuracy", "95 % interval", "median", "range", "at chance", "valid loss", "seeds", "seconds",
-            "status"]                           # the columns of `measured`
-CHANCE = 0.15       # an accuracy up to this, of ten classes, is that of one answer to everything
 
 # `f(config, arm, seed, checkpoint)` trains an arm, `f(config, arms, seeds, checkpoint)` several as one, a pair each.
 # `checkpoint` is a folder to go on from after an interruption; an arm of seconds may leave it alone.
@@ -32,45 +27,7 @@ TrainArm = Callable[[Any, str, int, Path], Trained[Any]]
 TrainArms = Callable[[Any, Sequence[str], Sequence[int], Path], Sequence[Trained[Any]]]
 
 
-class Data(Protocol):
-    """What an experiment is run on: an `ImageData`, or what has these of it, and a `str`."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def notice(self) -> str: ...
-
-    @property
-    def train(self) -> Sized: ...
-
-    @property
-    def valid(self) -> Sized: ...
-
-
 # --- in the process of a trial ------------------------------------------------------------------------------------
-
-_loaded: dict[str, ImageData] = {}      # the last images of this process, by what was asked for
-
-
-def load_images(config: ImageSettings, auto: Sequence[str] = ("MNIST",)) -> ImageData:
-    """The images that `config` names; `auto` is for `load_data`."""
-    return load_data(config.data, config.data_dir, config.limit, auto)
-
-
-def images_of(config: ImageSettings) -> ImageData:
-    """The images of an arm, which this process has loaded already or loads now."""
-    if (asked := _asked(config)) not in _loaded: _keep_loaded(asked, load_images(config))
-    return _loaded[asked]
-
-
-def _asked(config: ImageSettings) -> str: return json.dumps([config.data, str(config.data_dir), config.limit])
-
-
-def _keep_loaded(asked: str, images: ImageData) -> None:
-    _loaded.clear()
-    _loaded[asked] = images
-
 
 @dataclass(frozen=True)
 class ArmTrial:
@@ -126,8 +83,7 @@ def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid, t
         train_arm, train_arms: functions of a module, which worker processes find by their names: see `TrainArm`.
             `train_arms` is needed where points are together. The curves of each arm's first seed are kept.
         header: the lines above the first arm.
-        judge: `f(rows, data's name, size of the training set)` says whether the rows are the published ones:
-            `(True, False or None (not tested), a sentence)`.
+        judge: `f(rows, data's name, size of the training set)` says whether the rows are the published ones.
         table: `f(summary)` makes the header and the lines of a table out of what `summary.json` holds.
         draw: `f(rows, curves, path)` draws the picture.
         published: the published figures, for the record.
@@ -145,7 +101,7 @@ def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid, t
     given = replace(config, out=None, resume=False)
     if isinstance(given, ImageSettings) and isinstance(data, ImageData):
         given.data = data.asked         # no process may find another data set
-        _keep_loaded(_asked(given), data)
+        keep_loaded(given, data)
     trial = ArmTrial(given, (folder.path / CHECKPOINTS).absolute(), train_arm,
                      train_arms)
     study = Study(experiment, trial, points, out=folder.path / STUDY, version=_settings_of(config))
@@ -164,15 +120,15 @@ def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid, t
         rows = [row for _, row, _ in found]
         curves = {row[key]: curve for _, row, curve in found if row["seed"] == first[row[key]]}
         lost = [row for row in study.rows() if row["status"] != "ok"]
-        if len(rows) == len(points): reproduced, verdict = judge(rows, data.name, len(data.train))
+        if len(rows) == len(points): verdict = judge(rows, data.name, len(data.train))
         else:
             names = ", ".join(f"{row[key]} (seed {row['seed']}) {_how(row)}" for row in lost)
-            reproduced, verdict = None, (f"Not complete: {len(rows)} of {len(points)} arms have finished"
-                                         f"{'; ' * bool(lost)}{names}.")
+            verdict = Verdict(untested=f"Not complete: {len(rows)} of {len(points)} arms have finished"
+                              f"{'; ' * bool(lost)}{names}")
         summary: Summary = {
             "experiment": experiment, "data": data.name, "train_images": len(data.train),
-            "valid_images": len(data.valid), "complete": len(rows) == len(points), "reproduced": reproduced,
-            "verdict": verdict, "published": published, "rows": rows}
+            "valid_images": len(data.valid), "complete": len(rows) == len(points), **verdict.record(),
+            "published": published, "rows": rows}
         folder.write_metrics([epoch for epochs, _, _ in found for epoch in epochs])
         folder.write_json("summary.json", summary)
         if rows: folder.write_json("curves.json", curves)
@@ -236,65 +192,3 @@ def _line(key: str, row: Mapping[str, Any], said: Callable[[Row], str]) -> str:
 def _how(row: Mapping[str, Any]) -> str:
     """How an arm was lost."""
     return f"{'was killed' if row['status'] == 'killed' else 'raised'}: {row['error']}"
-
-
-# --- figures in words ---------------------------------------------------------------------------------------------
-
-def heading(data: Data, what: str, *lines: str) -> str:
-    """The lines above the first arm: a notice if there is one, the data, the network `what`, and further lines."""
-    notice = [f"{'*' * 79}\n{data.notice}\n{'*' * 79}"] if data.notice else []
-    return "\n".join([*notice, f"data:    {data}", f"network: {what}", *lines])
-
-
-def seeds_and_device(config: Settings) -> str:
-    """These two settings, as the header has them."""
-    return f"seeds {', '.join(map(str, config.seeds))}, device {config.device}"
-
-
-def by_arm(rows: Sequence[Row], key: str = "arm") -> dict[str, list[Row]]:
-    """`rows` grouped by their arm's name, in the order of its first: `{name: rows}`."""
-    names = dict.fromkeys(r[key] for r in rows)
-    return {name: [r for r in rows if r[key] == name] for name in names}
-
-
-def finite(accuracy: float | None) -> float:
-    """An accuracy, 0 where a run diverged to NaN."""
-    return accuracy if accuracy is not None and math.isfinite(accuracy) else 0.0
-
-
-def mean(accuracies: Sequence[float | None]) -> float:
-    """Mean of accuracies; a run that diverged to NaN counts as 0 correct."""
-    return sum(map(finite, accuracies)) / len(accuracies)
-
-
-def course(rows: Sequence[Row]) -> list[float]:
-    """The validation accuracy after each epoch, the mean over one arm's `rows`, one per seed."""
-    # not strict: a run that a norm refused has no epochs, and then there is no mean
-    return [mean(accs) for accs in zip(*(r["valid_accuracies"] for r in rows), strict=False)]
-
-
-def measured(rows: Sequence[Row]) -> list[str]:
-    """The cells of one arm's `rows`, one per seed, under the headings `MEASURED`.
-
-    A run that diverged to NaN counts as 0 correct, in the mean and in all others; "at chance" are the runs up to
-    `CHANCE`, those included. The interval is `statistics.interval`'s.
-    """
-    accs = [finite(r["valid_accuracy"]) for r in rows]
-    losses = [math.nan if r["valid_loss"] is None else r["valid_loss"] for r in rows]
-    low, high, _ = interval(accs)
-    several = len(accs) > 1
-    return [f"{mean(accs):.4f}", f"{low:.3f} to {high:.3f}" if several else "-",
-            f"{median(accs):.4f}" if several else "-", f"{min(accs):.4f} to {max(accs):.4f}" if several else "-",
-            f"{sum(a <= CHANCE for a in accs)} of {len(accs)}", f"{sum(losses) / len(losses):.4g}", str(len(rows)),
-            f"{sum(r['seconds'] for r in rows) / len(rows):.0f}", statuses(rows)]
-
-
-def statuses(rows: Sequence[Row]) -> str:
-    """'ok', or '2 ok, 1 diverged' where they differ."""
-    status = Counter(r["status"] for r in rows)
-    return ", ".join(f"{n} {s}" if len(status) > 1 else s for s, n in status.items())
-
-
-def plural(n: int, noun: str) -> str:
-    """'1 epoch', '3 epochs'."""
-    return f"{n} {noun}{'s' * (n != 1)}"

@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from experiments import settings
-from experiments.arms import heading, plural, seeds_and_device
 from experiments.data import ImageData, load_data
 from experiments.errors import pick
+from experiments.figures import heading, plural, seeds_and_device
 from experiments.models import CHANNELS, get_runner
 from experiments.published.small_batch import NORMS, build
 from experiments.report import Report
-from experiments.results import Result, Row, versions
+from experiments.results import Row, versions
 from experiments.run_folder import RunFolder
 from experiments.training import check_batch_size, train
+from experiments.verdict import Result
 from runner import (
     ActivationStats,
     BatchTransformXCallback,

@@ -1,9 +1,8 @@
-"""Results: what a run returns and records, its tables, and the versions that it was made with."""
+"""Results: the form of what a run records, its tables, and the versions that it was made with."""
 
 import json
 import platform
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
@@ -17,11 +16,18 @@ Curve = TypeVar("Curve")
 Row = dict[str, Any]                            # figures by name, as JSON takes them; which ones, its experiment says
 # What training gives: rows per epoch, final row, and a curve such as the losses, which JSON takes.
 Trained = tuple[list[Row], Row, Curve]
-Verdict = tuple[bool | None, str]               # reproduced (None: not tested), and a sentence
 Table = tuple[list[str], list[list[str]]]       # header and lines
 
 
-class Summary(TypedDict):
+class Recorded(TypedDict):
+    """What a record says of the claims: whether they hold (None: not tested), a sentence, and each of them."""
+
+    reproduced: bool | None
+    verdict: str
+    claims: list[Row]
+
+
+class Summary(Recorded):
     """What an experiment's `summary.json` holds."""
 
     experiment: str
@@ -29,31 +35,8 @@ class Summary(TypedDict):
     train_images: int
     valid_images: int
     complete: bool
-    reproduced: bool | None
-    verdict: str
     published: object
     rows: list[Row]
-
-
-@dataclass
-class Result:
-    """What an experiment's `run(config)` returns.
-
-    `rows` are its final figures, one per arm and seed; `reproduced` is True, False or None (not tested), `verdict`
-    says so in a sentence; `folder` is the run folder; `lost` is how many arms raised or were killed, which have no row.
-    `status` is the command's exit status: 1 if the published result was looked for and not found, an arm was lost, or
-    a norm refused its input in all, else 0.
-    """
-
-    rows: list[Row] = field(default_factory=list)
-    reproduced: bool | None = None
-    verdict: str = ""
-    folder: Path | None = None
-    lost: int = 0
-
-    @property
-    def status(self) -> int:
-        return int(self.reproduced is False or self.lost > 0 or all(r["status"] == "failed" for r in self.rows))
 
 
 def versions() -> dict[str, str]:

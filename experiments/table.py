@@ -31,8 +31,8 @@ def markdown(summaries: Sequence[dict[str, Any]]) -> str:
     rows = [row for s in summaries for row in s["rows"]]
     if not rows: raise InputError("these runs have no rows, for no arm had finished; name others")
     check_alike(rows)
-    _, verdict = module.judge(rows, *data.pop())
-    return f"{markdown_table(*module.table({**summaries[0], 'rows': rows}))}\n\n{verdict}"
+    verdict = module.judge(rows, *data.pop())
+    return f"{markdown_table(*module.table({**summaries[0], 'rows': rows}))}\n\n{verdict.sentence}"
 
 
 # What a row says of how its arm was trained, where it says so.

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments import arms
 from experiments.__main__ import main
 from experiments.beyond import best
-from experiments.beyond.best import BEST, GROUP, RUNNING, TRIED, Config, Recipe, judge, paired, train_together
+from experiments.beyond.best import Config, judge, paired, train_together
+from experiments.beyond.recipes import BEST, GROUP, RUNNING, TRIED, Recipe
 from experiments.data import load_data
 from experiments.errors import InputError
 from experiments.training import train
@@ -107,25 +107,30 @@ def final(two, one, group):
     ([0.988] * 20, [0.984] * 20, False),                                # at batch size 1
     ([math.nan] + [0.99] * 19, [0.985] * 20, False)])                   # one diverged
 def test_the_target_holds_or_not(two, one, ok):
-    reached, said = judge(final(two, one, [0.98] * 20), "MNIST", 50_000)
-    assert reached is ok
-    assert said.startswith(f"The target was {'' if ok else 'NOT '}reached. Test accuracy: RunningBatchNorm 0.9")
+    found = judge(final(two, one, [0.98] * 20), "MNIST", 50_000)
+    assert found.reproduced is ok
+    assert found.sentence.startswith(
+        f"The target was {'' if ok else 'NOT '}reached in test accuracy: RunningBatchNorm 0.9")
 
 
 def test_few_seeds_or_other_images_test_nothing():
     few = final([0.99] * 3, [0.99] * 3, [0.98] * 3)
-    assert judge(few, "MNIST", 50_000)[0] is None
-    assert "The target was not tested: that takes MNIST in full and 20 seeds." in judge(few, "MNIST", 50_000)[1]
-    assert judge(final([0.99] * 20, [0.99] * 20, [0.98] * 20), "digits", 1197)[0] is None
-    assert judge(rows(BEST[GROUP], [0.9]), "MNIST", 50_000) == (
-        None, "The target was not tested: that takes both norms.")
+    found = judge(few, "MNIST", 50_000)
+    assert found.reproduced is None
+    assert found.sentence.startswith("The target was not tested, which takes MNIST in full and 20 seeds; test "
+                                     "accuracy: RunningBatchNorm 0.9900 (mean of 3 seeds); its worst seed 0.9900 (of 3")
+    assert judge(final([0.99] * 20, [0.99] * 20, [0.98] * 20), "digits", 1197).reproduced is None
+    alone = judge(rows(BEST[GROUP], [0.9]), "MNIST", 50_000)
+    assert (alone.reproduced, alone.sentence) == (None, "The target was not tested: that takes both norms.")
 
 
 def test_tuning_names_the_best_of_each_norm_on_the_validation_images():
     made = [*rows(TRIED[0], [0.5, 0.7], "valid_accuracy"), *rows(TRIED[1], [0.8, math.nan], "valid_accuracy"),
             *rows(TRIED[-1], [0.3], "valid_accuracy")]
-    assert judge(made, "MNIST", 50_000) == (
-        None, f"Best on the validation images: {TRIED[0]} 0.6000; {TRIED[-1]} 0.3000.")
+    found = judge(made, "MNIST", 50_000)
+    assert (found.reproduced, found.sentence) == (
+        None, f"Best on the validation images: {TRIED[0]} 0.6000 (mean of 2 seeds); {TRIED[-1]} 0.3000 (mean of 1 "
+        "seed).")
 
 
 def test_paired_interval_by_hand():
@@ -155,7 +160,7 @@ def test_tuning_reads_no_test_image(tmp_path, monkeypatch):
     class Unread:
         def __len__(self): return 10
     images = replace(load_data("digits", limit=20), test=Unread())
-    monkeypatch.setattr(arms, "load_data", lambda *args: images)
+    monkeypatch.setattr("experiments.images.load_data", lambda *args: images)
     monkeypatch.setattr(best, "TRIED", [TRIED[0], TRIED[3], TRIED[-1]])
     result = best.run(Config(tune=True, seeds=(1,), out=str(tmp_path / "run")))
     assert len(result.rows) == 3
@@ -181,7 +186,7 @@ def test_small_batch_has_it_by_name(tmp_path, capsys, monkeypatch):
 
 
 def best_result():
-    from experiments.results import Result
+    from experiments.verdict import Result
     return Result([{"status": "ok"}])
 
 

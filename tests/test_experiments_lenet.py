@@ -77,17 +77,22 @@ def made(at=5, own=0.9, torchs=0.9, gamma=2.0, seeds=2, epochs=10):
     (made(gamma=1.1), 50_000, False), (made(gamma=None), 50_000, False), (made(gamma=math.nan), 50_000, False),
     (made(), 1000, None), (made(at=2, epochs=3), 50_000, None)])
 def test_verdict(rows, images, expected):
-    reproduced, sentence = judge(rows, "Fashion-MNIST", images)
-    assert reproduced is expected
-    assert ("NOT" in sentence) is (expected is False)
-    assert ("not tested" in sentence) is (expected is None)
+    found = judge(rows, "Fashion-MNIST", images)
+    assert found.reproduced is expected
+    assert ("NOT" in found.sentence) is (expected is False)
+    assert ("not tested" in found.sentence) is (expected is None)
 
 
 def test_verdict_says_what_was_measured_and_on_what():
-    _, sentence = judge(made(at=3), "MNIST", 50_000)
+    sentence = judge(made(at=3), "MNIST", 50_000).sentence
     assert "reproduced on MNIST, in the place of Fashion-MNIST" in sentence
-    assert "in 10 epochs, 0.800, own takes 3 epochs and torch's 3 (at most 5 needed)" in sentence
-    assert "gamma is 0.75 from 1" in sentence       # 2.0 and 1.5
+    for whose in ("own", "torch's"):
+        assert f"{whose} passes 0.800, the best without a norm, after epoch 3 (mean of 2 seeds; at most 5 needed)" in (
+            sentence)
+    assert "gamma's distance from 1 is 0.75 (mean of 2 seeds; at least 0.33 needed)" in sentence       # 2.0 and 1.5
+    never = judge(made(own=0.7, at=10), "MNIST", 50_000).sentence
+    assert "own passes 0.800, the best without a norm, after epoch none (mean of 2 seeds; at most 5 needed; missed" in (
+        never)
 
 
 def test_table_by_hand():

@@ -15,9 +15,9 @@ import torch
 
 from experiments import EXPERIMENTS, TOOLS, table, training
 from experiments.__main__ import main
-from experiments.arms import CHANCE
 from experiments.errors import InputError
-from experiments.published import small_batch
+from experiments.figures import CHANCE
+from experiments.published import criterion, small_batch
 from experiments.published.small_batch import NORMS, Config, judge
 from experiments.results import read_summary, text_table
 from experiments.run_folder import RunFolder
@@ -177,10 +177,10 @@ def rows(batch_size=2, lr=0.4, **accuracies):
     ({"BatchNorm": [0.2]}, {}, None)])
 def test_verdict(accuracies, settings, expected):
     images = settings.pop("limit", 50_000)
-    reproduced, sentence = judge(rows(**settings, **accuracies), "MNIST", images)
-    assert reproduced is expected
-    assert ("NOT" in sentence) is (expected is False)
-    assert ("was not tested" in sentence) is (expected is None)
+    found = judge(rows(**settings, **accuracies), "MNIST", images)
+    assert found.reproduced is expected
+    assert ("NOT" in found.sentence) is (expected is False)
+    assert ("was not tested" in found.sentence) is (expected is None)
 
 
 @pytest.mark.parametrize(("settings", "seeds", "once"), [
@@ -216,7 +216,7 @@ def test_what_takes_longest_is_run_first_and_all_is_shown_in_the_order_of_the_no
     ended = [name for name, _ in re.findall(r"^  (\w+), seed (\d)", out, re.MULTILINE)]
     learning = [norm for norm in norms if norm in small_batch.LEARNING]
     assert list(dict.fromkeys(ended)) == [*learning, *(norm for norm in norms if norm not in learning)]
-    shown = re.findall(r"^(\w+) .* of \d ", out[out.index("\nnorm "):], re.MULTILINE)
+    shown = re.findall(r"^(\w+) .* \d of \d ", out[out.index("\nnorm "):], re.MULTILINE)
     summary, curves = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("summary", "curves"))
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for rows in (summary["rows"], metrics): assert list(dict.fromkeys(row["norm"] for row in rows)) == [*norms]
@@ -438,8 +438,8 @@ def test_spread_of_the_criterion_is_that_of_the_committed_records():
         by_seed = accuracies(f"running_{when}_0_to_5") | accuracies(f"running_{when}_6_to_11")
         assert list(by_seed) == list(range(12))
         found[when] = list(by_seed.values())
-        assert statistics.median(found[when]) >= small_batch.least_median(12)
-    assert round(statistics.stdev(found["earlier"] + found["seeds"]), 3) == small_batch.EXPECTED_STD
+        assert statistics.median(found[when]) >= criterion.least_median(12)
+    assert round(statistics.stdev(found["earlier"] + found["seeds"]), 3) == criterion.EXPECTED_STD
     readme = " ".join((ROOT / "README.md").read_text().split())
     for when, before in (("earlier", "gave a mean of"), ("seeds", "the last bits of a step")):
         figures = [f"{f(found[when]):.3f}"[1:] for f in (statistics.mean, min, max)]
@@ -452,7 +452,7 @@ def test_spread_of_the_criterion_is_that_of_the_committed_records():
     assert list(accuracies("small_batch_alone").values()) == found["kernels"][:3]     # the same code, seeds and machine
     for name in ("small_batch", "small_batch_alone", "small_batch_earlier"):
         rows = read_summary(ROOT / "experiments" / "results" / f"{name}.json")["rows"]
-        assert judge(rows, "MNIST", 50_000)[0] is True
+        assert judge(rows, "MNIST", 50_000).reproduced is True
 
 
 def test_what_the_readme_says_of_24_seeds_is_in_the_record():

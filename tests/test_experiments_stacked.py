@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from experiments.beyond.best import Recipe
 from experiments.beyond.eigen import EigenAdam
+from experiments.beyond.recipes import Recipe
 from experiments.models import AvgPool, GeneralRelu, Lambda, Residual, ResidualBlock, channels_last_, flatten
 from experiments.published.small_batch import build
 from experiments.study.stacked import register, stack, unstack

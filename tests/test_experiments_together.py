@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import together as together_
-from experiments import training
+from experiments import side_by_side, training
 from experiments.data import load_data
 from experiments.errors import InputError
 from experiments.models import Lambda, flatten
 from experiments.published.small_batch import build
-from experiments.together import EachTransform, SideBySide, schedules, train_together
+from experiments.side_by_side import EachTransform, SideBySide
+from experiments.together import schedules, train_together
 from experiments.training import FIGURES, train
 from runner import Callback, get_dls
 
@@ -106,7 +106,7 @@ def test_one_that_diverges_is_a_row_and_leaves_the_others_alone(images, norm):
 @pytest.mark.parametrize("rates", [(1e30, 0.1), (1e30, 1e30)])
 def test_what_is_left_of_a_lost_training_is_left_out_alone_and_together(doubles, rates, monkeypatch):
     def both(look):
-        for module in (training, together_): monkeypatch.setattr(module, "LOOK", look)
+        for module in (training, side_by_side): monkeypatch.setattr(module, "LOOK", look)
         monkeypatch.setattr(training.LeaveLost.__init__, "__defaults__", (look,))
         wanted = [{**row, "lr": rate} for row, rate in zip(rows(2), rates, strict=True)]
         return ([train(build("GroupNorm", 0), doubles, row, "cpu", "") for row in wanted],

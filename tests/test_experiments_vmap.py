@@ -75,8 +75,9 @@ def test_a_short_run_on_the_digits(tmp_path):
     assert result.rows[1]["valid_loss"] == pytest.approx(result.rows[2]["valid_loss"], rel=1e-12)
     assert result.rows[0]["valid_loss"] != pytest.approx(result.rows[1]["valid_loss"], rel=1e-2)
     assert result.reproduced is True
-    assert "were not tested (2,000 steps on MNIST in full); the losses of vanilla and per-example coincide" in \
-        result.verdict
+    assert ("were not tested (2,000 steps on MNIST in full). Vanilla and per-example are the same: the losses of "
+            "vanilla and per-example differ by ") in result.verdict
+    assert result.verdict.endswith(" (largest of 1 seed; at most 1e-7 needed).")
     curves = json.loads((tmp_path / "run" / "curves.json").read_text())
     assert [len(curves[a]["accuracy"]) for a in ARMS] == [2, 2, 2]      # after steps 10 and 20
     assert curves["vanilla"]["accuracy"] == curves["per-example"]["accuracy"]
@@ -100,9 +101,9 @@ def made(baseline=0.54, norm=0.66, apart=1e-12, seeds=5, steps=2000):
     (made(baseline=0.48), 50_000, False), (made(norm=None), 50_000, False),
     (made(norm=0.2), 1000, True), (made(norm=0.2, steps=10), 50_000, True), (made(apart=1.0), 1000, False)])
 def test_verdict(rows, images, expected):
-    reproduced, sentence = judge(rows, "MNIST", images)
-    assert reproduced is expected
-    assert ("NOT" in sentence) is not expected
+    found = judge(rows, "MNIST", images)
+    assert found.reproduced is expected
+    assert ("NOT" in found.sentence) is not expected
 
 
 def test_table_by_hand():
@@ -119,7 +120,8 @@ def test_another_function_is_exit_status_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vmap_batchnorm, "batch_norm", lambda x, gamma, beta, eps: real(x, gamma, beta, 1e-3))
     argv = ["vmap", "--data", "digits", "--limit", "100", "--steps", "3", "--out", str(tmp_path / "run")]
     assert main(argv) == 1
-    assert "the losses of vanilla and per-example do NOT coincide" in capsys.readouterr().out
+    said = "Vanilla and per-example are NOT the same: the losses of vanilla and per-example differ by"
+    assert said in capsys.readouterr().out
     assert main([*argv[:-1], str(tmp_path / "b"), "--limit", "50"]) == 2
     assert "batch size is 100 and there are 50 training images" in capsys.readouterr().err
     assert main([*argv, "--steps", "0"]) == 2

@@ -20,8 +20,8 @@ from experiments.bench.norms import network
 from experiments.bench.timing import interleave, row, settings
 from experiments.models import NormFactory, channels_last_
 from experiments.results import Row
+from experiments.side_by_side import each_loss
 from experiments.study.stacked import stack
-from experiments.together import each_loss
 from norms import GroupNorm, RunningBatchNorm
 from runner import SGD
 

@@ -26,38 +26,30 @@ import argparse
 import math
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 
-from experiments.arms import (
-    by_arm,
-    finite,
-    heading,
-    images_of,
-    load_images,
-    plural,
-    run_arms,
-    seeds_and_device,
-    statuses,
-)
-from experiments.beyond.eigen import EigenAdam
+from experiments.arms import run_arms
+from experiments.beyond.recipes import BEST, FINAL, GROUP, OPTIMIZERS, RECIPES, RUNNING, TRIED, Recipe
 from experiments.data import TRAIN_IMAGES, ImageData
-from experiments.models import CHANNELS, conv_layer, get_cnn_model, init_alike
-from experiments.results import Result, Row, Summary, Table, Trained, Verdict
+from experiments.figures import by_arm, finite, heading, plural, seeds_and_device, statuses
+from experiments.images import images_of, load_images
+from experiments.models import CHANNELS
+from experiments.results import Row, Summary, Table, Trained
 from experiments.settings import ImageStudySettings, add_choice, add_image_arguments, choose, from_args, positive
+from experiments.side_by_side import EachTransform, SideBySide, each_loss
 from experiments.study import Grid, grid
 from experiments.study.stacked import stack, unstack
 from experiments.study.stacked_layers import GroupedConv2d
 from experiments.study.statistics import interval
-from experiments.together import EachTransform, SideBySide, each_loss
 from experiments.training import Stopwatch, check_batch_size, fit_from
-from norms import GroupNorm, RunningBatchNorm, recalibrate
+from experiments.verdict import Claim, Result, Verdict
+from norms import recalibrate
 from runner import (
     BatchTransformXCallback,
     Callback,
@@ -69,78 +61,6 @@ from runner import (
     ProgressCallback,
     Runner,
 )
-
-RUNNING, GROUP = "RunningBatchNorm", "GroupNorm"
-OPTIMIZERS: dict[str, Callable[[nn.Module, float | Tensor], optim.Optimizer]] = {
-    "SGD": lambda net, lr: optim.SGD(net.parameters(), lr),
-    "Adam": lambda net, lr: optim.Adam(net.parameters(), lr),
-    "EigenAdam": EigenAdam,
-}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the network is trained: all that is free, and the norm.
-
-    The rate falls from `lr` linearly to 0. `memory` is how many images RunningBatchNorm's statistics remember
-    (`running_moments` says how that counts; it is of no use to GroupNorm), `groups` is GroupNorm's; after training
-    the statistics are taken anew from the first `recalibrated` training images, for RunningBatchNorm.
-    """
-
-    norm: str
-    optimizer: str
-    lr: float
-    batch_size: int = 2
-    memory: int = 200
-    average_backward: bool = True
-    recalibrated: int = 5000
-    groups: int = 4
-    smoothing: float = 0.0
-
-    def __str__(self) -> str:
-        norm = (f"memory {self.memory}{', averaged backward' * self.average_backward}" if self.running
-                else f"{self.groups} groups")
-        return (f"{self.norm}, {self.optimizer} {self.lr:g}, {norm}"
-                + f", smoothing {self.smoothing:g}" * bool(self.smoothing)
-                + f", batch {self.batch_size}" * (self.batch_size != 2))
-
-    @property
-    def running(self) -> bool: return self.norm == RUNNING
-
-    @property
-    def free(self) -> tuple[str, ...]:
-        """The fields in which recipes that are trained at once may differ."""
-        return ("lr", "smoothing") if self.optimizer == "EigenAdam" else ("smoothing",)
-
-    @property
-    def alike(self) -> dict[str, object]: return {k: v for k, v in asdict(self).items() if k not in self.free}
-
-    def build(self, seed: int, c: int = 10) -> nn.Sequential:
-        """The network; the same weights from the same seed for every recipe."""
-        share = 4 / (self.memory + 2)           # the newest batch's at batch size 2: memory = 2 (2 - share) / share
-
-        def norm(nf: int) -> nn.Module:
-            if not self.running: return GroupNorm(self.groups, nf)
-            return RunningBatchNorm(nf, share, rule="per_image", average_backward=self.average_backward)
-        model = get_cnn_model(argparse.Namespace(c=c), CHANNELS, conv_layer, norm=norm)
-        init_alike(model, seed)
-        return model
-
-
-# As many for each norm. The first are the same for both, the last two concern what it alone has.
-_COMMON = [("SGD", 0.05, 0.0), ("Adam", 0.001, 0.0), ("EigenAdam", 0.001, 0.0), ("EigenAdam", 0.0015, 0.0),
-           ("EigenAdam", 0.0015, 0.05), ("EigenAdam", 0.0015, 0.1), ("EigenAdam", 0.0015, 0.2),
-           ("EigenAdam", 0.0015, 0.3), ("EigenAdam", 0.0015, 0.4),
-           ("EigenAdam", 0.0025, 0.1), ("EigenAdam", 0.0025, 0.2), ("EigenAdam", 0.0025, 0.3)]
-_ALONE: dict[str, list[dict[str, Any]]] = {RUNNING: [{"memory": 800}, {"average_backward": False}],
-                                           GROUP: [{"groups": 2}, {"groups": 8}]}
-TRIED = [recipe for norm in (RUNNING, GROUP) for recipe in [
-    *(Recipe(norm, optimizer, lr, smoothing=smoothing) for optimizer, lr, smoothing in _COMMON),
-    *(Recipe(norm, "EigenAdam", 0.0015, smoothing=0.1, **alone) for alone in _ALONE[norm])]]
-BEST = {RUNNING: Recipe(RUNNING, "EigenAdam", 0.0015, smoothing=0.2),
-        GROUP: Recipe(GROUP, "EigenAdam", 0.0015, smoothing=0.1, groups=2)}
-FINAL = [*BEST.values(), replace(BEST[RUNNING], batch_size=1)]
-RECIPES = {str(r): r for r in (*TRIED, *FINAL)}
 
 # What the best recipe of RunningBatchNorm is held to, in test accuracy: over the seeds at batch size 2 the mean and the
 # least, and the mean at batch size 1. The published figure is 0.9723, of one seed, on the validation images.
@@ -283,25 +203,30 @@ def header(config: Config, images: ImageData, recipes: Sequence[str]) -> str:
 
 
 def judge(rows: list[Row], data: str, train_images: int) -> Verdict:
-    """Whether the target was reached, True, False or None (not tested), and a sentence that says so."""
+    """Whether the target was reached."""
     arms = by_arm(rows)
     if "test_accuracy" not in rows[0]:
         means = {name: statistics.mean(finite(r["valid_accuracy"]) for r in arm) for name, arm in arms.items()}
         best = [max((n for n in means if n.startswith(norm)), key=means.__getitem__, default=None)
                 for norm in (RUNNING, GROUP)]
-        return None, "Best on the validation images: " + "; ".join(f"{n} {means[n]:.4f}" for n in best if n) + "."
+        return Verdict(untested="Best on the validation images", claims=[
+            Claim(n, means[n], of=f"mean of {plural(len(arms[n]), 'seed')}", form=".4f") for n in best if n])
     test = {(r["norm"], r["batch_size"]): [finite(q["test_accuracy"]) for q in arm]
             for arm in arms.values() for r in arm[:1]}
-    if len(test) < 3: return None, "The target was not tested: that takes both norms."
+    if len(test) < 3: return Verdict(untested="The target was not tested: that takes both norms")
     two, one, group = (test[key] for key in ((RUNNING, 2), (RUNNING, 1), (GROUP, 2)))
+    seeds = plural(len(two), "seed")
     mean, low, high = paired(two, group)
-    said = (f"RunningBatchNorm {statistics.mean(two):.4f} (target {TARGET}), the least of {plural(len(two), 'seed')} "
-            f"{min(two):.4f} (target {LEAST}); at batch size 1 {statistics.mean(one):.4f} (target {TARGET_ONE}); "
-            f"RunningBatchNorm minus GroupNorm, seed by seed, {mean:+.4f} (95 % interval {low:+.4f} to {high:+.4f})")
+    claims = [Claim("RunningBatchNorm", statistics.mean(two), TARGET, of=f"mean of {seeds}", form=".4f", bound="g"),
+              Claim("its worst seed", min(two), LEAST, of=f"of {seeds}", form=".4f", bound="g"),
+              Claim("at batch size 1 it has", statistics.mean(one), TARGET_ONE, form=".4f", bound="g",
+                    of=f"mean of {plural(len(one), 'seed')}"),
+              Claim("RunningBatchNorm minus GroupNorm, seed by seed,", mean, form="+.4f",
+                    of=f"mean of {seeds}, 95 % interval {low:+.4f} to {high:+.4f}")]
     if train_images != TRAIN_IMAGES or len(two) < SEEDS:
-        return None, f"Test accuracy: {said}. The target was not tested: that takes MNIST in full and {SEEDS} seeds."
-    ok = statistics.mean(two) >= TARGET and min(two) >= LEAST and statistics.mean(one) >= TARGET_ONE
-    return ok, f"The target was {'' if ok else 'NOT '}reached. Test accuracy: {said}."
+        return Verdict(claims=[claim.shown_only() for claim in claims], untested="The target was not tested, which "
+                       f"takes MNIST in full and {SEEDS} seeds; test accuracy")
+    return Verdict("The target was {}reached in test accuracy", claims)
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:

@@ -27,9 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 from experiments import settings
-from experiments.arms import by_arm, heading, mean, plural, run_arms, seeds_and_device
-from experiments.results import Result, Row, Summary, Table, Trained, Verdict
+from experiments.arms import run_arms
+from experiments.figures import by_arm, heading, mean, plural, seeds_and_device
+from experiments.results import Row, Summary, Table, Trained
 from experiments.study import grid
+from experiments.verdict import Claim, Result, Verdict
 from norms import BatchNorm
 from runner import AvgStatsCallback, CudaCallback, DataBunch, Dataset, Learner, ProgressCallback, Recorder, Runner
 
@@ -227,37 +229,42 @@ def run(config: Config) -> Result:
                     header=header, judge=judge, table=table, draw=draw, published=PUBLISHED)
 
 
-def found(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[float], float, bool]]:
-    """What `rows` say of each figure: `(exercise, figure, values, limit, whether it holds)`.
+def found(rows: Sequence[Row]) -> Iterator[tuple[str, list[float], Claim]]:
+    """What `rows` say of each figure: its published value, those of the seeds, and the claim.
 
     A limit is the most that any seed may have; that of the accuracy is the least that the mean may be.
     """
     for name, arm in by_arm(rows, "exercise").items():
-        for figure, (_, limit) in FIGURES[name].items():
+        for figure, (published, limit) in FIGURES[name].items():
             values = [math.nan if (v := r["figures"][figure]) is None else v for r in arm]
-            if limit is not None: yield name, figure, values, limit, all(v <= limit for v in values)
-            else:
-                floor = USUAL - 3 * math.sqrt(USUAL * (1 - USUAL) / (len(values) * TEST_SAMPLES))
-                yield name, figure, values, floor, mean(values) >= floor
+            what, n = f"{name} {figure}", plural(len(values), "seed")
+            if limit is not None:
+                yield published, values, Claim(what, worst(values), most=limit, of=f"largest of {n}", form=".2g")
+                continue
+            floor = USUAL - 3 * math.sqrt(USUAL * (1 - USUAL) / (len(values) * TEST_SAMPLES))
+            yield published, values, Claim(what, mean(values), least=floor, of=f"mean of {n}", form=".4f", bound=".3g")
+
+
+def worst(values: Sequence[float]) -> float:
+    """The largest of `values`, NaN if one is."""
+    return max(values, key=lambda v: math.inf if math.isnan(v) else v)
 
 
 def judge(rows: list[Row], data: str, train_images: int) -> Verdict:
-    """Whether every figure is within its limit, True or False, and a sentence that names those that are not."""
-    missed = [f"{name} {figure}" for name, figure, _, _, ok in found(rows) if not ok]
+    """Whether every figure is within its limit."""
     names, n = " ".join(by_arm(rows, "exercise")), len({r["seed"] for r in rows})
-    return not missed, (f"The exercises {names} were {'NOT ' if missed else ''}reproduced with {plural(n, 'seed')}: "
-                        f"{', '.join(missed) + ' missed' if missed else 'every figure is within its limit'}.")
+    return Verdict(f"The exercises {names} were {{}}reproduced with {plural(n, 'seed')}",
+                   [claim for *_, claim in found(rows)])
 
 
 def table(summary: Summary) -> Table:
     """Header and lines of the table of a `summary.json`: a line per figure, the worst of its seeds, or the mean."""
     lines = []
-    for name, figure, values, limit, ok in found(summary["rows"]):
-        published, most = FIGURES[name][figure]
-        shown = f"{max(values):.2g}" if most is not None else (
-            f"{mean(values):.4f} ({min(values):.4f} to {max(values):.4f})")
-        needed = f"{'at most' if most is not None else 'mean of at least'} {limit:.3g}".replace("e-0", "e-")
-        lines.append([f"{name} {figure}", published, needed, shown, str(len(values)), "ok" if ok else "missed"])
+    for published, values, claim in found(summary["rows"]):
+        shown = f"{claim.measured:{claim.form}}"
+        if claim.least is not None: shown += f" ({min(values):.4f} to {max(values):.4f})"
+        needed = "mean of " * (claim.least is not None) + claim.needed
+        lines.append([claim.what, published, needed, shown, str(len(values)), "ok" if claim.holds else "missed"])
     return ["figure", "published", "needed", "measured", "seeds", "status"], lines
 
 

@@ -19,25 +19,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from experiments.arms import (
-    MEASURED,
-    by_arm,
-    course,
-    heading,
-    images_of,
-    load_images,
-    mean,
-    measured,
-    plural,
-    run_arms,
-    seeds_and_device,
-)
+from experiments.arms import run_arms
 from experiments.data import TRAIN_IMAGES
+from experiments.figures import MEASURED, by_arm, course, finite, heading, mean, measured, plural, seeds_and_device
+from experiments.images import images_of, load_images
 from experiments.models import NormFactory
-from experiments.results import Result, Row, Summary, Table, Trained, Verdict
+from experiments.results import Row, Summary, Table, Trained
 from experiments.settings import ImageStudySettings, add_image_arguments, from_args, positive
 from experiments.study import grid
 from experiments.training import check_batch_size, train
+from experiments.verdict import Claim, Result, Verdict
 from norms import BatchNorm
 
 # arm: the norm for 4-D and for 2-D input
@@ -113,23 +104,23 @@ def epochs_needed(accuracies: Sequence[float], target: float) -> int | None:
 
 
 def judge(rows: list[Row], data: str, train_images: int) -> Verdict:
-    """Whether the three claims hold, True, False or None (not tested), and a sentence with their figures."""
-    arms, n = by_arm(rows), len({r["seed"] for r in rows})
-    best = max(course(arms["none"]))
-    needed = {a: epochs_needed(course(arms[a]), best) for a in ("own", "torch")}
-    finals = ([r["valid_accuracy"] for r in arms[a]] for a in needed)
-    apart = mean([abs(a - b) for a, b in zip(*finals, strict=True)])
-    far = mean([math.nan if g is None else abs(g - 1) for r in arms["own"] for g in r["gamma"]])
-    epochs = len(rows[0]["valid_accuracies"])
-    said = (f"to the best accuracy without a norm in {plural(epochs, 'epoch')}, {best:.3f}, own takes "
-            f"{plural(needed['own'], 'epoch') if needed['own'] else 'more'} and torch's "
-            f"{needed['torch'] or 'more'} (at most {epochs * FASTER:g} needed); their final accuracies differ by "
-            f"{apart:.4f} (at most {SAME}); gamma is {far:.2f} from 1 (at least {FAR}); means of {plural(n, 'seed')}")
+    """Whether the three claims hold."""
+    arms, of = by_arm(rows), f"mean of {plural(len({r['seed'] for r in rows}), 'seed')}"
+    best, epochs = max(course(arms["none"])), len(rows[0]["valid_accuracies"])
+    finals = ([finite(r["valid_accuracy"]) for r in arms[a]] for a in ("own", "torch"))
+    claims = [
+        *(Claim(f"{whose} passes {best:.3f}, the best without a norm, after epoch",
+                epochs_needed(course(arms[a]), best), most=epochs * FASTER, of=of, form="g")
+          for a, whose in (("own", "own"), ("torch", "torch's"))),
+        Claim("their final accuracies differ by", mean([abs(a - b) for a, b in zip(*finals, strict=True)]), most=SAME,
+              of=of, form=".4f", bound="g"),
+        Claim("gamma's distance from 1 is", mean([math.nan if g is None else abs(g - 1) for r in arms["own"]
+                                               for g in r["gamma"]]), least=FAR, of=of, form=".2f")]
     if epochs != EPOCHS or train_images != TRAIN_IMAGES:
-        return None, f"The published claims were not tested ({EPOCHS} epochs on 50,000 images): {said}."
-    ok = all(e is not None and e <= epochs * FASTER for e in needed.values()) and apart <= SAME and far >= FAR
+        return Verdict(claims=[claim.shown_only() for claim in claims],
+                       untested=f"The published claims were not tested ({EPOCHS} epochs on 50,000 images)")
     on = "" if data == "Fashion-MNIST" else f" on {data}, in the place of Fashion-MNIST"
-    return ok, f"The published claims were {'' if ok else 'NOT '}reproduced{on}: {said}."
+    return Verdict(f"The published claims were {{}}reproduced{on}", claims)
 
 
 def table(summary: Summary) -> Table:

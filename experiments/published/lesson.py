@@ -20,16 +20,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from experiments.arms import images_of, load_images, run_arms
+from experiments.arms import run_arms
 from experiments.data import ImageData
+from experiments.images import images_of, load_images
 from experiments.models import CHANNELS, conv_layer, get_cnn_layers, init_alike
 from experiments.published import one_epoch, runs
 from experiments.published.runs import Curves, Run, train_run
 from experiments.published.small_batch import build
-from experiments.results import Result, Row, Trained
+from experiments.results import Row, Trained
 from experiments.settings import add_choice, add_image_arguments, from_args
 from experiments.study import grid
 from experiments.training import windows
+from experiments.verdict import Result
 from runner import Hooks, append_stats
 
 HOOKED = "BatchNorm-hooked"

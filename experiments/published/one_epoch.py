@@ -18,15 +18,17 @@ from pathlib import Path
 
 from torch import nn
 
-from experiments.arms import images_of, load_images, run_arms
+from experiments.arms import run_arms
+from experiments.images import images_of, load_images
 from experiments.models import Lambda, NormFactory, ResidualBlock, conv_layer, flatten, init_alike
 from experiments.published import runs
 from experiments.published.runs import Curves, Run, train_run
 from experiments.published.small_batch import build
-from experiments.results import Result, Trained
+from experiments.results import Trained
 from experiments.settings import add_choice, add_image_arguments, from_args
 from experiments.study import grid
 from experiments.training import windows
+from experiments.verdict import Result
 from norms import RunningBatchNorm
 
 CHANNELS = [8, 16, 32, 64]

@@ -9,12 +9,13 @@ from typing import ClassVar, TypedDict
 
 from torch import nn
 
-from experiments.arms import by_arm, course, finite, heading, plural, seeds_and_device, statuses
 from experiments.data import TRAIN_IMAGES, ImageData
-from experiments.published.small_batch import FAILED, least_median
-from experiments.results import Row, Summary, Table, Trained, Verdict
+from experiments.figures import by_arm, course, finite, heading, plural, seeds_and_device, statuses
+from experiments.published.criterion import FAILED, least_median
+from experiments.results import Row, Summary, Table, Trained
 from experiments.settings import ImageStudySettings, choose
 from experiments.training import Losses, Windows, train
+from experiments.verdict import Claim, Verdict
 
 # The standard deviation of one run above batch size 2. The lesson ran one function twice, or nearly: its own BatchNorm
 # and torch's, 3 epochs at lr 1.0. They differ by 0.0110 after the first epoch and by 0.0106 after the third, and a
@@ -51,14 +52,20 @@ class Run:
     claim: str = ""
     note: str = ""
 
-    def bounds(self, n: int) -> tuple[float, float] | None:
-        """The least and the most that the mean of `n` seeds may be, or None where nothing is claimed."""
+    def bounds(self, n: int) -> tuple[float | None, float | None, float | None]:
+        """`least`, `most` and `below` of a `Claim` about `n` seeds; None where nothing is claimed."""
         tolerance = 3 * STD * math.sqrt(1 + 1 / n)
-        if self.claim == "near": return self.published[-1] - tolerance, min(1.0, self.published[-1] + tolerance)
-        if self.claim == "at least": return self.published[-1] - tolerance, math.inf
-        if self.claim == "fails": return -math.inf, FAILED
-        if self.claim == "holds": return least_median(n), math.inf
-        return None
+        if self.claim == "near": return self.published[-1] - tolerance, min(1.0, self.published[-1] + tolerance), None
+        if self.claim == "at least": return self.published[-1] - tolerance, None, None
+        if self.claim == "fails": return None, None, FAILED
+        return (least_median(n) if self.claim == "holds" else None), None, None
+
+    def measured(self, name: str, rows: Sequence[Row]) -> Claim:
+        """What its `rows`, one per seed, say of the run called `name`."""
+        n, average = len(rows), "median" if self.claim == "holds" else "mean"
+        accuracies = [finite(judged(self, r["valid_accuracies"])) for r in rows]
+        return Claim(name, getattr(statistics, average)(accuracies), *self.bounds(n),
+                     of=f"{average} of {plural(n, 'seed')}")
 
 
 @dataclass
@@ -90,32 +97,16 @@ def judged(run: Run, accuracies: Sequence[float]) -> float:
     return accuracies[(len(run.published) or len(accuracies)) - 1] if accuracies else 0.0
 
 
-def in_words(bounds: tuple[float, float] | None) -> str:
-    """'at least 0.947', 'below 0.5', '0.942 to 0.998' or '-'."""
-    if bounds is None: return "-"
-    low, high = bounds
-    if math.isinf(high): return f"at least {low:.3f}"
-    return f"below {high:g}" if math.isinf(low) else f"{low:.3f} to {high:.3f}"
-
-
 def judge(runs: Mapping[str, Run], what: str) -> Callable[[list[Row], str, int], Verdict]:
     """A function that judges the rows of `runs`, `{name: Run}`; `what` they are, such as "lesson's runs"."""
     def judge(rows: list[Row], data: str, train_images: int) -> Verdict:
         if data != "MNIST" or train_images != TRAIN_IMAGES:
-            return None, f"The {what} were not compared with the published ones, which are on MNIST in full."
-        within, n = 0, len({r["seed"] for r in rows})
-        missed: list[str] = []
-        for name, arm in by_arm(rows).items():
-            run, bounds = runs[name], runs[name].bounds(len(arm))
-            if bounds is None: continue
-            average = statistics.median if run.claim == "holds" else statistics.mean
-            measured = average(finite(judged(run, r["valid_accuracies"])) for r in arm)
-            if bounds[0] <= measured <= bounds[1]: within += 1
-            else: missed.append(f"{name} {measured:.3f} ({in_words(bounds)} needed)")
-        if not within + len(missed): return None, f"None of these {what} has a published figure to compare with."
-        said = f"{within} of {within + len(missed)} averages of {plural(n, 'seed')} are within their tolerance"
-        return not missed, (f"The {what} were {'NOT ' if missed else ''}reproduced: {said}"
-                            f"{'; missed: ' + ', '.join(missed) if missed else ''}.")
+            return Verdict(untested=f"The {what} were not compared with the published ones, which are on MNIST in full")
+        found = [runs[name].measured(name, arm) for name, arm in by_arm(rows).items()]
+        return Verdict(f"The {what} were {{}}reproduced with {plural(len({r['seed'] for r in rows}), 'seed')}",
+                       [claim for claim in found if claim.needed],
+                       "" if any(claim.needed for claim in found) else
+                       f"None of these {what} has a published figure to compare with")
     return judge
 
 
@@ -133,7 +124,7 @@ def table(runs: Mapping[str, Run]) -> Callable[[Summary], Table]:
             lines.append([name, str(run.batch_size), _rate(run.lr), published or "-",
                           ", ".join(f"{a:.4f}" for a in course(rows)) or "-",
                           f"{min(accs):.4f} to {max(accs):.4f}" if len(accs) > 1 else "-",
-                          in_words(run.bounds(len(rows))), str(len(rows)),
+                          run.measured(name, rows).needed or "-", str(len(rows)),
                           f"{sum(r['seconds'] for r in rows) / len(rows):.0f}", statuses(rows)])
         return ["run", "batch", "lr", "published", "valid accuracy per epoch", "range", "needed", "seeds",
                 "seconds", "status"], lines

@@ -10,7 +10,6 @@ makes them about +1 and -1 whatever they were; the running statistics used in ev
 
 import argparse
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,24 +17,14 @@ from typing import Any
 
 from torch import nn
 
-from experiments.arms import (
-    CHANCE,
-    MEASURED,
-    by_arm,
-    finite,
-    heading,
-    images_of,
-    load_images,
-    mean,
-    measured,
-    plural,
-    run_arms,
-    seeds_and_device,
-)
+from experiments.arms import run_arms
 from experiments.data import TRAIN_IMAGES, ImageData
 from experiments.errors import InputError, pick
+from experiments.figures import MEASURED, by_arm, heading, measured, plural, seeds_and_device
+from experiments.images import images_of, load_images
 from experiments.models import CHANNELS, NormFactory, conv_layer, get_cnn_model, init_alike
-from experiments.results import Result, Row, Summary, Table, Trained, Verdict
+from experiments.published.criterion import PUBLISHED, comparable, judge
+from experiments.results import Row, Summary, Table, Trained
 from experiments.settings import (
     ImageStudySettings,
     add_choice,
@@ -48,6 +37,7 @@ from experiments.settings import (
 from experiments.study import Grid, grid
 from experiments.together import train_together
 from experiments.training import SMALL_BATCH, Losses, Windows, check_batch_size, onednn_is_faster, train, windows
+from experiments.verdict import Result
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
 
 NORMS: dict[str, NormFactory | None] = {
@@ -60,25 +50,10 @@ NORMS: dict[str, NormFactory | None] = {
     "RunningBatchNorm": RunningBatchNorm,
 }
 RECIPES = ("published", "best")
-BATCH_NORMS = ("BatchNorm2d", "BatchNorm")
 
-# Validation accuracy as published, at batch size 2, lr 0.4, one epoch. RunningBatchNorm's second figure stands in
-# the notebook's last saved run, whose 18 seconds match its batch-32 run and not a batch-2 run: trust the first.
-PUBLISHED = {"BatchNorm2d": [0.2604, 0.2348], "RunningBatchNorm": [0.9723, 0.9730]}
-
-# RunningBatchNorm's mean over 8 seeds of the course's own code, run elsewhere (0.917 to 0.975, test images): not ours,
-# or the criterion could not see a defect of ours. The standard deviation is that of the first 24 runs in the records
-# experiments/results/running_*.json: 12 seeds, each before and after a change that altered no more than rounding
-# (running_earlier_*, running_seeds_*; running_kernels_* came later).
-#
-# Now and then a run goes wrong, and rounding decides which: a mean says little then, so the verdict is by the median,
-# and the table has the mean, the median and the runs at chance.
-EXPECTED_MEAN, EXPECTED_STD = 0.950, 0.030
 LEARNING = ("GroupNorm", "RunningBatchNorm")    # of the arms; the others fail for certain
 SEEDS = 8                   # of these in the published setting, where none are named; one of the others
 TOGETHER = 24               # seeds that are trained as one network, at most
-FAILED = 0.5                # a batch norm arm below this has failed
-VISIBLE_GAP = 0.3           # on other data or settings: how far apart the two must be for the effect to be visible
 DIGITS_EPOCHS = 5           # 1,197 images are 598 steps an epoch, too few for one
 
 
@@ -193,44 +168,6 @@ def header(config: Config, images: ImageData) -> str:
         f"run:     batch size {config.batch_size}, lr {config.lr}, {plural(config.epochs, 'epoch')}, "
         f"{seeds_and_device(config)}{', compiled' * config.compile}{once}",
         f"arms:    {', '.join(config.norms)}")
-
-
-def judge(rows: list[Row], data: str, train_images: int) -> Verdict:
-    """Whether the published effect was reproduced, True, False or None (not tested), and a sentence that says so.
-
-    `rows` were trained on `train_images` images of `data`.
-    """
-    means = {norm: mean([r["valid_accuracy"] for r in arm]) for norm, arm in by_arm(rows, "norm").items()}
-    batch = {n: means[n] for n in BATCH_NORMS if n in means}
-    if rows[0]["batch_size"] != 2 or not batch or "RunningBatchNorm" not in means:
-        return None, ("The published effect was not tested: that takes batch size 2 and the arms RunningBatchNorm and "
-                      "BatchNorm2d or BatchNorm.")
-    running = [finite(r["valid_accuracy"]) for r in rows if r["norm"] == "RunningBatchNorm"]
-    middle, best = statistics.median(running), max(batch.values())
-    published_setting = comparable(rows) and train_images == TRAIN_IMAGES
-    floor = least_median(len(running)) if published_setting else best + VISIBLE_GAP
-    n = max(sum(r["norm"] == norm for r in rows) for norm in batch)
-    found = (f"{' and '.join(f'{k} {v:.3f}' for k, v in batch.items())} (mean of {plural(n, 'seed')}; failed is below "
-             f"{FAILED}), RunningBatchNorm {middle:.3f} (median of {plural(len(running), 'seed')}, "
-             f"{sum(a <= CHANCE for a in running)} at chance; at least {floor:.3f} needed)")
-    ok = best < FAILED and middle >= floor
-    if published_setting:
-        return ok, f"The published effect was {'' if ok else 'NOT '}reproduced: {found}."
-    return ok, (f"The published effect is {'' if ok else 'NOT '}visible on {data}, which is not the published "
-                f"setting (MNIST in full, lr 0.4, one epoch): {found}.")
-
-
-def least_median(n: int) -> float:
-    """The least that the median of `n` seeds of RunningBatchNorm may be: 3 standard errors below the expected mean.
-
-    That of a median is about 1.25 (sqrt(pi / 2)) times that of a mean; of one or two seeds the two are the same.
-    """
-    return EXPECTED_MEAN - 3 * (1.25 if n > 2 else 1) * EXPECTED_STD / math.sqrt(n)
-
-
-def comparable(rows: Sequence[Row]) -> bool:
-    """Whether `rows` were trained as the published runs were, whatever the images."""
-    return all((r["batch_size"], r["lr"], r["epochs"]) == (2, 0.4, 1) for r in rows)
 
 
 def table(summary: Summary) -> Table:

@@ -22,23 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.arms import (
-    MEASURED,
-    by_arm,
-    heading,
-    images_of,
-    load_images,
-    mean,
-    measured,
-    plural,
-    run_arms,
-    seeds_and_device,
-)
+from experiments.arms import run_arms
 from experiments.data import TRAIN_IMAGES, ImageData
-from experiments.results import Result, Row, Summary, Table, Trained, Verdict
+from experiments.figures import MEASURED, by_arm, heading, mean, measured, plural, seeds_and_device
+from experiments.images import images_of, load_images
+from experiments.results import Row, Summary, Table, Trained
 from experiments.settings import ImageStudySettings, add_image_arguments, from_args, positive
 from experiments.study import grid
 from experiments.training import check_batch_size, train
+from experiments.verdict import Claim, Result, Verdict
 from norms.per_example import batch_norm
 from runner import Callback, CancelEpochException, accuracy
 
@@ -233,20 +225,20 @@ def pixels(images: ImageData, x: Tensor) -> Tensor:
 
 
 def judge(rows: list[Row], data: str, train_images: int) -> Verdict:
-    """Whether the norm arms coincide and, on MNIST in full, the accuracies are the published ones, and a sentence."""
-    arms, n = by_arm(rows), len({r["seed"] for r in rows})
-    apart = max(math.inf if (d := r["loss_difference"]) is None else d for r in arms["per-example"])
-    same = apart <= SAME        # False where it is NaN
-    said = (f"the losses of vanilla and per-example {'coincide' if same else 'do NOT coincide'} (largest difference "
-            f"{apart:.1e}, at most {SAME:.0e})")
+    """Whether the norm arms coincide and, on MNIST in full, the accuracies are the published ones."""
+    arms, seeds = by_arm(rows), plural(len({r["seed"] for r in rows}), "seed")
+    apart = [math.nan if (d := r["loss_difference"]) is None else d for r in arms["per-example"]]
+    same = Claim("the losses of vanilla and per-example differ by", max(apart, key=lambda d: (math.isnan(d), d)),
+                 most=SAME, of=f"largest of {seeds}", form=".1e", bound=".0e")
     if data != "MNIST" or train_images != TRAIN_IMAGES or any(r["steps"] != Config.steps for r in rows):
-        return same, f"The published accuracies were not tested ({Config.steps:,} steps on MNIST in full); {said}."
-    tolerance = 3 * STD * math.sqrt(1 + 1 / n) + READ_OFF
-    means = {a: mean([r["valid_accuracy"] for r in rs]) for a, rs in arms.items()}
-    ok = same and all(abs(means[a] - p) <= tolerance for a, p in PUBLISHED.items())
-    listed = ", ".join(f"{a} {means[a]:.3f} (published {p:.2f})" for a, p in PUBLISHED.items())
-    return ok, (f"The published result was {'' if ok else 'NOT '}reproduced: {listed}, each to be within "
-                f"{tolerance:.3f}, mean validation accuracy of {plural(n, 'seed')}; {said}.")
+        return Verdict("Vanilla and per-example are {}the same", [same],
+                       f"The published accuracies were not tested ({Config.steps:,} steps on MNIST in full)")
+    claims = []
+    for arm, published in PUBLISHED.items():
+        tolerance = 3 * STD * math.sqrt(1 + 1 / len(arms[arm])) + READ_OFF
+        claims.append(Claim(arm, mean([r["valid_accuracy"] for r in arms[arm]]), published - tolerance,
+                            published + tolerance, of=f"mean of {seeds}, published {published:.2f}"))
+    return Verdict("The published result was {}reproduced", [*claims, same])
 
 
 def table(summary: Summary) -> Table:
