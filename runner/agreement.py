@@ -1,13 +1,14 @@
 """One mind in several processes: what a callback decides on one, by a cancel exception or by True, holds on all.
 
-After an event of training that may be answered so, the processes exchange what the answers were, and all leave the
-batch, the pass or the fit in the same step. Nothing is exchanged where only callbacks of this library answer that
+After answers to an event of training that may be such, the processes exchange what they were, and all leave the batch,
+the pass or the fit in the same step. Nothing is exchanged where only callbacks of this library answer that
 decide by figures which all have (`Callback.may_cancel` names the others). In validation the processes go each at its
 own pace, and exchange once, at the end of the pass.
 """
 
 import io
 from collections.abc import Callable
+from itertools import groupby
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -62,25 +63,24 @@ class Agreement:
 
     def _answer(self, event: str, answers: list[Respond]) -> Respond:
         """One answer to `event` for all of the callbacks'."""
-        of_batch, asked, run = event in OF_A_BATCH, any(may_cancel(respond, event) for respond in answers), self.run
-        together = SimpleNamespace(_answers={event: answers}) if event == "after_batch" else None
+        if event == "after_batch": stages = [(_all(answers), any(may_cancel(respond, event) for respond in answers))]
+        else: stages = [(_in_turn([*some]), asked) for asked, some in groupby(answers, lambda r: may_cancel(r, event))]
+        of_batch, run = event in OF_A_BATCH, self.run
 
         def answer() -> bool:
-            skip, cancel = False, None
-            try:
-                if together is None:
-                    for respond in answers:
-                        if respond() is True: skip = True
-                else:
-                    with Always(together, event): pass
-            except CancelException as e: cancel = e
-            except BaseException as e:
-                if (found := self.failed(e)) is e: raise
-                raise found from e
-            if of_batch and not run.in_train:
-                self._put_off(event, cancel)
-                return skip
-            return self._agreed(cancel, skip) if asked else skip
+            skip = False
+            for respond, asked in stages:       # the next one may be an exchange of its own
+                cancel, its = None, False
+                try: its = respond()
+                except CancelException as e: cancel = e
+                except BaseException as e:
+                    if (found := self.failed(e)) is e: raise
+                    raise found from e
+                if of_batch and not run.in_train: self._put_off(event, cancel)
+                elif asked: its = self._agreed(cancel, its)
+                elif cancel is not None: raise cancel           # for a reason that all have
+                skip |= its
+            return skip
         return answer
 
     def _put_off(self, event: str, cancel: CancelException | None) -> None:
@@ -134,6 +134,25 @@ class Agreement:
         """
         cancel, self.pending = self.pending, None
         self._agreed(cancel)
+
+
+def _in_turn(answers: list[Respond]) -> Callable[[], bool]:
+    """The answers one after the other, until one raises; whether any is True."""
+    def respond() -> bool:
+        skip = False
+        for answer in answers:
+            if answer() is True: skip = True
+        return skip
+    return respond
+
+
+def _all(answers: list[Respond]) -> Callable[[], bool]:
+    """All answers, whichever of them raise, as to an event that comes always."""
+    run = SimpleNamespace(_answers={"": answers})
+
+    def respond() -> bool:
+        with Always(run, ""): return False
+    return respond
 
 
 def may_cancel(respond: Respond, event: str) -> bool:

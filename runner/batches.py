@@ -237,8 +237,8 @@ def joined(parts: Sequence[Any]) -> Any:
     nests = [opened(p) for p in parts]
     if nests[0] is None: return first if all(p is first or p == first for p in parts) else list(parts)
     children = [nest[0] if nest is not None else [] for nest in nests]
-    if isinstance(first, (list, tuple)) and not any(opened(c) or isinstance(c, torch.Tensor) for cs in children for c in cs):
-        return [c for cs in children for c in cs]
+    flat = [c for cs in children for c in cs]
+    if isinstance(first, (list, tuple)) and not any(opened(c) or isinstance(c, torch.Tensor) for c in flat): return flat
     if len({len(cs) for cs in children}) > 1:
         raise ValueError(f"the batches are built differently: {described(parts[0])}, and {described(parts[-1])}")
     return nests[0][1]([joined(column) for column in zip(*children, strict=True)])

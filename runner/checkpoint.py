@@ -259,7 +259,8 @@ class Checkpoint(Callback):
         dl, marks, sources = run._loader if in_epoch else run.data.train_dl, self.marks, sources_of_run(run)
         assert marks is not None
         return dict(encoded({
-            "version": VERSION, "processes": ranks_of(run).size, "run": self.run_id, "number": self._number + 1, "fit": run.fits,
+            "version": VERSION, "processes": ranks_of(run).size, "run": self.run_id, "number": self._number + 1,
+            "fit": run.fits,
             "fingerprint": self.fingerprint, "epoch": epoch, "batch": self._batch if in_epoch else None,
             "epochs": run.epochs, "ended": ended, "status": run.status, "n_iter": run.n_iter, "n_epochs": run.n_epochs,
             "batches": self._batches, "random": states_of(sources), "before": self._before,

@@ -4,7 +4,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from runner.events import Callback
 from runner.loading import samplers
 from runner.ranks import Ranks, synced
 from runner.reducing import Reducer
-from runner.sharing import Place, ShardedLoader, counted, longest, own_randomness, same_order, shared
+from runner.sharing import Place, ShardedLoader, Share, counted, longest, own_randomness, same_order, shared
 
 T = TypeVar("T")
 
@@ -217,8 +217,8 @@ class Distributed(Callback):
     For the length of the fit the process group is joined (nccl with GPUs, one for each process, and gloo), unless there
     is one, and the forward pass of training goes through `DistributedDataParallel`, of which nobody else sees anything:
     `run.model` is the model itself. Every parameter that is trained gets the mean gradient, also where it belongs to
-    the loss, is unfrozen in mid-fit, or has a second backward pass (`runner.reducing`). Rank 0's weights are everybody's
-    at the beginning, and after each step its buffers. Batch norms normalise by their own process's part unless they are
+    the loss, is unfrozen in mid-fit, or has a second backward pass (`runner.reducing`). Rank 0's weights are all
+    processes' at the beginning, and after each step its buffers. Batch norms normalise by their own process's part unless they are
     synchronised (`norms.sync_norms`).
 
     What callbacks see: `run.xb`, `run.pred` and `run.loss` are the process's own. Histories, metrics and the losses of
@@ -256,6 +256,7 @@ class Distributed(Callback):
         self._agreement: Agreement | None = None
         self._reducer: Reducer | None = None
         self._muted = Muted()
+        self._pass = ExitStack()            # what a pass is to undo at its end
         self._stale = self._wait = False
         self._heard = 0.0
 
@@ -281,6 +282,7 @@ class Distributed(Callback):
             raise found from e
         finally:
             vars(run).pop("ranks", None)
+            self._end_pass()
             self._clear()
 
     @contextmanager
@@ -292,7 +294,7 @@ class Distributed(Callback):
             return
         run.ranks = group
         self._agreement = group.agreement = Agreement(run, group.decide, self._failed, self._muted)
-        self._agreement.settle(self._settle)
+        self._agreement.settle(self._after_pass)
         try: yield
         except BaseException as e:
             if (found := self._failed(e)) is e: raise
@@ -334,7 +336,8 @@ class Distributed(Callback):
         run, reducer = self.run, self._reducer
         if reducer is None or not run.in_train: return inner()
         learn, model = run.learn, run.learn.model
-        if reducer.ddp is not None and getattr(run, "compiled_step", None) is None: learn.model = reducer.ddp
+        # One backward pass after the forward pass, by the runner itself: else `Reducer` does all.
+        if reducer.ddp is not None and "backward" not in run._replaced: learn.model = reducer.ddp
         try:
             with reducer.alone(self._wait), self._explained(): inner()
         finally: learn.model = model
@@ -369,6 +372,10 @@ class Distributed(Callback):
         if self._reducer is not None: self._reducer.settle(self.run)
         inner()
 
+    def _after_pass(self) -> None:
+        self._end_pass()
+        self._settle()
+
     def _settle(self) -> None:
         """Rank 0's buffers for all, but those of synchronised norms, which are equal."""
         group, model = self._group, self.run.model
@@ -383,8 +390,8 @@ class Distributed(Callback):
         except Exception as e:
             group = self._group
             if group is not None and not group.weight and hasattr(e, "add_note"):
-                e.add_note(f"{group} has no image in a batch of {group.images}: the model got tensors of length 0, which "
-                           "a norm that needs an image in each process can't take; synchronise the norms "
+                e.add_note(f"{group} has no image in a batch of {group.images}: the model got tensors of length 0, "
+                           "which a norm that needs an image in each process can't take; synchronise the norms "
                            "(norms.sync_norms), take larger batches, or drop the last one (drop_last=True)")
             raise
 
@@ -392,31 +399,38 @@ class Distributed(Callback):
 
     def around_pass(self, batches: Iterable[Any]) -> Iterable[Any]:
         """This process's part of each batch."""
-        return batches if self._group is None else self._own(batches, self.run._loader, self._group)
+        group, dl = self._group, self.run._loader
+        if group is None: return batches
+        self._end_pass()
+        for sampler in samplers(dl):
+            if isinstance(sampler, DistributedSampler): sampler.set_epoch(self.run.epoch)
+        return self._own(batches, dl, group, self._pass.enter_context(shared(dl, group)))
 
-    def _own(self, batches: Iterable[Any], dl: Any, group: Group) -> Iterator[Any]:
+    def _own(self, batches: Iterable[Any], dl: Any, group: Group, share: Share) -> Iterator[Any]:
+        # A pass that is left early leaves this generator where it is: what is to be undone `_end_pass` does.
         run, train, agreement = self.run, self.run.in_train, self._agreement
         assert agreement is not None
         resumed = train and run.first_batch > 0         # then what resumes has put the random states back
-        for sampler in samplers(dl):
-            if isinstance(sampler, DistributedSampler): sampler.set_epoch(run.epoch)
-        try:
-            with shared(dl, group) as share:
-                if not resumed: same_order(group, dl)
-                if share.known and (batches is dl or resumed or share.cuts):
-                    parts = share.parts(batches, run.first_batch if train else 0)
-                else:
-                    share.refuse_known()
-                    run.iters = longest(group.gather(run.iters))
-                    parts = counted(batches, group)
-                for k, (batch, own, n) in enumerate(parts):
-                    if not k and (not resumed or run.resume.borrowed): own_randomness(group)
-                    group.images, group.weight = n, own / n if n else 0.0
-                    self._listen()
-                    if own or train: yield batch
-                    if agreement.pending is not None: break
-                if not train: agreement.end_of_validation()
-        finally: group.images, group.weight = None, 1.0
+        if not resumed: same_order(group, dl)
+        if share.known and (batches is dl or resumed or share.cuts):
+            parts = share.parts(batches, run.first_batch if train else 0)
+        else:
+            share.refuse_none()
+            run.iters = longest(group.gather(run.iters))
+            parts = counted(batches, group)
+        for k, (batch, own, n) in enumerate(parts):
+            if not k and (not resumed or run.resume.borrowed): own_randomness(group)
+            group.images, group.weight = n, own / n if n else 0.0
+            self._listen()
+            if own or train: yield batch
+            if agreement.pending is not None: break
+        self._end_pass()
+        if not train: agreement.end_of_validation()
+
+    def _end_pass(self) -> None:
+        """The loader is as it was."""
+        self._pass.close()
+        if self._group is not None: self._group.images, self._group.weight = None, 1.0
 
     def _listen(self) -> None:
         """Once a second, hear whether another process has failed, which may be long before they meet again."""
@@ -428,7 +442,8 @@ class Distributed(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no fit."""
         idle = dict.fromkeys(("_connection", "_group", "_agreement", "_reducer"))
-        return {**super().__getstate__(), **idle, "_muted": Muted(), "_stale": False, "_wait": False}
+        return {**super().__getstate__(), **idle, "_muted": Muted(), "_pass": ExitStack(), "_stale": False,
+                "_wait": False}
 
 
 def _of_other(rank: int, text: str) -> DistributedError:

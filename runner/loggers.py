@@ -153,8 +153,8 @@ class TensorBoardLogger(Stateful):
             raise ImportError("TensorBoardLogger needs the package tensorboard: pip install "
                               f"'runnernorms[tensorboard]' ({e})") from e
         self._waiting = []
-        if ranks_of(self.run).leads: self.writer = SummaryWriter(os.fspath(self.folder), filename_suffix=f".{self._fit}")
-        else: self.writer = _Nowhere()
+        self.writer = SummaryWriter(os.fspath(self.folder), filename_suffix=f".{self._fit}") \
+            if ranks_of(self.run).leads else _Nowhere()
 
     def _files(self) -> list[Path]:
         """Those of this fit."""

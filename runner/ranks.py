@@ -1,7 +1,7 @@
 """What a fit over several processes asks of them all: how many they are, sums and agreement. Alone it costs nothing.
 
-A callback reads `self.run.ranks`, which is `ALONE` but for the length of a fit with `Distributed`. What it does there is
-done by all processes at the same place, or they wait for one another.
+A callback reads `self.run.ranks`, which is `ALONE` but for the length of a fit with `Distributed`. What it does there
+all processes must do at the same place, or they wait for one another.
 """
 
 from collections.abc import Callable, Iterable

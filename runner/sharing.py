@@ -98,8 +98,8 @@ class Share:
         """`take` of each of `batches`, whose first is number `first` of the pass."""
         for k, batch in enumerate(batches, first): yield self.take(k, batch)
 
-    def refuse_known(self) -> None:
-        """Raises ShareError where a callback has taken the batches' place and some process may have no image."""
+    def refuse_none(self) -> None:
+        """Have a batch refused of which some process has no image, as a callback has taken the batches' place."""
         if self.sampler is not None: self.sampler.complete = True
 
 

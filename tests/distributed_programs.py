@@ -1,0 +1,285 @@
+"""Programs that are run alone and on several processes; each returns what must be the same, or what is asked about."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+
+from runner import (
+    EVENTS,
+    AveragedWeights,
+    AvgStatsCallback,
+    Callback,
+    CancelBatchException,
+    CancelEpochException,
+    CancelTrainException,
+    ClosureStep,
+    CPUBackendCallback,
+    DataBunch,
+    Dataset,
+    Distributed,
+    EarlyStopping,
+    GradientAccumulation,
+    GradientClip,
+    KeepBest,
+    Learner,
+    MixedPrecision,
+    Optimizers,
+    ParamScheduler,
+    Recorder,
+    Runner,
+    TerminateOnNonFinite,
+    Turns,
+    accuracy,
+    get_dls,
+    sched_cos,
+    shard_loader,
+)
+from runner.distributed import place_now
+
+
+def images(n, seed=0, size=8):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 1, size, size, generator=g, dtype=torch.float64), torch.randint(4, (n,), generator=g)
+
+
+def network(norm=None, dropout=0.0, seed=1):
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(1, 4, 3), norm(4) if norm else nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2),
+              norm(4) if norm else nn.Identity(), nn.ReLU(), nn.Dropout(dropout), nn.Flatten(), nn.Linear(16, 4)]
+    return nn.Sequential(*layers).double()
+
+
+def learner(n=23, bs=5, valid=7, valid_bs=3, model=None, loss=F.cross_entropy, opt=None, **kwargs):
+    model = model or network()
+    data = DataBunch(*get_dls(Dataset(*images(n)), Dataset(*images(valid, 1)), bs, valid_bs=valid_bs, **kwargs))
+    return Learner(model, opt or torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), loss, data)
+
+
+def told(run, learn):
+    """What a fit has left: weights, buffers, the history and the losses of its steps."""
+    found = {"state": {k: v.clone() for k, v in learn.model.state_dict().items()}, "status": run.status,
+             "n_iter": run.n_iter, "epoch": run.epoch}
+    if hasattr(run, "avg_stats"):
+        found["history"] = [{k: v for k, v in row.items() if k != "seconds"} for row in run.avg_stats.history]
+        found["seconds"] = [row["seconds"] for row in run.avg_stats.history]
+    if hasattr(run, "recorder"): found["losses"] = list(run.recorder.losses)
+    return found
+
+
+def fitted(epochs, learn, *cbs, cls=Distributed, **kwargs):
+    run = Runner([AvgStatsCallback(accuracy, quiet=True), Recorder(), cls(), *cbs], **kwargs)
+    run.fit(epochs, learn)
+    return told(run, learn)
+
+
+# --- the same as one process --------------------------------------------------------------------------------------
+
+def plain(): return fitted(2, learner())
+
+
+def ragged():
+    """Batches that no number of processes divides, and some with fewer images than there are processes."""
+    return {(n, bs): fitted(2, learner(n, bs, valid=valid, valid_bs=valid_bs))
+            for n, bs, valid, valid_bs in ((21, 5, 1, 3), (7, 2, 4, 3), (4, 1, 2, 1), (9, 4, 5, 4))}
+
+
+def in_company():
+    """Callbacks that look at losses, gradients and weights, or change what a step is."""
+    clip, cosine = GradientClip(0.5), ParamScheduler("lr", sched_cos(0.1, 0.001))
+    return {
+        "clipped": fitted(2, learner(), clip, cosine),
+        "accumulated": fitted(2, learner(), GradientAccumulation(2)),
+        "accumulated, three": fitted(2, learner(22, 3), GradientAccumulation(3), clip),
+        "averaged": fitted(2, learner(), AveragedWeights(0.9), KeepBest("valid_loss")),
+        "stopped": fitted(9, learner(), EarlyStopping("valid_loss", patience=1), KeepBest("valid_loss")),
+        "looked after": fitted(1, learner(), TerminateOnNonFinite(), CPUBackendCallback()),
+        "bfloat16": fitted(1, learner(model=network().float()), InFloat(), MixedPrecision("bf16")),
+        "float16": fitted(1, learner(model=network().float()), InFloat(), MixedPrecision("fp16", init_scale=2.0 ** 10)),
+    }
+
+
+class InFloat(Callback):
+    def begin_batch(self): self.run.xb = self.xb.float()
+
+
+class WithCenters(nn.Module):
+    """A loss that is trained too."""
+
+    def __init__(self):
+        super().__init__()
+        self.centers = nn.Parameter(torch.linspace(0, 1, 16, dtype=torch.float64).view(4, 4))
+
+    def forward(self, pred, yb): return F.cross_entropy(pred, yb) + (pred - self.centers[yb]).square().mean()
+
+
+class Retained(Callback):
+    """Backward passes of which the second adds to the first's gradients."""
+
+    def backward(self): (self.loss / 2).backward(retain_graph=True), (self.loss / 2).backward()
+
+
+class Thaw(Callback):
+    """Unfreezes a layer in the middle of the fit."""
+
+    def begin_batch(self):
+        if self.run.in_train and self.run.n_iter == 3: self.model[0].requires_grad_(True)
+
+
+class Cancelled(Callback):
+    """Leaves some batches before their step; their gradients are added to the next one's."""
+
+    def after_backward(self):
+        if self.n_iter == 2: raise CancelBatchException
+
+
+def gan():
+    torch.manual_seed(2)
+    model = nn.ModuleDict({"gen": nn.Linear(3, 4), "disc": nn.Linear(4, 1)}).double()
+    opt = Optimizers(disc=torch.optim.SGD(model.disc.parameters(), 0.1), gen=torch.optim.SGD(model.gen.parameters(), 0.1))
+    x, y = torch.linspace(-1, 1, 40, dtype=torch.float64).view(10, 4), torch.zeros(10)
+
+    def disc(run):
+        run.fake = run.model.gen(run.xb[:, :3])
+        return F.softplus(-run.model.disc(run.xb)).mean() + F.softplus(run.model.disc(run.fake.detach())).mean()
+
+    def gen(run): return F.softplus(-run.model.disc(run.fake)).mean()
+    learn = Learner(model, opt, None, DataBunch(get_dls(Dataset(x, y), None, 3)[0]))
+    run = Runner([Turns(disc=disc, gen=gen), Recorder(), Distributed()])
+    run.fit(2, learn)
+    return told(run, learn)
+
+
+def other_gradients():
+    """Gradients that don't come by one backward pass after one forward pass through the model."""
+    loss = WithCenters()
+    model = network()
+    trained = learner(model=model, loss=loss, opt=torch.optim.SGD([*model.parameters(), *loss.parameters()], 0.05))
+    frozen = network()
+    frozen[0].requires_grad_(False)
+    model = network()
+    lbfgs = learner(20, 10, model=model, opt=torch.optim.LBFGS(model.parameters(), 0.1, line_search_fn="strong_wolfe"))
+    return {
+        "of a loss": {**fitted(2, trained), "centers": loss.centers.detach().clone()},
+        "twice": fitted(1, learner(), Retained()), "unfrozen": fitted(2, learner(model=frozen), Thaw()),
+        "cancelled": fitted(2, learner(), Cancelled()), "gan": gan(), "closure": fitted(1, lbfgs, ClosureStep()),
+    }
+
+
+def compiled():
+    return fitted(1, learner(model=network().float(), n=8, bs=4), InFloat(), compile=True)
+
+
+class Spread:
+    """A metric with state, of predictions in any number of batches."""
+
+    name = "spread"
+
+    def reset(self): self.seen = []
+
+    def update(self, pred, yb): self.seen.append((pred.detach().sum(1), yb))
+
+    def compute(self):
+        sums, ys = (torch.cat(t) for t in zip(*self.seen, strict=True))
+        return {"std": sums.std(), "ys": ys.double().std(), "batches": len(self.seen)}
+
+
+def metrics():
+    learn = learner(valid=4, valid_bs=3)
+    run = Runner([AvgStatsCallback([accuracy, Spread()], quiet=True), Distributed()])
+    run.fit(1, learn)
+    return told(run, learn)
+
+
+def rates():
+    run, learn = Runner([Distributed()]), learner(40, 5)
+    lr = run.find_lr(learn, max_iter=16)
+    return {"lrs": lr.lrs, "losses": lr.losses, **fitted(1, learn)}
+
+
+class Reversed(Sampler):
+    def __init__(self, n): self.n = n
+
+    def __iter__(self): return iter(range(self.n - 1, -1, -1))
+
+    def __len__(self): return self.n
+
+
+class Doubled(Callback):
+    """Takes the place of the batches."""
+
+    def around_pass(self, batches): return ((2 * xb, yb) for xb, yb in batches)
+
+
+def loaders():
+    """Loaders of other kinds; those of which each process has its own order are vouched for."""
+    x, y = images(23)
+    ds = TensorDataset(x, y)
+    batches = [(x[i:i + 5], y[i:i + 5]) for i in range(0, 23, 5)]
+
+    def of(dl, *cbs):
+        learn = learner()
+        learn.data.train_dl = dl
+        return fitted(2, learn, *cbs)
+    return {
+        "torch's": of(DataLoader(ds, 5, shuffle=True)), "with workers": of(DataLoader(ds, 5, shuffle=True, num_workers=1)),
+        "a list": of(batches), "vouched for": of(shard_loader(DataLoader(ds, 5, sampler=Reversed(23)))),
+        "a generator's": of(shard_loader(Anew(batches))), "replaced": of(batches, Doubled()),
+        "replaced, sampled": of(DataLoader(ds, 5, shuffle=True), Doubled()),
+        "own generator": of(get_dls(ds, None, 5, generator=torch.Generator().manual_seed(3))[0]),
+    }
+
+
+class Anew:
+    def __init__(self, batches): self.batches = batches
+
+    def __iter__(self): return (b for b in self.batches)
+
+    def __len__(self): return len(self.batches)
+
+
+# --- what is decided on one process -------------------------------------------------------------------------------
+
+BATCH = EVENTS[2:7] + ("after_cancel_batch", "after_batch")
+
+
+class At(Callback):
+    """On rank 1 does something at the k-th of an event."""
+
+    def __init__(self, event, k, do): self.event, self.k, self.do, self.seen, self.heard = event, k, do, 0, []
+
+    def __call__(self, event):
+        self.heard.append((event, self.in_train))
+        if event != self.event: return False
+        self.seen += 1
+        return bool(self.seen == self.k and rank() == 1 and self.do())
+
+
+def rank(): return place_now()[0]
+
+
+def decide(what):
+    if what is True: return True
+    raise what
+
+
+def decisions():
+    """Cancel exceptions of all levels, and True, at each event on one process: all hear the same events of training."""
+    cases = []
+    for event in ("begin_fit", "begin_epoch", *BATCH, "begin_validate", "after_epoch"):
+        if event == "after_cancel_batch": continue
+        cases += [(event, CancelTrainException), (event, True)]
+        if event not in ("begin_fit", "after_epoch"): cases.append((event, CancelEpochException))
+        if event in BATCH and event != "after_batch": cases.append((event, CancelBatchException))
+    found = {}
+    for i, (event, what) in enumerate(cases):
+        at, learn = At(event, 8 if i % 2 and event in BATCH else 1, partial(decide, what)), learner(13, 5)
+        run = Runner([AvgStatsCallback(accuracy, quiet=True), at, Distributed()])
+        run.fit(2, learn)
+        trained = [e for e, in_train in at.heard if in_train or e not in BATCH]
+        found[event, getattr(what, "__name__", "True")] = {**told(run, learn), "heard": trained}
+    return found
+
+
