@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
@@ -55,11 +56,13 @@ def launched() -> bool:
 class Connection:
     """The process group, joined if there is none yet, and a word from whoever leaves it with an error."""
 
-    joined = 0          # times; a group that was broken off leaves its addresses behind
-    fits = 0
+    joined = fits = 0                           # times; a group that was broken off leaves its addresses behind
+    group: Any = None                           # that was joined here, and its connections
+    sockets: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
         if not dist.is_initialized(): self._join()
+        self.own = dist.group.WORLD is Connection.group
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         told = os.environ.get("WORLD_SIZE", "")
         if told.isdecimal() and dist.is_torchelastic_launched() and int(told) != self.size:
@@ -78,8 +81,11 @@ class Connection:
                 kind = "cpu:gloo,cuda:nccl"
         store, rank, size = next(iter(dist.rendezvous("env://")))
         Connection.joined += 1
+        before = frozenset(open_sockets())
         dist.init_process_group(kind, store=dist.PrefixStore(f"runner/{Connection.joined}", store), rank=rank,
                                 world_size=size)
+        dist.all_reduce(torch.zeros(1))         # by now all are connected
+        Connection.group, Connection.sockets = dist.group.WORLD, frozenset(open_sockets()) - before
 
     def tell(self, text: str) -> None:
         """Say why this process leaves; the first word counts."""
@@ -95,8 +101,29 @@ class Connection:
         return None
 
     def leave(self) -> None:
-        """Break off: whoever waits for this process gets an error at once."""
-        with suppress(Exception): dist.destroy_process_group()
+        """Break off: whoever waits for this process gets an error at once.
+
+        To destroy the group is not enough: what holds it, as a `DistributedDataParallel` in a traceback, keeps the
+        connections open, and the others waiting. A group that wasn't joined here is left to its owner, and ends with
+        the process.
+        """
+        for name, fd in open_sockets().items():
+            if name not in Connection.sockets: continue
+            with suppress(OSError), socket.socket(fileno=os.dup(fd)) as s:
+                s.getpeername()         # of one that listens there is none, and gloo would end the process
+                s.shutdown(socket.SHUT_RDWR)
+        if self.own:
+            with suppress(Exception): dist.destroy_process_group()
+        Connection.group, Connection.sockets = None, frozenset()
+
+
+def open_sockets() -> dict[str, int]:
+    """The sockets that this process has open, where the system tells (Linux): names and file descriptors."""
+    found = {}
+    with suppress(OSError):
+        for fd in os.listdir("/proc/self/fd"):
+            with suppress(OSError): found[os.readlink(f"/proc/self/fd/{fd}")] = int(fd)
+    return {name: fd for name, fd in found.items() if name.startswith("socket")}
 
 
 class Group(Ranks):
@@ -218,8 +245,8 @@ class Distributed(Callback):
     is one, and the forward pass of training goes through `DistributedDataParallel`, of which nobody else sees anything:
     `run.model` is the model itself. Every parameter that is trained gets the mean gradient, also where it belongs to
     the loss, is unfrozen in mid-fit, or has a second backward pass (`runner.reducing`). Rank 0's weights are all
-    processes' at the beginning, and after each step its buffers. Batch norms normalise by their own process's part unless they are
-    synchronised (`norms.sync_norms`).
+    processes' at the beginning, and after each step its buffers. Batch norms normalise by their own process's part
+    unless they are synchronised (`norms.sync_norms`).
 
     What callbacks see: `run.xb`, `run.pred` and `run.loss` are the process's own. Histories, metrics and the losses of
     `Recorder` are of all images, equal on all processes; so is what is decided by them. A cancel exception of any
@@ -255,6 +282,7 @@ class Distributed(Callback):
         self._group: Group | None = None
         self._agreement: Agreement | None = None
         self._reducer: Reducer | None = None
+        self._share: Share | None = None
         self._muted = Muted()
         self._pass = ExitStack()            # what a pass is to undo at its end
         self._stale = self._wait = False
@@ -306,10 +334,10 @@ class Distributed(Callback):
         if group is None or connection is None or group.broken: return e
         group.broken = True
         lost = isinstance(e, RuntimeError) and LOST.search(str(e)) is not None
-        other = connection.heard(WAIT if lost else 0.0)
-        if other is None and not lost: connection.tell(f"{type(e).__name__}: {e}")
+        if not lost: connection.tell(f"{type(e).__name__}: {e}")
+        other = connection.heard(WAIT) if lost else None
         connection.leave()
-        if other is not None and other[0] != group.rank: return _of_other(*other)
+        if other is not None: return _of_other(*other)
         if not lost: return e
         return DistributedError("the connection to another process was lost, and it has said nothing: it was killed, "
                                 "or ran out of memory; see what torchrun says of it, and go on from a checkpoint "
@@ -397,27 +425,36 @@ class Distributed(Callback):
 
     # --- the batches ------------------------------------------------------------------------------------------
 
-    def around_pass(self, batches: Iterable[Any]) -> Iterable[Any]:
-        """This process's part of each batch."""
+    def begin_epoch(self) -> None: self._begin_pass(resumed=self.run.first_batch > 0)
+
+    def begin_validate(self) -> None: self._begin_pass()
+
+    def _begin_pass(self, resumed: bool = False) -> None:
+        """Share the loader, before any callback's `around_pass` begins with it."""
         group, dl = self._group, self.run._loader
-        if group is None: return batches
+        if group is None: return
         self._end_pass()
         for sampler in samplers(dl):
             if isinstance(sampler, DistributedSampler): sampler.set_epoch(self.run.epoch)
-        return self._own(batches, dl, group, self._pass.enter_context(shared(dl, group)))
+        self._share = self._pass.enter_context(shared(dl, group, self.run.in_train))
+        if not resumed: same_order(group, dl)       # else random states are put back by what resumes
+
+    def around_pass(self, batches: Iterable[Any]) -> Iterable[Any]:
+        """This process's part of each batch."""
+        group, share = self._group, self._share
+        return batches if group is None or share is None else self._own(batches, self.run._loader, group, share)
 
     def _own(self, batches: Iterable[Any], dl: Any, group: Group, share: Share) -> Iterator[Any]:
         # A pass that is left early leaves this generator where it is: what is to be undone `_end_pass` does.
         run, train, agreement = self.run, self.run.in_train, self._agreement
         assert agreement is not None
-        resumed = train and run.first_batch > 0         # then what resumes has put the random states back
-        if not resumed: same_order(group, dl)
+        resumed = train and run.first_batch > 0
         if share.known and (batches is dl or resumed or share.cuts):
             parts = share.parts(batches, run.first_batch if train else 0)
         else:
             share.refuse_none()
             run.iters = longest(group.gather(run.iters))
-            parts = counted(batches, group)
+            parts = counted(batches, group, train)
         for k, (batch, own, n) in enumerate(parts):
             if not k and (not resumed or run.resume.borrowed): own_randomness(group)
             group.images, group.weight = n, own / n if n else 0.0
@@ -430,6 +467,7 @@ class Distributed(Callback):
     def _end_pass(self) -> None:
         """The loader is as it was."""
         self._pass.close()
+        self._share = None
         if self._group is not None: self._group.images, self._group.weight = None, 1.0
 
     def _listen(self) -> None:
@@ -441,7 +479,7 @@ class Distributed(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no fit."""
-        idle = dict.fromkeys(("_connection", "_group", "_agreement", "_reducer"))
+        idle = dict.fromkeys(("_connection", "_group", "_agreement", "_reducer", "_share"))
         return {**super().__getstate__(), **idle, "_muted": Muted(), "_pass": ExitStack(), "_stale": False,
                 "_wait": False}
 

@@ -160,9 +160,7 @@ class AvgStats:
         totals = ranks.sum(torch.tensor([*self.all_stats, self.count], dtype=torch.float64))
         *sums, count = totals.unbind()
         self.sums, self.count, self._placed, self._avg = sums if count else None, int(count), False, None
-        for batches in zip_longest(*ranks.gather(self._held)) if self._objects else ():
-            pairs = [pair for pair in batches if pair is not None]
-            pred, yb = (joined([pair[i] for pair in pairs]) for i in range(2))
+        for pred, yb in merged(ranks.gather(self._held)) if self._objects else ():
             for m in self._objects: m.update(pred, yb)
         self._held = []
 
@@ -221,7 +219,7 @@ class AvgStats:
         first, sums = dict(states[0]), [s["sums"] for s in states if s["sums"] is not None]
         if rank: return {**first, "sums": None, "count": 0, "avg": None, "held": []}
         return {**first, "sums": [sum(column[1:], column[0]) for column in zip(*sums, strict=True)] if sums else None,
-                "count": sum(s["count"] for s in states), "avg": None, "held": [h for s in states for h in s["held"]]}
+                "count": sum(s["count"] for s in states), "avg": None, "held": merged([s["held"] for s in states])}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
         """Go on from `state`, with a model on `device`."""
@@ -233,6 +231,12 @@ class AvgStats:
 
     def __repr__(self) -> str:
         return f"{'train' if self.in_train else 'valid'}: {self.avg_stats}" if self.count else ""
+
+
+def merged(held: Sequence[Sequence[tuple[Any, Any]]]) -> list[tuple[Any, Any]]:
+    """The predictions and targets of whole batches, out of the parts of each process."""
+    batches = ([pair for pair in parts if pair is not None] for parts in zip_longest(*held))
+    return [(joined([pred for pred, _ in pairs]), joined([yb for _, yb in pairs])) for pairs in batches]
 
 
 def _on_host(t: Tensor) -> Tensor: return t.detach().cpu()

@@ -45,15 +45,15 @@ def part(n: int, rank: int, size: int) -> slice:
 class BatchShare:
     """A sampler of batches of indices that gives one process's part of each.
 
-    Where that is none it gives the first index, so that there is something to fetch; `sizes` tells of each batch of the
-    pass how many are the process's own, and how many there are.
+    Where that is none it gives the first index, so that there is something to fetch, or with `leaves_out` nothing;
+    `sizes` tells of each batch of the pass how many are the process's own, and how many there are.
     """
 
     transparent = True      # to whoever looks for a loader's samplers
     complete = False        # whether each process needs an image of each batch
 
-    def __init__(self, batches: Iterable[Any], place: Place) -> None:
-        self.batch_sampler, self.place = batches, place
+    def __init__(self, batches: Iterable[Any], place: Place, leaves_out: bool = False) -> None:
+        self.batch_sampler, self.place, self.leaves_out = batches, place, leaves_out
         self.sizes: list[tuple[int, int]] = []
 
     def __len__(self) -> int: return len(self.batch_sampler)        # type: ignore[arg-type]
@@ -64,7 +64,8 @@ class BatchShare:
         for batch in self.batch_sampler:
             indices = list(batch)
             own = indices[part(len(indices), rank, size)]
-            if self.complete and len(indices) < size:
+            if self.leaves_out and not own: continue
+            if self.complete and not self.leaves_out and len(indices) < size:
                 raise ShareError(f"a batch of {len(indices)} has no image for some of {size} processes, and a callback "
                                  "puts something in the place of the loader's batches (around_pass), where that can't "
                                  "be told; take larger batches, or drop the last one (drop_last=True)")
@@ -109,8 +110,10 @@ def nothing_of(batch: Any) -> Any:
 
 
 @contextmanager
-def shared(dl: Any, ranks: Ranks) -> Iterator[Share]:
+def shared(dl: Any, ranks: Ranks, train: bool = True) -> Iterator[Share]:
     """For the length of a pass let the loader give one process's part of each batch.
+
+    In training all processes have the same number of batches, some of which may be without images.
 
     Raises:
         ShareError: a loader of whose batches nobody knows whether all processes would get the same ones.
@@ -123,7 +126,7 @@ def shared(dl: Any, ranks: Ranks) -> Iterator[Share]:
     if where is None: yield Share(place)
     elif where == "": yield Share(place, known=False)
     else:
-        sampler, had = BatchShare(vars(dl)[where], place), {where: vars(dl)[where]}
+        sampler, had = BatchShare(vars(dl)[where], place, not train), {where: vars(dl)[where]}
         changed: dict[str, Any] = {where: sampler}
         if dl.num_workers and ranks.rank:
             had["worker_init_fn"] = dl.worker_init_fn
@@ -172,7 +175,7 @@ def longest(iters: Sequence[int | None]) -> int | None:
     return None if any(n is None for n in iters) else max(n for n in iters if n is not None)
 
 
-def counted(batches: Iterable[Any], ranks: Ranks) -> Iterator[tuple[Any, int, int]]:
+def counted(batches: Iterable[Any], ranks: Ranks, train: bool) -> Iterator[tuple[Any, int, int]]:
     """Of batches that are each process's own: the batch, its images and those of all processes.
 
     Who has no more batches than others goes on with ones without images. A cancel exception on the way holds for all.
@@ -186,9 +189,9 @@ def counted(batches: Iterable[Any], ranks: Ranks) -> Iterator[tuple[Any, int, in
         told = ranks.gather((batch is not None, n, level))
         if level := max(level for *_, level in told): raise CANCELS[level]
         if not any(more for more, *_ in told): return
-        if batch is None and last is None:
+        if batch is None and last is None and train:
             raise ShareError(f"{ranks} has no batch in this pass, and others have; give each process one at least")
-        last = nothing_of(last) if batch is None else batch
+        last = batch if batch is not None else None if last is None else nothing_of(last)
         yield last, n, sum(n for _, n, _ in told)
 
 

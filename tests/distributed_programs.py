@@ -1,12 +1,16 @@
 """Programs that are run alone and on several processes; each returns what must be the same, or what is asked about."""
 
+import os
+import time
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorDataset
 
+from norms import BatchNorm
 from runner import (
     EVENTS,
     AveragedWeights,
@@ -15,8 +19,10 @@ from runner import (
     CancelBatchException,
     CancelEpochException,
     CancelTrainException,
+    Checkpoint,
     ClosureStep,
     CPUBackendCallback,
+    CSVLogger,
     DataBunch,
     Dataset,
     Distributed,
@@ -28,6 +34,7 @@ from runner import (
     MixedPrecision,
     Optimizers,
     ParamScheduler,
+    ProgressCallback,
     Recorder,
     Runner,
     TerminateOnNonFinite,
@@ -37,7 +44,7 @@ from runner import (
     sched_cos,
     shard_loader,
 )
-from runner.distributed import place_now
+from runner.compiled import CompiledStep
 
 
 def images(n, seed=0, size=8):
@@ -138,7 +145,8 @@ class Cancelled(Callback):
 def gan():
     torch.manual_seed(2)
     model = nn.ModuleDict({"gen": nn.Linear(3, 4), "disc": nn.Linear(4, 1)}).double()
-    opt = Optimizers(disc=torch.optim.SGD(model.disc.parameters(), 0.1), gen=torch.optim.SGD(model.gen.parameters(), 0.1))
+    opt = Optimizers(disc=torch.optim.SGD(model.disc.parameters(), 0.1),
+                     gen=torch.optim.SGD(model.gen.parameters(), 0.1))
     x, y = torch.linspace(-1, 1, 40, dtype=torch.float64).view(10, 4), torch.zeros(10)
 
     def disc(run):
@@ -169,7 +177,10 @@ def other_gradients():
 
 
 def compiled():
-    return fitted(1, learner(model=network().float(), n=8, bs=4), InFloat(), compile=True)
+    before = CompiledStep.backend
+    CompiledStep.backend = "eager"
+    try: return fitted(1, learner(model=network().float(), n=8, bs=4), InFloat(), compile=True)
+    finally: CompiledStep.backend = before
 
 
 class Spread:
@@ -224,7 +235,8 @@ def loaders():
         learn.data.train_dl = dl
         return fitted(2, learn, *cbs)
     return {
-        "torch's": of(DataLoader(ds, 5, shuffle=True)), "with workers": of(DataLoader(ds, 5, shuffle=True, num_workers=1)),
+        "torch's": of(DataLoader(ds, 5, shuffle=True)),
+        "with workers": of(DataLoader(ds, 5, shuffle=True, num_workers=1)),
         "a list": of(batches), "vouched for": of(shard_loader(DataLoader(ds, 5, sampler=Reversed(23)))),
         "a generator's": of(shard_loader(Anew(batches))), "replaced": of(batches, Doubled()),
         "replaced, sampled": of(DataLoader(ds, 5, shuffle=True), Doubled()),
@@ -242,7 +254,7 @@ class Anew:
 
 # --- what is decided on one process -------------------------------------------------------------------------------
 
-BATCH = EVENTS[2:7] + ("after_cancel_batch", "after_batch")
+BATCH = (*EVENTS[2:7], "after_cancel_batch", "after_batch")
 
 
 class At(Callback):
@@ -257,7 +269,7 @@ class At(Callback):
         return bool(self.seen == self.k and rank() == 1 and self.do())
 
 
-def rank(): return place_now()[0]
+def rank(): return int(os.environ.get("RANK", 0))
 
 
 def decide(what):
@@ -283,3 +295,179 @@ def decisions():
     return found
 
 
+
+
+class Spoilt(Callback):
+    """Gives rank 1 a batch with NaN in training step `at`."""
+
+    def __init__(self, at): self.at = at
+
+    def begin_batch(self):
+        if self.in_train and self.n_iter == self.at and rank() == 1: self.run.xb = self.xb * torch.nan
+
+
+def diverged():
+    stop, learn = TerminateOnNonFinite("record.pt"), learner()
+    run = Runner([AvgStatsCallback(quiet=True), Spoilt(3), stop, Distributed()])
+    run.fit(2, learn)
+    record = run.terminate_on_non_finite.record
+    return {**told(run, learn), "report": record["report"], "rows": len(record["rows"])}
+
+
+class Failing(Callback):
+    """Fails on rank 1 at some place."""
+
+    def __init__(self, where): self.where, self.ended = where, False
+
+    def __call__(self, event):
+        if event == "after_fit": self.ended = True
+        if event == self.where and rank() == 1 and self.run.epoch == 1: raise KeyError("bad label")
+
+    def predict(self, inner):
+        inner()
+        if self.where == "predict" and rank() == 1 and self.run.epoch == 1: raise KeyError("bad label")
+
+    def around_pass(self, batches):
+        for i, batch in enumerate(batches):
+            if (self.where == "batches" and self.in_train) or (self.where == "validation" and not self.in_train):
+                if i == 1 and rank() == 1 and self.run.epoch == 1: raise KeyError("bad label")
+            yield batch
+
+
+def failures():
+    """An exception on one process ends all, which can begin anew."""
+    found = {}
+    for where in ("begin_epoch", "begin_batch", "predict", "after_loss", "after_backward", "after_step", "after_batch",
+                  "begin_validate", "batches", "validation", "after_epoch"):
+        failing, learn = Failing(where), learner()
+        run = Runner([AvgStatsCallback(accuracy, quiet=True), Recorder(), failing, Distributed()])
+        begun = time.monotonic()
+        try: run.fit(3, learn)
+        except Exception as e:
+            causes = []
+            while e is not None:
+                causes.append(f"{type(e).__name__}: {e}")
+                e = e.__cause__
+            found[where] = {"errors": causes, "status": run.status, "ended": failing.ended,
+                            "losses": len(run.recorder.losses), "seconds": time.monotonic() - begun,
+                            "alone": run.ranks.size == 1}
+    return {"failures": found, "anew": fitted(1, learner())}
+
+
+def refused():
+    """What can't be shared, or doesn't fit, is an error on every process."""
+    x, y = images(23)
+    ds = TensorDataset(x, y)
+
+    def error(do):
+        try: do()
+        except Exception as e: return f"{type(e).__name__}: {e}", [*getattr(e, "__notes__", ())]
+
+    def fit(dl, model=None, cb=None):
+        learn = learner(model=model)
+        learn.data.train_dl = dl
+        Runner([cb or Distributed()]).fit(1, learn)
+    used = Distributed()
+    used.size = 5
+    return {
+        "sampler": error(lambda: fit(DataLoader(ds, 5, sampler=Reversed(23)))),
+        "iterable": error(lambda: fit(Anew([(x, y)]))),
+        "no image": error(lambda: fit([(x[:1], y[:1])], network(BatchNorm))),
+        "size": error(lambda: fit([(x, y)], cb=used)),
+        "replaced": error(lambda: Runner([Doubled(), Distributed()]).fit(1, learner(21, 5))),
+        "another's sampler": error(lambda: fit(DataLoader(ds, 5, sampler=DistributedSampler(ds, 7, 2)))),
+        "fewer batches": error(lambda: fit(shard_loader([(x, y)] * (1 - rank()), parts=True))),
+    }
+
+
+def parts():
+    """Batches that are each process's own, of any size and number: weights of all, and what the histories count."""
+    x, y = images(23)
+    cuts = {0: ((0, 3), (3, 4), (4, 9)), 1: ((9, 14), (14, 16))}[rank()]
+    learn = learner()
+    learn.data.train_dl = shard_loader([(x[a:b], y[a:b]) for a, b in cuts], parts=True)
+    found = fitted(2, learn)
+    ds = TensorDataset(x, y)
+    learn = learner()
+    learn.data.train_dl = DataLoader(ds, 2, sampler=DistributedSampler(ds, seed=4))
+    return {"parts": found, "sampled": fitted(2, learn)}
+
+
+def whole_of_parts():
+    """What `parts` is on one process."""
+    x, y = images(23)
+    rows = ([*range(0, 3), *range(9, 14)], [3, 14, 15], [*range(4, 9)])
+    learn = learner()
+    learn.data.train_dl = [(x[i], y[i]) for i in rows]
+    return {"parts": fitted(2, learn)}
+
+
+class Drawn(Callback):
+    """Keeps what each process draws, and which images it had."""
+
+    def __init__(self): self.drawn, self.images = [], []
+
+    def after_pred(self):
+        self.images += self.xb[:, 0, 0, 0].tolist()
+        self.drawn.append(float(torch.rand(())))
+
+
+def randomness():
+    drawn, learn = Drawn(), learner(model=network(dropout=0.5))
+    run = Runner([drawn, Distributed()])
+    run.fit(2, learn)
+    return {**told(run, learn), "drawn": drawn.drawn, "images": drawn.images}
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+class Stop(Callback):
+    """Ends the fit after some training batches as a killed process does, as far as its files are concerned."""
+
+    _order = 20_000
+
+    def __init__(self, at): self.at, self.seen = at, 0
+
+    def begin_batch(self):
+        self.seen += self.in_train
+        if self.seen > self.at: raise KeyboardInterrupt
+
+
+def going_on(epochs, folder, *cbs, dropout=0.0):
+    learn = learner(model=network(dropout=dropout))
+    run = Runner([AvgStatsCallback([accuracy, Spread()], quiet=True), Recorder(), Distributed(), AveragedWeights(0.9),
+                  Checkpoint(folder, every_batches=1), *cbs])
+    run.fit(epochs, learn, resume=folder)
+    averages = run.averaged_weights.averaged_model.module
+    return {**told(run, learn), "averages": [t.clone() for t in averages.parameters()]}
+
+
+def interrupted():
+    """Fits that ended after some batches, in a folder of each, and one that didn't."""
+    whole = going_on(3, Path("whole"), dropout=0.5)
+    for at in (3, 5, 7):
+        try: going_on(3, Path(f"at {at}"), Stop(at), dropout=0.5)
+        except KeyboardInterrupt: pass
+        try: going_on(3, Path(f"plain {at}"), Stop(at))
+        except KeyboardInterrupt: pass
+    return {"whole": whole, "plain": going_on(3, Path("whole, plain"))}
+
+
+def resumed(): return {at: going_on(3, Path(f"at {at}"), dropout=0.5) for at in (3, 5, 7)}
+
+
+def resumed_plain(): return {at: going_on(3, Path(f"plain {at}")) for at in (3, 5, 7)}
+
+
+# --- what is written ----------------------------------------------------------------------------------------------
+
+class Loud(Callback):
+    def after_epoch(self): print(f"rank {rank()} speaks")
+
+
+def written():
+    learn = learner()
+    run = Runner([AvgStatsCallback(accuracy), ProgressCallback(), CSVLogger("history.csv"), KeepBest(path="best.pt"),
+                  Loud(), CPUBackendCallback(), Distributed()])
+    run.fit(2, learn)
+    return told(run, learn)

@@ -18,13 +18,14 @@ def free_port():
 
 
 def start(forks, size, out, *names, timeout=60):
-    """Run the programs `names` one after the other on `size` processes; what each process has returned, by name."""
+    """Run the programs `names` one after the other on `size` processes; what each process has
+    returned, by name; how it went, and the folder."""
     import torch
     out.mkdir(exist_ok=True)
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import ranks; ranks.main({size}, {timeout}, *sys.argv[1:])"
     done = forks.run("-c", code, str(out), *names, cwd=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(size)], done
+    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(size)], done, out
 
 
 def main(size, timeout, out, *names):

@@ -1,5 +1,7 @@
 """`Distributed`: the number of processes changes nothing but the speed."""
 
+import shutil
+
 import distributed_programs as programs
 import pytest
 import ranks
@@ -20,8 +22,8 @@ def close(a, b, where="", tol=1e-9):
         for i, (x, y) in enumerate(zip(a, b, strict=True)): close(x, y, f"{where}[{i}]", tol)
     elif isinstance(a, torch.Tensor):
         at = tol if a.dtype == torch.float64 else 1e-4 if "float16" not in where else 1e-2
-        assert a.shape == b.shape and torch.allclose(a, b, rtol=at, atol=at, equal_nan=True), \
-            f"{where}: {(a - b).abs().max()}"
+        assert a.shape == b.shape, where
+        assert torch.allclose(a, b, rtol=at, atol=at, equal_nan=True), f"{where}: {(a - b).abs().max()}"
     elif isinstance(a, float):
         at = 1e-2 if "float16" in where else 1e-6
         assert a == pytest.approx(b, rel=at, abs=at, nan_ok=True), where
@@ -44,26 +46,110 @@ def alone():
 
 
 @pytest.fixture(scope="module")
-def two(forks, tmp_path_factory): return ranks.start(forks, 2, tmp_path_factory.mktemp("two"), *SAME, "decisions")[0]
+def two(forks, tmp_path_factory):
+    """What each of two processes gives, and what they print."""
+    return ranks.start(forks, 2, tmp_path_factory.mktemp("two"), *SAME, "compiled", "decisions", "diverged", "failures",
+                       "refused", "parts", "randomness", "written", "interrupted", "resumed", timeout=120)
 
 
 @pytest.fixture(scope="module")
-def three(forks, tmp_path_factory): return ranks.start(forks, 3, tmp_path_factory.mktemp("three"), *SAME[:5])[0]
+def three(forks, tmp_path_factory): return ranks.start(forks, 3, tmp_path_factory.mktemp("three"), *SAME[:4])[0]
 
 
 @pytest.mark.parametrize("name", SAME)
 def test_two_processes_train_as_one_does(alone, two, name):
-    for other in two: close(without_seconds(alone[name]), without_seconds(other[name]), name)
-    assert same_states(two[0][name], two[1][name])              # to the last bit, seconds too
+    for other in two[0]: close(without_seconds(alone[name]), without_seconds(other[name]), name)
+    assert same_states(two[0][0][name], two[0][1][name])              # to the last bit, seconds too
 
 
-@pytest.mark.parametrize("name", SAME[:5])
+@pytest.mark.parametrize("name", SAME[:4])
 def test_three_processes_train_as_one_does(alone, three, name):
     for other in three: close(without_seconds(alone[name]), without_seconds(other[name]), name)
     assert all(same_states(three[0][name], other[name]) for other in three[1:])
 
 
+def test_a_compiled_step_is_shared_too(two):
+    close(without_seconds(programs.compiled()), without_seconds(two[0][1]["compiled"]))
+
+
 def test_a_decision_of_one_process_holds_on_all_in_the_same_step(two):
-    a, b = (found["decisions"] for found in two)
+    a, b = (found["decisions"] for found in two[0])
     assert len(a) == 33
-    for k in a: assert same_states(a[k], b[k]), k
+    for k in a: close(a[k], b[k], str(k), 0.0)
+
+
+def test_a_nan_on_one_process_ends_all_in_its_step(two):
+    a, b = (found["diverged"] for found in two[0])
+    assert same_states(a, b)
+    assert (a["status"], a["n_iter"]) == ("diverged", 4)
+    assert a["report"].startswith("diverged at step 3 (epoch 0): first non-finite value in the batch")
+    assert f"rank 1: {a['report']}" in two[1].stdout
+
+
+def test_an_exception_on_one_process_ends_all_with_its_name(two):
+    a, b = (found["failures"]["failures"] for found in two[0])
+    assert len(a) == len(b) == 11
+    for where in a:
+        assert b[where]["errors"] == ["KeyError: 'bad label'"], where
+        assert a[where]["errors"][0] == ("DistributedError: rank 1 failed, and so this process ends: KeyError: "
+                                         "'bad label'"), where
+        for found in (a[where], b[where]):
+            assert (found["status"], found["ended"], found["alone"]) == ("failed", True, True), where
+            assert found["seconds"] < 10, where
+    close(*(found["failures"]["anew"] for found in two[0]))
+
+
+def test_what_cannot_be_shared_is_an_error_on_all(two):
+    for rank, found in enumerate(two[0]):
+        errors = found["refused"]
+        assert all(errors.values()), errors
+        texts = {name: error[0] for name, error in errors.items()}
+        assert "sampler, a Reversed" in texts["sampler"]
+        assert "shard_loader(loader)" in texts["sampler"]
+        assert "DistributedSampler" in texts["sampler"]
+        assert "the loader, a Anew, can't be shared among 2 processes" in texts["iterable"]
+        assert ("empty input" if rank else "rank 1 failed") in texts["no image"], texts
+        assert "was begun with 5 processes and is to go on with 2" in texts["size"]
+        assert "a batch of 1 has no image for some of 2 processes" in texts["replaced"]
+        assert "for rank 2 of 7 processes" in texts["another's sampler"]
+        assert "rank 1 of 2 has no batch in this pass" in texts["fewer batches"]
+    assert any("sync_norms" in note for note in two[0][1]["refused"]["no image"][1])
+
+
+def test_batches_that_are_each_process_s_own_count_by_their_images(two):
+    a, b = (found["parts"] for found in two[0])
+    close(without_seconds(programs.whole_of_parts()["parts"]), without_seconds(a["parts"]))
+    assert same_states(a, b)
+    assert len(a["sampled"]["losses"]) == 12
+
+
+def test_each_process_draws_its_own_numbers_and_all_have_one_order(two):
+    a, b = (found["randomness"] for found in two[0])
+    assert set(a["drawn"]).isdisjoint(b["drawn"])
+    close(a["state"], b["state"])
+    once = programs.images(23)[0][:, 0, 0, 0].tolist() + programs.images(7, 1)[0][:, 0, 0, 0].tolist()
+    assert sorted(a["images"] + b["images"]) == sorted(2 * once)
+
+
+def test_one_process_prints_and_writes(two, alone):
+    out, folder = two[1].stdout, two[2]
+    assert "rank 0 speaks" in out
+    assert "rank 1 speaks" not in out
+    assert len((folder / "history.csv").read_text().splitlines()) == 3
+    state = torch.load(folder / "best.pt", weights_only=True)
+    close(state, two[0][1]["written"]["state"])
+
+
+def test_a_fit_goes_on_from_any_batch_to_the_last_bit(two):
+    for found in two[0]:
+        whole = without_seconds(found["interrupted"]["whole"])
+        for at, other in found["resumed"].items(): assert same_states(whole, without_seconds(other)), at
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_another_number_of_processes_goes_on(two, forks, tmp_path, size):
+    for folder in two[2].glob("plain *"): shutil.copytree(folder, tmp_path / folder.name)
+    found = ranks.start(forks, size, tmp_path, "resumed_plain")[0]
+    for its in found:
+        for at, other in its["resumed_plain"].items():
+            close(without_seconds(two[0][0]["interrupted"]["plain"]), without_seconds(other), f"at {at}")
