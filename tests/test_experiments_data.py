@@ -45,6 +45,20 @@ def put(files, root, kind="MNIST"):
     return root
 
 
+def test_files_are_read_as_torchvision_reads_them_and_without_it(tiny, tmp_path, monkeypatch):
+    root = put(tiny, tmp_path)
+    for file in (root / "MNIST" / "raw").iterdir(): file.chmod(0o444)
+    both, test = (MNIST(str(root), train=train) for train in (True, False))
+    monkeypatch.setattr(data, "_class", None)       # whose import takes seconds, in each worker process
+    d = data.load_data("mnist", root)
+    for part, x, y in ((d.train, both.data[:12], both.targets[:12]), (d.valid, both.data[12:], both.targets[12:]),
+                       (d.test, test.data, test.targets)):
+        assert torch.equal((part.x * d.std + d.mean).mul(255).round().byte().view(-1, 28, 28), x)
+        assert torch.equal(part.y, y)
+        assert part.y.dtype == torch.int64
+    assert {f.name: f.read_bytes() for f in (root / "MNIST" / "raw").iterdir()} == tiny
+
+
 def test_real_mnist_is_split_and_normalised(mnist_dir):
     d = data.load_data("mnist", mnist_dir)
     assert (len(d.train), len(d.valid), len(d.test), d.notice) == (50_000, 10_000, 10_000, "")
