@@ -128,6 +128,9 @@ class Norm(nn.Module):
                                 own, with the values behind it; where images have their own, image after image
         running_moments(b)      only where training too normalises by running statistics: their mean and variance as
                                 used now, `(C,)` each, and how many images they remember at batches of `b`, or None
+        ranks                   only where a batch's statistics may be taken over several processes: how many these are
+        pooled_moments(x)       with `ranks`: of all these, the mean and the variance, `(C,)` each, and how many images
+                                and values per channel they are of, `x` being this process's batch
 
     Args:
         shape: shape of `weight` and `bias`.

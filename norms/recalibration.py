@@ -1,5 +1,6 @@
 """Take the evaluation statistics of a trained model's batch norms anew, layer by layer."""
 
+import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from norms.kinds import BATCH, BatchKind
 from norms.moments import all_but_channels, merge_moments, moments, wide
 from norms.running import CARRIED_COUNT, CLAMP_IMAGES, RunningBatchNorm
+from norms.running_norm import Ranks, RunningNorm
 
 Batch = tuple[Tensor, Tensor | None]                            # xb and yb
 Metric = Callable[[Any, Tensor], Tensor | float]                # of what the model gives, which may be anything, and yb
@@ -49,8 +51,12 @@ def recalibrate(model: nn.Module, loader: Iterable[Tensor | tuple[Tensor, ...] |
     `torch.optim.swa_utils.update_bn` looks for torch's class and passes BatchNorm and RunningBatchNorm by without a
     word; use this one. An `AveragedModel` is taken as it is: it's the averaged module's statistics that come anew, and
     `n_averaged` stays (with `use_buffers=False` the next `update_parameters` copies the model's over them). In a
-    DataParallel or DistributedDataParallel the module inside evaluates, on one device: let every process of the latter
-    have the same images.
+    DataParallel or DistributedDataParallel the module inside evaluates, on one device.
+
+    Norms of `sync_norms` take their statistics from the images of all processes, so that these agree to the last bit:
+    every process must call this, with a loader of its own share (or of the same images, each of which then counts
+    several times, which only n / (n - 1) in the unbiased variance shows). `images` and the metric are of all of them,
+    too. Other norms have their own process's images alone: there let every process have the same.
 
     Modes and hooks are restored, torch's random state is kept, and after an error so are the statistics.
 
@@ -78,6 +84,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Tensor | tuple[Tensor, ...] |
         raise ValueError(f"recalibrate found no norm with running statistics in {type(model).__name__}; only BatchNorm "
                          "and RunningBatchNorm have any: other norms evaluate as they train and need no recalibration")
     device = next(iter((*model.parameters(), *model.buffers()))).device
+    ranks = next((m.synced for m in names if isinstance(m, RunningNorm) and m.ranks > 1), None)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         batches = take_images(loader, n_images, metric)
         images = sum(len(xb) for xb, _ in batches)
@@ -86,12 +93,13 @@ def recalibrate(model: nn.Module, loader: Iterable[Tensor | tuple[Tensor, ...] |
         try:
             model.eval()
             core = unwrapped(model)
-            before = metric and mean_metric(core, batches, metric, device)
+            before = metric and mean_metric(core, batches, metric, device, ranks)
             runs = order_of_runs(core, names, batches[0][0].to(device))
             for i, norm in enumerate(runs):
-                set_statistics(norm, names[norm], images,
-                               *pooled_moments(core, norm, runs[:i + 1].count(norm), batches, device))
-            after = metric and mean_metric(core, batches, metric, device)
+                pooled = pooled_moments(core, norm, runs[:i + 1].count(norm), batches, device)
+                set_statistics(norm, names[norm], *of_all_ranks(norm, images, *pooled))
+            after = metric and mean_metric(core, batches, metric, device, ranks)
+            if ranks is not None: images = int(ranks.sum(torch.tensor(images, device=device)))
         except BaseException:
             for b, old in statistics: b.copy_(old)
             raise
@@ -126,13 +134,17 @@ def take_images(loader: Iterable[Tensor | tuple[Tensor, ...] | list[Tensor]], n_
     return batches
 
 
-def mean_metric(model: nn.Module, batches: list[Batch], metric: Metric, device: torch.device) -> float:
-    """The sample-weighted mean of `metric` over `batches`, a plain float."""
+def mean_metric(model: nn.Module, batches: list[Batch], metric: Metric, device: torch.device,
+                ranks: Ranks | None) -> float:
+    """The sample-weighted mean of `metric` over `batches`, a plain float; of all of `ranks`, if there are any."""
     total = 0.0
     for xb, yb in batches:
         assert yb is not None                   # `take_images` has seen to it
         total += float(metric(model(xb.to(device)), yb.to(device))) * len(xb)
-    return total / sum(len(xb) for xb, _ in batches)
+    images = sum(len(xb) for xb, _ in batches)
+    if ranks is None: return total / images
+    total, images = ranks.sum(torch.tensor([total, images], device=device, dtype=torch.float64)).tolist()
+    return total / images
 
 
 def order_of_runs(model: nn.Module, norms: Collection[BatchKind], xb: Tensor) -> list[BatchKind]:
@@ -179,6 +191,16 @@ def pooled_moments(model: nn.Module, norm: nn.Module, runs: int, batches: list[B
             except _Reached: pass
     finally: handle.remove()
     return mean, var, n, taken
+
+
+def of_all_ranks(norm: BatchKind, images: int, mean: Tensor, var: Tensor, n: int,
+                 runs: int) -> tuple[int, Tensor, Tensor, int, int]:
+    """The arguments of `set_statistics` over all processes that `norm` is synchronised with, of this one's."""
+    if not isinstance(norm, RunningNorm) or norm.synced is None or norm.ranks == 1: return images, mean, var, n, runs
+    device = norm.running_mean.device
+    mean, var, totals = norm.synced.merge(mean.to(device), var.to(device), images, n)
+    batches = norm.synced.sum(torch.tensor(runs, device=device))            # a batch has a share for each process
+    return int(totals[0]), mean, var, int(totals[1]), math.ceil(int(batches) / norm.ranks)
 
 
 def set_statistics(norm: BatchKind, name: str, images: int, mean: Tensor, var: Tensor, n: int, runs: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.types import Device
 
-from norms.moments import HALF, Norm, channel_groups, check_channels
+from norms.moments import HALF, Norm, all_but_channels, channel_groups, check_channels, moments, wide
 
 
 class Ranks(Protocol):
@@ -87,6 +87,17 @@ class RunningNorm(Norm):
         """Whether this step's statistics are those of several processes; compiled, whether they may be when it runs."""
         if self.synced is None or not self.training: return False
         return torch.compiler.is_compiling() or self.synced.size() > 1
+
+    def pooled_moments(self, x: Tensor) -> tuple[Tensor, Tensor, int, int]:
+        """What a training step on `x` rests on: its mean and biased variance, `(C,)` each, and how many images and
+        values per channel these are of. Over several processes it is a collective.
+        """
+        images, n = x.shape[0], x.numel() // self.nf
+        mean, var = (t.flatten() for t in moments(wide(x.detach()), all_but_channels(x))[:2]) if n else \
+            [self.running_mean.new_zeros(self.nf)] * 2
+        if self.synced is None: return mean, var, images, n
+        mean, var, totals = self.synced.merge(mean, var, images, n)
+        return mean, var, int(totals[0]), int(totals[1])
 
     def synced_repr(self) -> str: return "" if self.synced is None else ", synced"
 

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.data import BatchSampler
 
 from runner.batches import part_of, size_of
+from runner.distributed import world_size
 from runner.insight.layers import (
     PROTOCOL,
     eps_of,
@@ -113,7 +114,9 @@ def preflight(model: nn.Module, xb: Tensor | Iterable[Any], *,
     - an `eps` above the variance; a clamp that holds it;
     - running statistics that are missing, do not move, or are not what training normalises by;
     - a bias of a convolution or linear layer that the norm's mean takes off again;
-    - norms that are unknown or didn't run.
+    - norms that are unknown or didn't run;
+    - in a process group, statistics of a process's own share. Those of `norms.sync_norms` are counted over all
+      processes, for which every process must call this, each with a share as it will get it.
 
     Args:
         model: the model, as it is about to be trained.
@@ -181,8 +184,10 @@ def _survey(model: nn.Module, norms: dict[nn.Module, str], strange: dict[nn.Modu
         f = Finding(paths[m], type(m).__name__, "warn", f"unknown norm: give its class {PROTOCOL}", images,
                     tuple(getattr(x, "shape", ()))[2:])
         if m in norms:
-            level, text = _judge(m, x, before, m in frozen, paths.get(bias[0]) if bias and bias[1] is x else None)
+            over = m.pooled_moments(x) if m.training and getattr(m, "ranks", 1) > 1 else None
+            level, text = _judge(m, x, before, m in frozen, paths.get(bias[0]) if bias and bias[1] is x else None, over)
             f = replace(f, level=level, text=text, **_shape(m, x))
+            if over is not None: f = replace(f, values=over[3])
         if f not in found: found.append(f)
 
     def keep(m: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -218,21 +223,24 @@ def _error(n: float) -> str:
 
 
 def _judge(m: nn.Module, x: Tensor, before: tuple[Tensor, Tensor] | None, was_frozen: bool,
-           biased: str | None) -> tuple[str, str]:
+           biased: str | None, over: tuple[Tensor, Tensor, int, int] | None) -> tuple[str, str]:
     """Level and text for the norm layer `m`, which has just run on `x` with running statistics `before` it.
 
     `was_frozen`: whether it was in evaluation mode in a model in training mode; `biased`: the path of the layer that
-    added a bias to `x` last.
+    added a bias to `x` last; `over`: the moments of the step, if they are of several processes, and their counts.
     """
     if not m.training and before: return "ok", "in evaluation mode in training too: its running statistics stay"
     groups, eps = wide(statistic_groups(m, x)), eps_of(m, x)
-    n, common, rms = groups.shape[1], shared(m, x), isinstance(m, nn.RMSNorm)
-    running, after = running_moments(m, len(x)), running_statistics(m)
-    var = running[1] if running else groups.square().mean(1) if rms else groups.var(1, unbiased=False)
+    n, common, rms, ranks = groups.shape[1], shared(m, x), isinstance(m, nn.RMSNorm), world_size()
+    var = groups.square().mean(1) if rms else groups.var(1, unbiased=False)
+    images, of = len(x), ""
+    if over is not None: (_, var, images, n), of = over, f" of {getattr(m, 'ranks', 1)} processes"
+    running, after = running_moments(m, images), running_statistics(m)
+    if running: var = running[1]
     live = var[var > 0]                                             # a ReLU leaves channels without any value
     median = live.median().item() if len(live) else 0.0
-    if running: remarks = [_past_batches(n, len(x), running[2])]
-    else: remarks = [_one_batch(n, common, rms, eps < median)]
+    if running: remarks = [_past_batches(n, images, running[2], of)]
+    else: remarks = [_one_batch(n, common, rms, eps < median, of)]
 
     def remark(level: str, text: str) -> None: remarks.append((level, text))
     if running and after and (held := int((var > getattr(m, "unclamped_var", after[1])).sum())):
@@ -245,29 +253,36 @@ def _judge(m: nn.Module, x: Tensor, before: tuple[Tensor, Tensor] | None, was_fr
         remark("warn", "evaluation normalises by running statistics and training by each image's own")
     if common and not (after or running):
         remark("warn", "no running statistics: in evaluation an output depends on the rest of its batch")
+    if common and ranks > 1 and over is None and not isinstance(m, nn.SyncBatchNorm):
+        first = "" if hasattr(m, "ranks") else "convert_norms(model, norms.BatchNorm) and "
+        remark("warn", f"each of {ranks} processes normalises by its own share of {len(x)} image{'s' * (len(x) > 1)}: "
+                       f"{first}sync_norms(model)")
     if was_frozen: remark("warn", "it was in evaluation mode, and model.train() at every epoch ends that")
     # A statistic of one channel: its mean takes in the whole of the channel's bias.
-    if biased is not None and not (running or rms) and n == x[0, 0].numel() * (len(x) if common else 1):
+    if biased is not None and not (running or rms) and groups.shape[1] == x[0, 0].numel() * (len(x) if common else 1):
         remark("ok", f"the bias of {biased} before it is taken off again with the mean")
     levels, texts = zip(*remarks, strict=True)
     return max(levels, key=LEVELS.index), "; ".join(texts)
 
 
-def _past_batches(n: int, b: int, images: float | None) -> tuple[str, str]:
-    """Level and text for `n` values of a batch of `b` images, averaged over `images` (None: not known how many)."""
-    text = f"{n} value{'s' * (n > 1)} of this batch, averaged with "
+def _past_batches(n: int, b: int, images: float | None, of: str) -> tuple[str, str]:
+    """Level and text for `n` values of a batch of `b` images, averaged over `images` (None: not known how many).
+
+    `of` names the processes, if there are several.
+    """
+    text = f"{n} value{'s' * (n > 1)} of this batch{of}, averaged with "
     if images is None: return "ok", f"{text}earlier batches"
     noise = _error(n * images / b)
     return "warn" if noise else "ok", f"{text}about {images:.0f} images" + f": {noise}" * bool(noise)
 
 
-def _one_batch(n: int, common: bool, rms: bool, scaled: bool) -> tuple[str, str]:
+def _one_batch(n: int, common: bool, rms: bool, scaled: bool, of: str) -> tuple[str, str]:
     """Level and text for `n` values per statistic of this batch.
 
     `common`: the statistics are the batch's and not an image's; `rms`: of the second moment alone; `scaled`: the
-    variances are above eps.
+    variances are above eps; `of` names the processes, if there are several.
     """
-    text = f"{n} value{'s' * (n > 1)} per statistic"
+    text = f"{n} value{'s' * (n > 1)}{of} per statistic"
     if n == 1 and rms: return "fail", f"{text}: the output is +-weight whatever the size of the input"
     if n == 1: return "fail", f"{text}: the output is constant (its bias), nothing passes"
     if n == 2 and scaled and not rms: return "fail", f"{text}: outputs are about +-1 whatever the input"
