@@ -82,8 +82,9 @@ class Connection:
         store, rank, size = next(iter(dist.rendezvous("env://")))
         Connection.joined += 1
         before = frozenset(open_sockets())
-        dist.init_process_group(kind, store=dist.PrefixStore(f"runner/{Connection.joined}", store), rank=rank,
-                                world_size=size)
+        # The store outlives those whom torchrun starts again, with the addresses of the last ones in it.
+        name = f"runner/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{Connection.joined}"
+        dist.init_process_group(kind, store=dist.PrefixStore(name, store), rank=rank, world_size=size)
         dist.all_reduce(torch.zeros(1))         # by now all are connected
         Connection.group, Connection.sockets = dist.group.WORLD, frozenset(open_sockets()) - before
 
@@ -402,6 +403,7 @@ class Distributed(Callback):
 
     def _after_pass(self) -> None:
         self._end_pass()
+        if self._reducer is not None: self._reducer.settle(self.run)    # a step may follow, of batches that wait for it
         self._settle()
 
     def _settle(self) -> None:

@@ -39,7 +39,8 @@ def pytest_configure(config):
 
 # Their single tests take longest: at the end of a run one of them would keep one process busy and the other waiting.
 LONGEST = ("test_typing.py", "test_lessons.py", "test_readme.py", "test_experiments_small_batch.py",
-           "test_experiments_resume.py", "test_experiments_inside.py", "test_runner_compile.py")
+           "test_experiments_resume.py", "test_experiments_inside.py", "test_runner_compile.py",
+           "test_runner_distributed.py")
 
 
 def pytest_collection_modifyitems(items):

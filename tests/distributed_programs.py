@@ -1,6 +1,7 @@
 """Programs that are run alone and on several processes; each returns what must be the same, or what is asked about."""
 
 import os
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorData
 from norms import BatchNorm
 from runner import (
     EVENTS,
+    ActivationStats,
     AveragedWeights,
     AvgStatsCallback,
     Callback,
@@ -32,7 +34,9 @@ from runner import (
     KeepBest,
     Learner,
     MixedPrecision,
+    NormStats,
     Optimizers,
+    ParameterStats,
     ParamScheduler,
     ProgressCallback,
     Recorder,
@@ -460,6 +464,32 @@ def resumed_plain(): return {at: going_on(3, Path(f"plain {at}")) for at in (3, 
 
 
 # --- what is written ----------------------------------------------------------------------------------------------
+
+class Killed(Callback):
+    """Kills rank 1's process in the middle of an epoch, once."""
+
+    _order = 20_000
+
+    def begin_batch(self):
+        mark = Path(f"killed {self.n_iter}")
+        if self.in_train and rank() == 1 and self.n_iter == 8 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed():
+    """A script for torchrun."""
+    torch.set_num_threads(1)
+    found = going_on(3, Path("runs"), Killed(), dropout=0.5)
+    if not rank(): torch.save(found, "found.pt")
+
+
+def looked_at():
+    """What probes say of whose images they see."""
+    stats = ActivationStats(nn.Conv2d), ParameterStats(), NormStats()
+    fitted(1, learner(9, 4), *stats)
+    return {type(cb).__name__: cb.sees for cb in stats}
+
 
 class Loud(Callback):
     def after_epoch(self): print(f"rank {rank()} speaks")

@@ -6,6 +6,7 @@ import distributed_programs as programs
 import pytest
 import ranks
 import torch
+from forking import Forks
 
 from runner.loading import same_states
 
@@ -36,6 +37,14 @@ def without_seconds(found):
 
 
 @pytest.fixture(scope="module")
+def forks():
+    """Processes that have what torch imports with its `DistributedDataParallel`, which takes as long again."""
+    forks = Forks("torch._dynamo", "runner", "norms")
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="module")
 def alone():
     """What one process gives."""
     found = {}
@@ -49,7 +58,7 @@ def alone():
 def two(forks, tmp_path_factory):
     """What each of two processes gives, and what they print."""
     return ranks.start(forks, 2, tmp_path_factory.mktemp("two"), *SAME, "compiled", "decisions", "diverged", "failures",
-                       "refused", "parts", "randomness", "written", "interrupted", "resumed", timeout=120)
+                       "refused", "parts", "randomness", "written", "looked_at", "interrupted", "resumed", timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +162,21 @@ def test_another_number_of_processes_goes_on(two, forks, tmp_path, size):
     for its in found:
         for at, other in its["resumed_plain"].items():
             close(without_seconds(two[0][0]["interrupted"]["plain"]), without_seconds(other), f"at {at}")
+
+
+def test_a_run_with_killed_processes_is_started_again_and_ends_as_if_nothing_had_been(two, tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ranks.HERE)!r}); import distributed_programs as p; p.killed()"
+    (tmp_path / "script.py").write_text(code)
+    done = ranks.torchrun(2, "--max-restarts", 3, "script.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len([*tmp_path.glob("killed *")]) == 1
+    assert "resumed from runs" in done.stdout
+    whole = without_seconds(two[0][0]["interrupted"]["whole"])
+    assert same_states(whole, without_seconds(torch.load(tmp_path / "found.pt", weights_only=False)))
+
+
+def test_probes_say_whose_images_they_see(two):
+    part = "the part of rank 1 of 2"
+    assert two[0][1]["looked_at"] == {"ActivationStats": part, "ParameterStats": "all images", "NormStats": part}
+    assert f"ActivationStats: 2 modules, train and valid, every batch: 6 batches, 0.013 MB, {part}" not in two[1].stdout
+    assert "the part of rank 0 of 2" in two[1].stdout

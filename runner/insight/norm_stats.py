@@ -19,6 +19,7 @@ from runner.insight.layers import (
     statistic_groups,
 )
 from runner.insight.probe import Probe
+from runner.ranks import Ranks, synced
 
 if TYPE_CHECKING:
     from runner.insight.plots import Axes
@@ -52,6 +53,10 @@ class NormStats(Probe):
         ValueError: at the start of a fit, no norm layer, or one whose number of channels can't be told.
     """
 
+    def _seen(self, ranks: Ranks) -> str:
+        seen, norms = super()._seen(ranks), self.chosen.values()
+        return seen + "; what synchronised norms keep is of all images" * any(map(synced, norms))
+
     def candidates(self, model: nn.Module) -> dict[str, nn.Module]:
         return {path: m for m, path in norm_layers(model)[0].items()}
 
@@ -81,6 +86,7 @@ class NormStats(Probe):
     def tap(self, path: str, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The forward hook."""
         x = next(iter((*args, *kwargs.values())))
+        if not x.numel(): return
         k, affine = (self.layouts[path][name] or 1 for name in ("mean", "scale"))
         groups = statistic_groups(m, x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
         var, mean = torch.var_mean(groups, 1, correction=0)                     # (K,) or (N K,)

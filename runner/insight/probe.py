@@ -11,6 +11,7 @@ from runner.batches import length_of
 from runner.events import listify
 from runner.insight.choice import choose
 from runner.insight.store import Store
+from runner.ranks import Ranks, ranks_of
 from runner.rows import Rows
 from runner.stateful import Stateful, column
 from runner.states import holds_compiled
@@ -41,7 +42,8 @@ class Probe(Stateful):
         max_mb: the most memory for the numbers of a fit, in MB (10^6 bytes).
         verbose: print a line about number and memory at the beginning of a fit.
 
-    `paths` lists what was looked at, `series` gives one number over time and `rows` all numbers as plain rows.
+    `paths` lists what was looked at, `series` gives one number over time and `rows` all numbers as plain rows. `sees`
+    says of which images: with `Distributed` each process sees its own part of a batch, and rank 0 prints that.
 
     Raises:
         ValueError: an argument out of its range; at the start of a fit, a choice that finds nothing.
@@ -67,6 +69,7 @@ class Probe(Stateful):
         if not max_mb > 0: raise ValueError(f"{name}: max_mb is {max_mb!r}; it must be a positive number of MB")
         self.which, self.every, self.first, self.max_mb, self.verbose = which, every, first, max_mb, verbose
         self.chosen: dict[str, Any] = {}            # of the kind: modules, or parameters
+        self.sees = ""                              # of what images the numbers of the fit are
         self._stores: dict[str, Store] = {}
         self._tags, self.measuring = array("q"), False
 
@@ -94,6 +97,10 @@ class Probe(Stateful):
         """What a row has under `name`, from the number or list that was stored; `n` is what `take` was given."""
         return values
 
+    def _seen(self, ranks: Ranks) -> str:
+        """What `sees` says of a fit over these processes."""
+        return "all images" if ranks.size == 1 else f"the part of {ranks}"
+
     # --- measuring --------------------------------------------------------------------------------------------
 
     def begin_fit(self) -> None:
@@ -102,7 +109,7 @@ class Probe(Stateful):
         self.chosen = self.usual(model) if self.which is None else choose(
             self.candidates(model), self.which, self.kind, type(self).__name__)
         self.layouts = {path: self.layout(path, thing) for path, thing in self.chosen.items()}
-        self._compiled = holds_compiled(self.model)
+        self._compiled, self.sees = holds_compiled(self.model), self._seen(ranks_of(self.run))
         widths = {path: _width(layout) for path, layout in self.layouts.items()}
         rows = self._plan(8 * 4 + sum(8 + 4 * width for width in widths.values()))
         self._block = max(1, min(BLOCK, rows))
@@ -154,7 +161,7 @@ class Probe(Stateful):
             f" and the first {self.head}" if self.head and "train" in self.phases else "")
         less = f" (not one in {self.every}: max_mb is {self.max_mb:g})" * (self.stride > self.every)
         return (f"{type(self).__name__}: {things}, {' and '.join(self.phases)}, {which}{less}: {at_most}{rows:,} "
-                f"batches, {rows * row_bytes / 1e6:.2g} MB")
+                f"batches, {rows * row_bytes / 1e6:.2g} MB" + (f", {self.sees}" if ranks_of(self.run).size > 1 else ""))
 
     def _refuse(self, model: nn.Module) -> None:
         if getattr(self.run, "compiled_step", None) is not None:      # that of compile=True

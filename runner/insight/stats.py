@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from runner.batches import first_tensor
 from runner.insight.describe import Limits, describe
 from runner.insight.probe import Probe
+from runner.ranks import Ranks
 
 if TYPE_CHECKING:
     from runner.insight.plots import Axes
@@ -141,6 +142,8 @@ class ParameterStats(Described):
     """
 
     near, possible, kind = GradientStats.near, ("train",), "parameter"
+
+    def _seen(self, ranks: Ranks) -> str: return "all images"       # gradients are the mean over all processes
 
     def candidates(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return {path: p for path, p in model.named_parameters() if p.requires_grad}
