@@ -79,12 +79,12 @@ class BatchNorm(RunningNorm):
     def track(self, mean: Tensor, var: Tensor, n: int | Tensor) -> None:
         """Take the batch's `mean` and biased `var`, each `(C,)` over `n` values, into the running averages."""
         fast.write(self.num_batches_tracked, self.num_batches_tracked + 1)
-        known = not isinstance(n, Tensor)       # of several processes it isn't, and to look would wait for a GPU
-        var = var * (n / (max(n - 1, 1) if known else (n - 1).clamp_min(1)))
-        for old, new in ((self.running_mean, mean), (self.running_var, var)):
-            if new is var and known and n == 1: continue
-            step = torch.lerp(old, new.to(old.dtype), self.mom)
-            fast.write(old, step if known or new is mean else torch.where(n > 1, step, old))
+        fast.write(self.running_mean, torch.lerp(self.running_mean, mean.to(self.running_mean.dtype), self.mom))
+        old = self.running_var
+        if isinstance(n, Tensor):               # of several processes: to look at it would wait for a GPU
+            new = torch.lerp(old, (var * (n / (n - 1).clamp_min(1))).to(old.dtype), self.mom)
+            fast.write(old, torch.where(n > 1, new, old))
+        elif n > 1: fast.write(old, torch.lerp(old, (var * (n / (n - 1))).to(old.dtype), self.mom))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
                               *args: Any) -> None:

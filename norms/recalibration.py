@@ -143,8 +143,8 @@ def mean_metric(model: nn.Module, batches: list[Batch], metric: Metric, device: 
         total += float(metric(model(xb.to(device)), yb.to(device))) * len(xb)
     images = sum(len(xb) for xb, _ in batches)
     if ranks is None: return total / images
-    total, images = ranks.sum(torch.tensor([total, images], device=device, dtype=torch.float64)).tolist()
-    return total / images
+    both = ranks.sum(torch.tensor([total, images], device=device, dtype=torch.float64))
+    return (both[0] / both[1]).item()
 
 
 def order_of_runs(model: nn.Module, norms: Collection[BatchKind], xb: Tensor) -> list[BatchKind]:

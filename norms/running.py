@@ -114,7 +114,7 @@ class RunningBatchNorm(RunningNorm):
     @overload
     def batch_weight(self, b: int) -> float: ...
     @overload
-    def batch_weight(self, b: Tensor) -> Tensor: ...
+    def batch_weight(self, b: int | Tensor) -> float | Tensor: ...
     def batch_weight(self, b: int | Tensor) -> float | Tensor:
         """alpha: the weight of a new batch of `b` images in the exponential averages."""
         kept: Any
@@ -162,8 +162,8 @@ class RunningBatchNorm(RunningNorm):
                              for name in ("running_mean", "running_var", "unclamped_var"))
         before = self.floor(old["seen"])
         var = torch.where((var == before) & (before > 0), hidden, var)
-        alpha, seen = self.batch_weight(images), old["seen"] + images
-        if isinstance(images, Tensor): alpha, seen = alpha.to(old["count"].dtype), seen.to(old["seen"].dtype)
+        alpha, seen = self.batch_weight(images), (old["seen"] + images).to(torch.int64)
+        if isinstance(alpha, Tensor): alpha = alpha.to(old["count"].dtype)      # of several processes
         new = alpha * n * torch.ones_like(old["count"])         # a number over a tensor takes an inexact reciprocal
         count, floor = (1 - alpha) * old["count"] + new, self.floor(seen)
         a = (new / count).to(mean.dtype)

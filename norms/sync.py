@@ -58,8 +58,9 @@ class ProcessRanks:
         Returns:
             Both, of the shape of `mean`, and `(images, values per channel, ranks)`, a tensor of the totals.
         """
-        if torch.compiler.is_compiling(): return _merge_operator(mean, var, images, n, self.key)
-        merged: tuple[Tensor, ...] = _Merge.apply(mean, var, images, n, self.key, then)
+        args = mean, var, images, n, self.key
+        merged: tuple[Tensor, ...]
+        merged = _merge_operator(*args) if torch.compiler.is_compiling() else _Merge.apply(*args, then)
         return merged
 
     def sum(self, t: Tensor) -> Tensor:

@@ -57,8 +57,9 @@ def launch(names, size):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        for module in ("torch._dynamo", "torch._functorch.aot_autograd", "torch.distributed.fsdp"):
-            importlib.import_module(module)                         # here once, and not in every process
+        importlib.import_module("torch.distributed.fsdp")           # here once, and not in every process
+        if size == 2:
+            with torch.no_grad(): compiled(nn.ReLU())(torch.zeros(1))
         multiprocessing.start_processes(work, (size, port, names, folder), size, start_method="fork")
         found = [json.loads(Path(folder, str(rank)).read_text()) for rank in range(size)]
     return {name: [f"rank {rank}: {errors[name]}" for rank, errors in enumerate(found) if errors[name]]
@@ -167,7 +168,7 @@ def without_a_group_it_is_the_norm(rank, size):
     many.load_state_dict(one.state_dict())
 
 
-def compiled(model): return torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+def compiled(model, backend="eager"): return torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
 
 
 KEPT = []
@@ -189,8 +190,8 @@ def as_one_process_by_ddp(rank, size):
     # Batch norm on two images with 1x1 maps at the end magnifies every rounding: there one process with the images in
     # reverse order ends in other weights. On 56x56 images and at a low rate it is off by 1e-15, the others by 1e-14.
     gently = {"lr": 0.01, "side": 56}
-    for make, shares, tol, settings in ((NORMS[0], [1, 1], 4e-13, gently), (NORMS[1], [1, 1], 5e-11, {}),
-                                        (NORMS[1], [3, 2], 5e-11, {}), (NORMS[3], [3, 2], 5e-11, {})):
+    for make, shares, tol, settings in ((NORMS[0], [1, 1], 4e-13, gently), (NORMS[1], [3, 2], 5e-11, {}),
+                                        (NORMS[3], [1, 1], 5e-11, {})):
         one = five_layers(make)
         many = mark(one)
         train(ddp(many, broadcast_buffers=shares == [1, 1]), shares, rank, 50, size, **settings)
@@ -255,7 +256,7 @@ def compiled_whole(rank, size):
     x, g, mine = draw(5, 3, 2, 2), draw(5, 3, 2, 2, seed=1), part([3, 2], rank)
     one = nn.Sequential(NORMS[0](3), NORMS[3](3)).double()
     many = mark(one)
-    step = compiled(many)
+    step = compiled(many, "aot_eager")
     for _ in range(2):
         a, b = x.clone().requires_grad_(), x[mine].clone().requires_grad_()
         y, z = one(a), step(b)

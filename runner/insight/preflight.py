@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sized
 from dataclasses import dataclass, field, is_dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from runner.insight.layers import (
 from runner.notebook import html_table
 
 LEVELS = ("ok", "warn", "fail")
+Pooled = tuple[Tensor, Tensor, int, int]    # of several processes: mean, variance, images, values per channel
 
 # A variance taken over n normal values has the relative standard error sqrt(2 / (n - 1)); above a quarter, which is
 # below 33 values, the scale of a channel is mostly chance. (Values of one image are alike, so that the count flatters
@@ -184,7 +185,8 @@ def _survey(model: nn.Module, norms: dict[nn.Module, str], strange: dict[nn.Modu
         f = Finding(paths[m], type(m).__name__, "warn", f"unknown norm: give its class {PROTOCOL}", images,
                     tuple(getattr(x, "shape", ()))[2:])
         if m in norms:
-            over = m.pooled_moments(x) if m.training and getattr(m, "ranks", 1) > 1 else None
+            over: Pooled | None = None
+            if m.training and getattr(m, "ranks", 1) > 1: over = cast("Any", m).pooled_moments(x)
             level, text = _judge(m, x, before, m in frozen, paths.get(bias[0]) if bias and bias[1] is x else None, over)
             f = replace(f, level=level, text=text, **_shape(m, x))
             if over is not None: f = replace(f, values=over[3])
@@ -223,7 +225,7 @@ def _error(n: float) -> str:
 
 
 def _judge(m: nn.Module, x: Tensor, before: tuple[Tensor, Tensor] | None, was_frozen: bool,
-           biased: str | None, over: tuple[Tensor, Tensor, int, int] | None) -> tuple[str, str]:
+           biased: str | None, over: Pooled | None) -> tuple[str, str]:
     """Level and text for the norm layer `m`, which has just run on `x` with running statistics `before` it.
 
     `was_frozen`: whether it was in evaluation mode in a model in training mode; `biased`: the path of the layer that
