@@ -84,9 +84,10 @@ class CPUBackendCallback(Stateful):
             else: self._settle(self._before)
             ranks = ranks_of(self.run)
             if ranks.size > 1:
-                choice, self.times, self._measured, reason = ranks.first(
-                    (self.choice, self.times, self._measured, self.reason))
-                self._use(choice["onednn"], choice["threads"], reason)
+                chosen = self.choice or {}
+                onednn, threads, self.times, self._measured, reason = ranks.first(
+                    (chosen["onednn"], chosen["threads"], self.times, self._measured, self.reason))
+                self._use(onednn, threads, reason)
         elif callable(self.onednn):
             if not self._validating and self._before: use_backend(*self._by_rule(self.onednn))
             self._validating = True

@@ -73,18 +73,20 @@ class Connection:
         self.key = f"runner/failed/{Connection.fits}"
 
     def _join(self) -> None:
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # there only if torch has all this
+        from torch.distributed.rendezvous import rendezvous
         kind = "gloo"
         if torch.cuda.is_available():
             local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
             if local < torch.cuda.device_count():
                 torch.cuda.set_device(local)
                 kind = "cpu:gloo,cuda:nccl"
-        store, rank, size = next(iter(dist.rendezvous("env://")))
+        store, rank, size = next(iter(rendezvous("env://")))
         Connection.joined += 1
         before = frozenset(open_sockets())
         # The store outlives those whom torchrun starts again, with the addresses of the last ones in it.
         name = f"runner/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{Connection.joined}"
-        dist.init_process_group(kind, store=dist.PrefixStore(name, store), rank=rank, world_size=size)
+        dist.init_process_group(kind, store=PrefixStore(name, store), rank=rank, world_size=size)
         dist.all_reduce(torch.zeros(1))         # by now all are connected
         Connection.group, Connection.sockets = dist.group.WORLD, frozenset(open_sockets()) - before
 

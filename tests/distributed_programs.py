@@ -1,6 +1,7 @@
 """Programs that are run alone and on several processes; each returns what must be the same, or what is asked about."""
 
 import os
+import random
 import signal
 import time
 from functools import partial
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorDataset
 
-from norms import BatchNorm
+from norms import BatchNorm, RunningBatchNorm, sync_norms
 from runner import (
     EVENTS,
     ActivationStats,
@@ -95,6 +96,50 @@ def ragged():
     """Batches that no number of processes divides, and some with fewer images than there are processes."""
     return {(n, bs): fitted(2, learner(n, bs, valid=valid, valid_bs=valid_bs))
             for n, bs, valid, valid_bs in ((21, 5, 1, 3), (7, 2, 4, 3), (4, 1, 2, 1), (9, 4, 5, 4))}
+
+
+NORMS = {"batch": BatchNorm, "running": RunningBatchNorm,
+         "running, averaged": partial(RunningBatchNorm, average_backward=True),
+         "running, per image": partial(RunningBatchNorm, rule="per_image")}
+
+
+def synchronised():
+    """Batches of which each process has one image, or none, normalised as one batch."""
+    found = {}
+    for name, norm in NORMS.items():
+        for n, bs in ((8, 2), (9, 5), (7, 3)):
+            model = network(norm)
+            sync_norms(model)
+            found[name, n, bs] = fitted(2, learner(n, bs, model=model, opt=torch.optim.SGD(model.parameters(), 0.02)))
+    return found
+
+
+def own_statistics():
+    """Norms that aren't synchronised: rank 0's statistics are everybody's in the end."""
+    model = network(RunningBatchNorm)
+    return fitted(2, learner(8, 4, model=model), AveragedWeights(0.9, norms="recalibrate"))
+
+
+def random_fits():
+    """Fits put together by chance: nets, norms, sizes, loaders and callbacks."""
+    found = {}
+    for seed in range(16):
+        draw = random.Random(seed)
+        norm = draw.choice([None, *NORMS.values()])
+        model = network(norm, seed=seed)
+        if norm: sync_norms(model)
+        n, bs = draw.randint(5, 24), draw.randint(2, 7)
+        opt = draw.choice([partial(torch.optim.SGD, lr=0.02, momentum=0.5),
+                           partial(torch.optim.Adam, lr=1e-3, eps=1e-2)])
+        learn = learner(n, bs, valid=draw.randint(1, 9), valid_bs=draw.randint(1, 4), model=model,
+                        opt=opt(model.parameters()), drop_last=n >= bs and draw.random() < 0.2)
+        if draw.random() < 0.3: learn.data.train_dl = DataLoader(TensorDataset(*images(n)), bs, shuffle=True)
+        if draw.random() < 0.2: learn.data.valid_dl = None
+        cbs = draw.sample([GradientAccumulation(draw.randint(2, 3)), GradientClip(0.3), AveragedWeights(0.8),
+                           ParamScheduler("lr", sched_cos(0.03, 0.001)), TerminateOnNonFinite(), Cancelled(),
+                           CPUBackendCallback(False)], draw.randint(0, 4))
+        found[seed] = fitted(2, learn, *cbs)
+    return found
 
 
 def in_company():

@@ -10,7 +10,11 @@ from forking import Forks
 
 from runner.loading import same_states
 
-SAME = ("plain", "ragged", "in_company", "other_gradients", "metrics", "rates", "loaders")
+SAME = ("plain", "ragged", "in_company", "synchronised", "random_fits", "other_gradients", "metrics",
+        "rates", "loaders")
+
+OTHERS = ("compiled", "decisions", "diverged", "failures", "refused", "parts", "randomness", "written",
+          "own_statistics", "looked_at", "interrupted", "resumed")
 
 
 def close(a, b, where="", tol=1e-9):
@@ -57,12 +61,11 @@ def alone():
 @pytest.fixture(scope="module")
 def two(forks, tmp_path_factory):
     """What each of two processes gives, and what they print."""
-    return ranks.start(forks, 2, tmp_path_factory.mktemp("two"), *SAME, "compiled", "decisions", "diverged", "failures",
-                       "refused", "parts", "randomness", "written", "looked_at", "interrupted", "resumed", timeout=120)
+    return ranks.start(forks, 2, tmp_path_factory.mktemp("two"), *SAME, *OTHERS, timeout=120)
 
 
 @pytest.fixture(scope="module")
-def three(forks, tmp_path_factory): return ranks.start(forks, 3, tmp_path_factory.mktemp("three"), *SAME[:4])[0]
+def three(forks, tmp_path_factory): return ranks.start(forks, 3, tmp_path_factory.mktemp("three"), *SAME[:5])[0]
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -71,7 +74,7 @@ def test_two_processes_train_as_one_does(alone, two, name):
     assert same_states(two[0][0][name], two[0][1][name])              # to the last bit, seconds too
 
 
-@pytest.mark.parametrize("name", SAME[:4])
+@pytest.mark.parametrize("name", SAME[:5])
 def test_three_processes_train_as_one_does(alone, three, name):
     for other in three: close(without_seconds(alone[name]), without_seconds(other[name]), name)
     assert all(same_states(three[0][name], other[name]) for other in three[1:])
@@ -180,3 +183,8 @@ def test_probes_say_whose_images_they_see(two):
     assert two[0][1]["looked_at"] == {"ActivationStats": part, "ParameterStats": "all images", "NormStats": part}
     assert f"ActivationStats: 2 modules, train and valid, every batch: 6 batches, 0.013 MB, {part}" not in two[1].stdout
     assert "the part of rank 0 of 2" in two[1].stdout
+
+
+def test_statistics_that_are_not_synchronised_are_rank_0_s_in_the_end(two):
+    a, b = (found["own_statistics"] for found in two[0])
+    assert same_states(a, b)
