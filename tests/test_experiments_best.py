@@ -10,8 +10,8 @@ import torch
 
 from experiments.__main__ import main
 from experiments.beyond import best
-from experiments.beyond.best import Config, judge, paired, train_together
-from experiments.beyond.recipes import BEST, GROUP, RUNNING, TRIED, Recipe
+from experiments.beyond.best import Config, judge, paired
+from experiments.beyond.recipes import BEST, GROUP, RUNNING, TRIED, Recipe, train_together
 from experiments.data import load_data
 from experiments.errors import InputError
 from experiments.training import train

@@ -23,114 +23,29 @@ often the two were combined for each norm, and with what: `TRIED`.
 """
 
 import argparse
-import math
 import statistics
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from experiments.arms import run_arms
-from experiments.beyond.recipes import BEST, FINAL, GROUP, OPTIMIZERS, RECIPES, RUNNING, TRIED, Recipe
+from experiments.beyond.recipes import BEST, FINAL, GROUP, RECIPES, RUNNING, TRIED, rows_of
 from experiments.data import TRAIN_IMAGES, ImageData
 from experiments.figures import by_arm, finite, heading, plural, seeds_and_device, statuses
 from experiments.images import images_of, load_images
 from experiments.models import CHANNELS
 from experiments.results import Row, Summary, Table, Trained
 from experiments.settings import ImageStudySettings, add_choice, add_image_arguments, choose, from_args, positive
-from experiments.side_by_side import EachTransform, SideBySide, each_loss
 from experiments.study import Grid, grid
-from experiments.study.stacked import stack, unstack
-from experiments.study.stacked_layers import GroupedConv2d
 from experiments.study.statistics import interval
-from experiments.training import Stopwatch, check_batch_size, fit_from
+from experiments.training import check_batch_size
 from experiments.verdict import Claim, Result, Verdict
-from norms import recalibrate
-from runner import (
-    BatchTransformXCallback,
-    Callback,
-    CudaCallback,
-    DataBunch,
-    Dataset,
-    Learner,
-    ParamScheduler,
-    ProgressCallback,
-    Runner,
-)
 
 # What the best recipe of RunningBatchNorm is held to, in test accuracy: over the seeds at batch size 2 the mean and the
 # least, and the mean at batch size 1. The published figure is 0.9723, of one seed, on the validation images.
 TARGET, LEAST, TARGET_ONE = 0.988, 0.985, 0.985
 SEEDS = 20          # for a verdict
-
-
-# --- training several seeds at once -------------------------------------------------------------------------------
-
-def train_together(recipes: Sequence[Recipe], seeds: Sequence[int], images: ImageData, device: str = "cpu",
-                   label: str = "", cbs: Iterable[Callback] = (),
-                   checkpoint: Path | None = None) -> list[nn.Sequential]:
-    """Networks trained for one epoch, all at once: a list, one for each of the `recipes` and its seed.
-
-    Each is what it would be trained alone, to rounding: `stack` says why. The order of its images is the one that
-    `experiments.training.train` has for its seed. `checkpoint` is as there.
-
-    Raises:
-        ValueError: recipes that differ in more than `Recipe.free`.
-    """
-    recipe = recipes[0]
-    if any(r.alike != recipe.alike for r in recipes):
-        raise ValueError(f"train_together got {[str(r) for r in recipes]}; trained at once they may differ in "
-                         f"{' and '.join(recipe.free)} alone")
-    models = [r.build(seed, images.c) for r, seed in zip(recipes, seeds, strict=True)]
-    net, k = stack(models), len(models)
-    for m in net.modules():     # EigenAdam's steps are faster on weights laid out as usual, convolutions by patches not
-        if isinstance(m, GroupedConv2d): m.by_rule = False
-    smoothing = torch.tensor([r.smoothing for r in recipes], device=device)
-    dl = SideBySide(images.train, recipe.batch_size, seeds, drop_last=True)
-    rates = torch.tensor([r.lr for r in recipes]) if "lr" in recipe.free else recipe.lr
-
-    def sum_of_losses(pred: Tensor, yb: Tensor) -> Tensor: return each_loss(pred, yb, smoothing).sum()
-    opt = OPTIMIZERS[recipe.optimizer](net, rates)
-    run = Runner([CudaCallback(device), BatchTransformXCallback(EachTransform(k)),
-                  ParamScheduler("lr", lambda pos: rates * (1 - pos)), ProgressCallback(label), *cbs])
-    fit_from(checkpoint, run, 1, Learner(net, opt, sum_of_losses, DataBunch(dl, None, images.c)))
-    unstack(net, models)
-    return models
-
-
-@torch.no_grad()
-def measure(model: nn.Module, data: Dataset) -> tuple[float, float]:
-    """Accuracy and mean loss of `model` on the `Dataset` `data`, in evaluation mode: plain floats."""
-    device = next(model.parameters()).device
-    model.eval()
-    pred = torch.cat([model(x.view(-1, 1, 28, 28).to(device)) for x in data.x.split(500)]).cpu()
-    return (pred.argmax(1) == data.y).double().mean().item(), F.cross_entropy(pred, data.y).item()
-
-
-def rows_of(recipes: Sequence[Recipe], seeds: Sequence[int], images: ImageData, device: str, label: str,
-            test: bool, checkpoint: Path | None = None) -> list[Row]:
-    """The final rows of the `recipes`, each with its seed; `test` is whether to read the test images."""
-    watch = Stopwatch()
-    models = train_together(recipes, seeds, images, device, label, [watch], checkpoint)
-    seconds = watch.seconds / len(seeds)
-    rows: list[Row] = []
-    for recipe, seed, model in zip(recipes, seeds, models, strict=True):
-        row: Row = {"arm": str(recipe), **asdict(recipe), "seed": seed, "seconds": seconds, "status": "ok",
-               "parameters": sum(p.numel() for p in model.parameters())}
-        row["before"], _ = measure(model, images.valid)
-        n = recipe.recalibrated if recipe.running else 0
-        try:
-            if n: recalibrate(model, (x.view(-1, 1, 28, 28) for x in images.train.x.split(500)), n)
-        except ValueError: row["status"] = "diverged"
-        for name, data in [("valid", images.valid)] + [("test", images.test)] * test:
-            row[f"{name}_accuracy"], row[f"{name}_loss"] = measure(model, data)
-            if not math.isfinite(row[f"{name}_loss"]): row["status"] = "diverged"
-        rows.append(row)
-    return rows
 
 
 # --- the experiment -----------------------------------------------------------------------------------------------

@@ -1,15 +1,36 @@
-"""Recipes to train the network of `small-batch` by: what is free, which were tried, and the best of each norm."""
+"""Recipes to train the network of `small-batch` by, which were tried, the best of each norm, and training by them."""
 
 import argparse
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 from experiments.beyond.eigen import EigenAdam
+from experiments.data import ImageData
 from experiments.models import CHANNELS, conv_layer, get_cnn_model, init_alike
-from norms import GroupNorm, RunningBatchNorm
+from experiments.results import Row
+from experiments.side_by_side import EachTransform, SideBySide, each_loss
+from experiments.study.stacked import stack, unstack
+from experiments.study.stacked_layers import GroupedConv2d
+from experiments.training import Stopwatch, fit_from
+from norms import GroupNorm, RunningBatchNorm, recalibrate
+from runner import (
+    BatchTransformXCallback,
+    Callback,
+    CudaCallback,
+    DataBunch,
+    Dataset,
+    Learner,
+    ParamScheduler,
+    ProgressCallback,
+    Runner,
+)
 
 RUNNING, GROUP = "RunningBatchNorm", "GroupNorm"
 OPTIMIZERS: dict[str, Callable[[nn.Module, float | Tensor], optim.Optimizer]] = {
@@ -82,3 +103,68 @@ BEST = {RUNNING: Recipe(RUNNING, "EigenAdam", 0.0015, smoothing=0.2),
         GROUP: Recipe(GROUP, "EigenAdam", 0.0015, smoothing=0.1, groups=2)}
 FINAL = [*BEST.values(), replace(BEST[RUNNING], batch_size=1)]
 RECIPES = {str(r): r for r in (*TRIED, *FINAL)}
+
+
+# --- training several seeds at once -------------------------------------------------------------------------------
+
+def train_together(recipes: Sequence[Recipe], seeds: Sequence[int], images: ImageData, device: str = "cpu",
+                   label: str = "", cbs: Iterable[Callback] = (),
+                   checkpoint: Path | None = None) -> list[nn.Sequential]:
+    """Networks trained for one epoch, all at once: a list, one for each of the `recipes` and its seed.
+
+    Each is what it would be trained alone, to rounding: `stack` says why. The order of its images is the one that
+    `experiments.training.train` has for its seed. `checkpoint` is as there.
+
+    Raises:
+        ValueError: recipes that differ in more than `Recipe.free`.
+    """
+    recipe = recipes[0]
+    if any(r.alike != recipe.alike for r in recipes):
+        raise ValueError(f"train_together got {[str(r) for r in recipes]}; trained at once they may differ in "
+                         f"{' and '.join(recipe.free)} alone")
+    models = [r.build(seed, images.c) for r, seed in zip(recipes, seeds, strict=True)]
+    net, k = stack(models), len(models)
+    for m in net.modules():     # EigenAdam's steps are faster on weights laid out as usual, convolutions by patches not
+        if isinstance(m, GroupedConv2d): m.by_rule = False
+    smoothing = torch.tensor([r.smoothing for r in recipes], device=device)
+    dl = SideBySide(images.train, recipe.batch_size, seeds, drop_last=True)
+    rates = torch.tensor([r.lr for r in recipes]) if "lr" in recipe.free else recipe.lr
+
+    def sum_of_losses(pred: Tensor, yb: Tensor) -> Tensor: return each_loss(pred, yb, smoothing).sum()
+    opt = OPTIMIZERS[recipe.optimizer](net, rates)
+    run = Runner([CudaCallback(device), BatchTransformXCallback(EachTransform(k)),
+                  ParamScheduler("lr", lambda pos: rates * (1 - pos)), ProgressCallback(label), *cbs])
+    fit_from(checkpoint, run, 1, Learner(net, opt, sum_of_losses, DataBunch(dl, None, images.c)))
+    unstack(net, models)
+    return models
+
+
+@torch.no_grad()
+def measure(model: nn.Module, data: Dataset) -> tuple[float, float]:
+    """Accuracy and mean loss of `model` on the `Dataset` `data`, in evaluation mode: plain floats."""
+    device = next(model.parameters()).device
+    model.eval()
+    pred = torch.cat([model(x.view(-1, 1, 28, 28).to(device)) for x in data.x.split(500)]).cpu()
+    return (pred.argmax(1) == data.y).double().mean().item(), F.cross_entropy(pred, data.y).item()
+
+
+def rows_of(recipes: Sequence[Recipe], seeds: Sequence[int], images: ImageData, device: str, label: str,
+            test: bool, checkpoint: Path | None = None) -> list[Row]:
+    """The final rows of the `recipes`, each with its seed; `test` is whether to read the test images."""
+    watch = Stopwatch()
+    models = train_together(recipes, seeds, images, device, label, [watch], checkpoint)
+    seconds = watch.seconds / len(seeds)
+    rows: list[Row] = []
+    for recipe, seed, model in zip(recipes, seeds, models, strict=True):
+        row: Row = {"arm": str(recipe), **asdict(recipe), "seed": seed, "seconds": seconds, "status": "ok",
+               "parameters": sum(p.numel() for p in model.parameters())}
+        row["before"], _ = measure(model, images.valid)
+        n = recipe.recalibrated if recipe.running else 0
+        try:
+            if n: recalibrate(model, (x.view(-1, 1, 28, 28) for x in images.train.x.split(500)), n)
+        except ValueError: row["status"] = "diverged"
+        for name, data in [("valid", images.valid)] + [("test", images.test)] * test:
+            row[f"{name}_accuracy"], row[f"{name}_loss"] = measure(model, data)
+            if not math.isfinite(row[f"{name}_loss"]): row["status"] = "diverged"
+        rows.append(row)
+    return rows
