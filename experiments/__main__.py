@@ -24,6 +24,15 @@ def listing() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`; the exit status: 0, 1 (outside its tolerance), 2 (bad input), 130 (Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else argv
+    if "TORCHELASTIC_RUN_ID" not in os.environ: return run(argv)
+    from experiments.study.torchrun import ended, help_out, is_helper
+    if is_helper(): return help_out()       # to rank 0's studies
+    try: return run(argv)
+    finally: ended()
+
+
+def run(argv: Sequence[str]) -> int:
+    """`main` in the process that runs the command."""
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(listing(), flush=True)

@@ -13,6 +13,7 @@ import torch
 from experiments.data import NAMES
 from experiments.errors import InputError, pick
 from experiments.study.executors import BACKENDS
+from experiments.study.torchrun import processes
 from experiments.training import CONVOLUTIONS, convolutions_in_words
 
 T = TypeVar("T")
@@ -73,7 +74,8 @@ class StudySettings(Settings):
         super().__post_init__()
         if self.jobs is not None: positive("jobs", self.jobs)
         self.backend = pick(self.backend, BACKENDS, "backend")
-        if self.scheduler is not None and self.backend in ("loky", "sequential"):
+        if self.backend == "loky" and processes() > 1: self.backend = "torchrun"
+        if self.scheduler is not None and self.backend not in ("dask", "ray"):
             raise InputError(f"a scheduler was named and the backend {self.backend} has none; add --backend dask or "
                              "ray, or leave out --scheduler")
 
@@ -82,6 +84,7 @@ class StudySettings(Settings):
         """How many arms run at once; None on a cluster is as many as it has workers."""
         if self.jobs is not None: return self.jobs
         if self.backend == "sequential": return 1
+        if self.backend == "torchrun": return processes()
         if self.backend != "loky": return None
         if named := os.environ.get("NORMS_JOBS"):
             if named.isdecimal() and int(named) > 0: return int(named)
@@ -185,7 +188,8 @@ def add_arguments(parser: argparse.ArgumentParser, experiment: str, seeds: int |
     parser.add_argument("--jobs", type=int, metavar="N", help="arms that run at once, each on one thread (default: "
                         "$NORMS_JOBS, or as many as cores; 1 on a GPU; on a cluster its workers)")
     parser.add_argument("--backend", default="loky", metavar="NAME", help="where arms run: loky (default), processes "
-                        "of this machine; sequential, this process; dask or ray, a cluster")
+                        "of this machine; sequential, this process; dask or ray, a cluster; torchrun, the "
+                        "processes that it has started (the default there)")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="of the cluster, such as tcp://HOST:8786")
 
 

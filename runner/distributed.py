@@ -45,6 +45,14 @@ def place_now() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if world_size() > 1 else (0, 1)
 
 
+def shared_store(name: str) -> Any:
+    """torch's key-value store (`torch.distributed.Store`) that the processes of `torchrun` share, of keys under `name`.
+    """
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # there only if torch has all this
+    from torch.distributed.rendezvous import rendezvous
+    return PrefixStore(name, next(iter(rendezvous("env://")))[0])
+
+
 def launched() -> bool:
     """Whether a process group is there, or this process was started by `torchrun`, or as one of several by its rules.
     """
@@ -73,20 +81,18 @@ class Connection:
         self.key = f"runner/failed/{Connection.fits}"
 
     def _join(self) -> None:
-        from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # there only if torch has all this
-        from torch.distributed.rendezvous import rendezvous
         kind = "gloo"
         if torch.cuda.is_available():
             local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
             if local < torch.cuda.device_count():
                 torch.cuda.set_device(local)
                 kind = "cpu:gloo,cuda:nccl"
-        store, rank, size = next(iter(rendezvous("env://")))
         Connection.joined += 1
-        before = frozenset(open_sockets())
         # The store outlives those whom torchrun starts again, with the addresses of the last ones in it.
-        name = f"runner/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{Connection.joined}"
-        dist.init_process_group(kind, store=PrefixStore(name, store), rank=rank, world_size=size)
+        store = shared_store(f"runner/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{Connection.joined}")
+        before = frozenset(open_sockets())
+        dist.init_process_group(kind, store=store, rank=int(os.environ["RANK"]),
+                                world_size=int(os.environ["WORLD_SIZE"]))
         dist.all_reduce(torch.zeros(1))         # by now all are connected
         Connection.group, Connection.sockets = dist.group.WORLD, frozenset(open_sockets()) - before
 

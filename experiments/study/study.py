@@ -94,7 +94,8 @@ class Study(Reading):
 
         Args:
             jobs: how many at once; None is the number of cores, on a cluster its workers.
-            backend: "loky" for worker processes of this machine, "sequential" for this process, or "dask" or "ray".
+            backend: "loky" for worker processes of this machine, "sequential" for this process, "dask" or "ray", or
+                "torchrun" for the processes that it has started (`experiments.study.torchrun`).
             scheduler: for "dask" the address of a scheduler, or a LocalCluster; for "ray" an address, or None for a
                 cluster on this machine.
             again: run those again that have failed or were killed.
@@ -131,6 +132,7 @@ class Study(Reading):
                         executors.run_loky(tasks, self.trial, self.store, done, jobs or os.cpu_count() or 1)
                     elif backend == "dask":
                         executors.run_dask(tasks, self.trial, self.store, done, scheduler)
+                    elif backend == "torchrun": executors.run_torchrun(tasks, self.trial, self.store, done)
                     else: executors.run_ray(tasks, self.trial, self.store, done, jobs, scheduler)
             except KeyboardInterrupt:
                 kept = len({task.key for task in self.tasks} & self.store.finished())
