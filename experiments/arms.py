@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -107,7 +108,9 @@ def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid, t
     study = Study(experiment, trial, points, out=folder.path / STUDY, version=_settings_of(config))
     study.go_on = folder.go_on
     jobs, start = config.at_once, time.perf_counter()
-    backend = "sequential" if config.backend == "loky" and jobs == 1 else config.backend
+    # What a process was started with decides the last bits of oneDNN's gradients, whatever torch is told later.
+    here = config.device.startswith("cuda") or os.environ.get("OMP_NUM_THREADS") == "1"
+    backend = "sequential" if config.backend == "loky" and jobs == 1 and here else config.backend
     at_once = "as many at once as the cluster has workers" if jobs is None else f"{jobs} at once"
     print(f"{header}\nruns:    {at_once} ({backend}), on one thread each" + (
         f"; convolutions: {facts['convolutions']}" if "convolutions" in facts else ""), flush=True)

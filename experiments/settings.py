@@ -60,7 +60,8 @@ class StudySettings(Settings):
     """Settings of an experiment that is a study of arms and seeds, of which several run at once.
 
     `jobs` is how many, None for $NORMS_JOBS or, where that isn't set, as many as cores (one on a GPU); one alone runs
-    in this process. `backend` is where, and `scheduler` the address of a cluster: see `Study.run`.
+    in this process on a GPU, or if that was started with OMP_NUM_THREADS=1, as worker processes are. `backend` is
+    where, and `scheduler` the address of a cluster: see `Study.run`.
 
     Raises:
         InputError: a value that makes no sense.
