@@ -86,7 +86,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Tensor | tuple[Tensor, ...] |
     device = next(iter((*model.parameters(), *model.buffers()))).device
     ranks = next((m.synced for m in names if isinstance(m, RunningNorm) and m.ranks > 1), None)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        batches = take_images(loader, n_images, metric)
+        batches = together(ranks, lambda: take_images(loader, n_images, metric), device)
         images = sum(len(xb) for xb, _ in batches)
         modes = [(m, m.training) for m in model.modules()]
         statistics = [(b, b.clone()) for m in names for b in m.buffers()]
@@ -106,6 +106,19 @@ def recalibrate(model: nn.Module, loader: Iterable[Tensor | tuple[Tensor, ...] |
         finally:
             for m, training in modes: m.training = training
     return Recalibration(tuple(names[m] for m in dict.fromkeys(runs)), images, before, after)
+
+
+def together(ranks: Ranks | None, do: Callable[[], list[Batch]], device: torch.device) -> list[Batch]:
+    """`do()`; where it raises on one of `ranks` it does on all, for the others would wait for that one."""
+    error, done = None, []
+    try: done = do()
+    except Exception as e: error = e
+    failed = 0 if ranks is None else int(ranks.sum(torch.tensor(int(error is not None), device=device)))
+    if error is not None: raise error
+    if failed:
+        raise ValueError(f"recalibrate: {failed} of {ranks.size() if ranks else 1} processes got no images that they "
+                         "could take; each needs a loader of its own share, of at least one image")
+    return done
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -136,7 +136,9 @@ class RunningBatchNorm(RunningNorm):
         xs = wide(x)
         weight, bias = (per_channel(t, x.ndim) for t in (self.weight, self.bias))                   # (1, C, 1, 1)
         if self.training:
-            batch_mean, batch_var, _, images, n, over = batch_moments(self, xs)                     # (1, C, 1, 1)
+            # Averaged, the gradient is not that of the moments.
+            of = xs.detach() if self.average_backward else xs
+            batch_mean, batch_var, _, images, n, over = batch_moments(self, of)                     # (1, C, 1, 1)
             mean, var, a, floor = self.track(batch_mean, batch_var, images, n)
             if self.average_backward:
                 averages = self.grad_mean, self.grad_dot                                            # (C,) each

@@ -105,7 +105,9 @@ def sync_norms(model: nn.Module, group: Any = None) -> Synced:
     - State dicts stay the same. Copies and pickles of the model are marked too (a pickle not of a given `group`), and
       so are the norms that `convert_norms` puts in a marked one's place.
     - What activation checkpointing does again asks nobody a second time. A compiled step (with torch.compile, also
-      `fullgraph=True`) asks as it runs, and so is right in whatever group it comes to.
+      `fullgraph=True`) asks as it runs, and so is right in whatever group it comes to. Its order of collectives is the
+      compiler's, which may be another one for another size of input where norms stand in parallel branches: compile
+      such a model with shares of one size (drop the ragged last batch).
 
     With FSDP2, one call more than in a single process:
 

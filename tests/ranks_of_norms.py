@@ -99,6 +99,16 @@ def five_layers(norm, seed=1):
     return model.double()
 
 
+class Branches(nn.Module):
+    """The sum of two norms, whose collectives don't wait for one another."""
+
+    def __init__(self, *norms):
+        super().__init__()
+        self.norms = nn.ModuleList(norms)
+
+    def forward(self, x): return self.norms[0](x) + self.norms[1](x.tanh())
+
+
 def part(shares, rank): return slice(sum(shares[:rank]), sum(shares[:rank + 1]))
 
 
@@ -253,7 +263,7 @@ def derivatives_of_all_kinds(rank, size):
 
 @check
 def compiled_whole(rank, size):
-    x, g, mine = draw(5, 3, 2, 2), draw(5, 3, 2, 2, seed=1), part([3, 2], rank)
+    x, g, mine = draw(5, 3, 2, 2), draw(5, 3, 2, 2, seed=1), part([5, 0], rank)
     one = nn.Sequential(NORMS[0](3), NORMS[3](3)).double()
     many = mark(one)
     step = compiled(many, "aot_eager")
@@ -267,7 +277,7 @@ def compiled_whole(rank, size):
     state_close(many, one, 1e-14)
     same_on_all(many.buffers())
     unsync_norms(many)                                              # after the compilation
-    close(step(x[mine].requires_grad_()), one(x[mine]), 1e-13)
+    if rank == 0: close(step(x[mine].requires_grad_()), one(x[mine]), 1e-13)
 
 
 @check
@@ -373,6 +383,9 @@ def recalibration_is_over_all_images(rank, size):
         for name, b in one.named_buffers():
             if "num_batches" not in name: close(many.get_buffer(name), b, 1e-12, name)
         same_on_all(many.buffers())
+        none = [] if rank == 0 else labelled
+        with pytest.raises(ValueError, match=["got no image from the loader", "1 of 2 processes got no images"][rank]):
+            recalibrate(many, none, 12)
         again = mark(one)
         recalibrate(again, labelled, 12)                            # the same images on both
         for name, b in one.named_buffers():
@@ -432,10 +445,12 @@ def program(seed, rank, size):
     mix = {2: nn.Linear, 3: lambda a, b: nn.Conv1d(a, b, 1), 4: lambda a, b: nn.Conv2d(a, b, 1)}[ndim]
     layers = []
     for _ in range(rng.randint(1, 3)):
-        layers += [mix(3, 3), rng.choice(NORMS)(3), nn.SiLU()]
+        layers += [mix(3, 3), rng.choice([*NORMS, lambda nf: BatchNorm(nf, affine=False)])(3), nn.SiLU()]
+    if rng.random() < 0.3: layers.append(Branches(*(rng.choice(NORMS)(3) for _ in range(2))))
+    if rng.random() < 0.3: layers.insert(rng.randrange(len(layers)), layers[1])         # the same one twice
     if rng.random() < 0.4: layers.insert(rng.randrange(len(layers)), GroupNorm(3, 3) if ndim > 2 else nn.Identity())
-    averaged = any(getattr(m, "average_backward", False) for m in layers)
     one = nn.Sequential(*layers).double()
+    averaged = any(getattr(m, "average_backward", False) for m in one.modules())
     many = mark(one)
     for n in range(rng.randint(3, 6)):
         kinds = ["plain", "accumulate", "checkpoint", "eval", "no_grad", "write"] + ["double"] * (not averaged)
@@ -464,7 +479,7 @@ def program(seed, rank, size):
                 (gx,) = torch.autograd.grad(loss, x, create_graph=True)
                 loss = (gx * gx).sum() + loss
             if kind == "write":
-                for m in model:
+                for m in model.modules():
                     if hasattr(m, "reset_running_stats"): m.reset_running_stats()
             (loss * k).backward()
             # In evaluation nobody is asked, so the order of losses is free.
