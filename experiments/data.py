@@ -265,7 +265,8 @@ def pixel_moments(images: Tensor, top: int) -> tuple[float, float]:
     In float64, of whole numbers by how often there is each: the result is the same on any number of threads, and so are
     all results that follow from it.
     """
-    if images.dtype == torch.uint8: values, counts = torch.arange(256.0), torch.bincount(images.flatten(), minlength=256)
+    if images.dtype == torch.uint8:
+        values, counts = torch.arange(256.0), torch.bincount(images.flatten(), minlength=256)
     else: values, counts = images.flatten(), torch.ones(images.numel())
     values, counts = values.double() / top, counts.double()
     n = counts.sum()
