@@ -465,8 +465,11 @@ class Distributed(Callback):
             share.refuse_none()
             run.iters = longest(group.gather(run.iters))
             parts = counted(batches, group, train)
+        drawn = True            # the order, by all alike
         for k, (batch, own, n) in enumerate(parts):
-            if not k and (not resumed or run.resume.borrowed): own_randomness(group)
+            if drawn and (not resumed or run.resume.borrowed) and not (self._reducer and self._reducer.lazy and not k):
+                own_randomness(group)       # once all have made the same of what the first batch makes
+                drawn = False
             group.images, group.weight = n, own / n if n else 0.0
             self._listen()
             if own or train: yield batch

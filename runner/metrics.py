@@ -160,6 +160,10 @@ class AvgStats:
         totals = ranks.sum(torch.tensor([*self.all_stats, self.count], dtype=torch.float64))
         *sums, count = totals.unbind()
         self.sums, self.count, self._placed, self._avg = sums if count else None, int(count), False, None
+        for m in self._objects:
+            # Those of torchmetrics would add up what each process has, which is all.
+            for part in m.modules() if isinstance(m, torch.nn.Module) else ():
+                if getattr(part, "sync_on_compute", False): part.sync_on_compute = False        # type: ignore[assignment]
         for pred, yb in merged(ranks.gather(self._held)) if self._objects else ():
             for m in self._objects: m.update(pred, yb)
         self._held = []

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from runner.ranks import Ranks
 from runner.states import params_of
@@ -36,9 +37,11 @@ class Reducer:
         self.model, self.ranks, self.settings = model, ranks, settings
         self.params = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
         self.ddp: DistributedDataParallel | None = None
+        self.lazy = any(map(is_lazy, self.params))      # their shapes the first batch tells; until then it is by hand
         self.prepared = False               # for a backward pass, by a forward pass through `ddp`
         self.waiting = False                # gradients of this process alone have been added up
-        if not self.params: return
+        refuse(model)
+        if not self.params or self.lazy: return
         device = self.params[0].device
         buffers: dict[str, Any] = {BUFFERS: False}      # they are `Distributed`'s business, after the step
         self.ddp = DistributedDataParallel(model, [device] if device.type == "cuda" else None, **buffers, **settings)
@@ -50,7 +53,7 @@ class Reducer:
 
     def fits(self, model: Any) -> bool:
         """Whether it is still of this model, and of the parameters that are trained."""
-        if model is not self.model: return False
+        if model is not self.model or self.lazy: return False
         now = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
         return len(now) == len(self.params) and all(a is b for a, b in zip(now, self.params, strict=True))
 
@@ -100,3 +103,14 @@ class Reducer:
         loss = run.loss_func.parameters() if isinstance(run.loss_func, nn.Module) else ()
         found = {id(p): p for p in (*self.params, *loss, *params_of(run.opt)) if p.requires_grad}
         return list(found.values())
+
+
+def refuse(model: Any) -> None:
+    """Raises TypeError for a model that is shared among processes already, in a way of its own."""
+    if isinstance(model, DistributedDataParallel):
+        raise TypeError("the model is a DistributedDataParallel, which Distributed makes for the length of a fit; give "
+                        "the learner the model itself, model.module")
+    sharded = [p for p in model.parameters() if type(p).__name__ == "DTensor"] if isinstance(model, nn.Module) else []
+    if sharded:
+        raise TypeError("the model is sharded (fully_shard): each process has a part of its parameters, and "
+                        "Distributed is for those that have all; leave it out, and see runner/processes.md")

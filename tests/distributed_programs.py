@@ -222,7 +222,13 @@ def other_gradients():
         "of a loss": {**fitted(2, trained), "centers": loss.centers.detach().clone()},
         "twice": fitted(1, learner(), Retained()), "unfrozen": fitted(2, learner(model=frozen), Thaw()),
         "cancelled": fitted(2, learner(), Cancelled()), "gan": gan(), "closure": fitted(1, lbfgs, ClosureStep()),
+        "lazy": fitted(2, learner(model=lazy())),
     }
+
+
+def lazy():
+    torch.manual_seed(5)
+    return nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)).double()
 
 
 def compiled():
@@ -425,6 +431,8 @@ def refused():
         "size": error(lambda: fit([(x, y)], cb=used)),
         "replaced": error(lambda: Runner([Doubled(), Distributed()]).fit(1, learner(21, 5))),
         "another's sampler": error(lambda: fit(DataLoader(ds, 5, sampler=DistributedSampler(ds, 7, 2)))),
+        "shared already": error(lambda: (fitted(1, learner()), fit([(x, y)], nn.parallel.DistributedDataParallel(
+            network())))),
         "fewer batches": error(lambda: fit(shard_loader([(x, y)] * (1 - rank()), parts=True))),
     }
 

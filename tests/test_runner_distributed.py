@@ -124,6 +124,7 @@ def test_what_cannot_be_shared_is_an_error_on_all(two):
         assert "was begun with 5 processes and is to go on with 2" in texts["size"]
         assert "a batch of 1 has no image for some of 2 processes" in texts["replaced"]
         assert "for rank 2 of 7 processes" in texts["another's sampler"]
+        assert "the learner the model itself, model.module" in texts["shared already"]
         assert "rank 1 of 2 has no batch in this pass" in texts["fewer batches"]
     assert any("sync_norms" in note for note in two[0][1]["refused"]["no image"][1])
 
