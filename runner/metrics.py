@@ -163,7 +163,7 @@ class AvgStats:
         for m in self._objects:
             # Those of torchmetrics would add up what each process has, which is all.
             for part in m.modules() if isinstance(m, torch.nn.Module) else ():
-                if getattr(part, "sync_on_compute", False): part.sync_on_compute = False        # type: ignore[assignment]
+                if hasattr(part, "distributed_available_fn"): part.distributed_available_fn = _alone
         for pred, yb in merged(ranks.gather(self._held)) if self._objects else ():
             for m in self._objects: m.update(pred, yb)
         self._held = []
@@ -241,6 +241,9 @@ def merged(held: Sequence[Sequence[tuple[Any, Any]]]) -> list[tuple[Any, Any]]:
     """The predictions and targets of whole batches, out of the parts of each process."""
     batches = ([pair for pair in parts if pair is not None] for parts in zip_longest(*held))
     return [(joined([pred for pred, _ in pairs]), joined([yb for _, yb in pairs])) for pairs in batches]
+
+
+def _alone() -> bool: return False
 
 
 def _on_host(t: Tensor) -> Tensor: return t.detach().cpu()
