@@ -18,6 +18,7 @@ was compiled before there was a group is right in it.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -197,9 +198,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.share, ctx.key = n / totals[1], key
 
 
-def _gradients(ctx: Any, g_mean: Tensor, g_var: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, g_mean: Tensor, g_var: Tensor, _: Tensor,
+               sum_: Callable[[Tensor, str], Tensor]) -> tuple[Tensor | None, ...]:
     mean, merged = ctx.saved_tensors
-    g_mean, g_var = _sum(torch.stack((g_mean, g_var)), ctx.key).unbind()
+    g_mean, g_var = sum_(torch.stack((g_mean, g_var)), ctx.key).unbind()
     return ctx.share * (g_mean + 2 * (mean - merged) * g_var), ctx.share * g_var, None, None, None
 
 
@@ -216,7 +218,7 @@ class _Merge(torch.autograd.Function):
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]: return *_gradients(ctx, *grads), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]: return *_gradients(ctx, *grads, _sum), None
 
     @staticmethod
     def jvp(ctx: Any, t_mean: Tensor, t_var: Tensor, *_: None) -> tuple[Tensor | None, ...]:
@@ -258,12 +260,13 @@ def _sum_operator(t: Tensor, key: str) -> Tensor: return _summed(t, key)
 
 
 def _sum(t: Tensor, key: str) -> Tensor:
-    total: Tensor = _sum_operator(t, key) if torch.compiler.is_compiling() else _Sum.apply(t, key)
+    total: Tensor = _Sum.apply(t, key)
     return total
 
 
+# An operator's gradient is made of operators. (To ask whether this is compiled would not do: torch 2.11 says no then.)
 _merge_operator.register_fake(lambda mean, var, *_: (torch.empty_like(mean), torch.empty_like(var), mean.new_empty(3)))
-_merge_operator.register_autograd(_gradients, setup_context=_keep)
+_merge_operator.register_autograd(lambda ctx, *grads: _gradients(ctx, *grads, _sum_operator), setup_context=_keep)
 _sum_operator.register_fake(lambda t, _: torch.empty_like(t, memory_format=torch.contiguous_format))
-_sum_operator.register_autograd(lambda ctx, g: (_sum(g, ctx.key), None),
+_sum_operator.register_autograd(lambda ctx, g: (_sum_operator(g, ctx.key), None),
                                 setup_context=lambda ctx, inputs, output: setattr(ctx, "key", inputs[1]))
