@@ -19,6 +19,7 @@ was compiled before there was a group is right in it.
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -198,8 +199,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.share, ctx.key = n / totals[1], key
 
 
-def _gradients(ctx: Any, g_mean: Tensor, g_var: Tensor, _: Tensor,
-               sum_: Callable[[Tensor, str], Tensor]) -> tuple[Tensor | None, ...]:
+def _gradients(sum_: Callable[[Tensor, str], Tensor], ctx: Any, g_mean: Tensor, g_var: Tensor,
+               _: Tensor) -> tuple[Tensor | None, ...]:
     mean, merged = ctx.saved_tensors
     g_mean, g_var = sum_(torch.stack((g_mean, g_var)), ctx.key).unbind()
     return ctx.share * (g_mean + 2 * (mean - merged) * g_var), ctx.share * g_var, None, None, None
@@ -218,7 +219,7 @@ class _Merge(torch.autograd.Function):
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]: return *_gradients(ctx, *grads, _sum), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]: return *_gradients(_sum, ctx, *grads), None
 
     @staticmethod
     def jvp(ctx: Any, t_mean: Tensor, t_var: Tensor, *_: None) -> tuple[Tensor | None, ...]:
@@ -266,7 +267,7 @@ def _sum(t: Tensor, key: str) -> Tensor:
 
 # An operator's gradient is made of operators. (To ask whether this is compiled would not do: torch 2.11 says no then.)
 _merge_operator.register_fake(lambda mean, var, *_: (torch.empty_like(mean), torch.empty_like(var), mean.new_empty(3)))
-_merge_operator.register_autograd(lambda ctx, *grads: _gradients(ctx, *grads, _sum_operator), setup_context=_keep)
+_merge_operator.register_autograd(partial(_gradients, _sum_operator), setup_context=_keep)
 _sum_operator.register_fake(lambda t, _: torch.empty_like(t, memory_format=torch.contiguous_format))
 _sum_operator.register_autograd(lambda ctx, g: (_sum_operator(g, ctx.key), None),
                                 setup_context=lambda ctx, inputs, output: setattr(ctx, "key", inputs[1]))
