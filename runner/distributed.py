@@ -40,6 +40,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def processes_to_come() -> int:
+    """How many processes were started, where they have joined no group yet; else 1."""
+    told = os.environ.get("WORLD_SIZE", "")
+    return int(told) if launched() and not dist.is_initialized() and told.isdecimal() else 1
+
+
 def place_now() -> tuple[int, int]:
     """This process's rank and how many there are: 0 and 1 without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if world_size() > 1 else (0, 1)

@@ -163,7 +163,7 @@ class AvgStats:
         for m in self._objects:
             # Those of torchmetrics would add up what each process has, which is all.
             for part in m.modules() if isinstance(m, torch.nn.Module) else ():
-                if hasattr(part, "distributed_available_fn"): part.distributed_available_fn = _alone
+                if hasattr(part, "distributed_available_fn"): part.distributed_available_fn = _alone  # type: ignore[assignment]
         for pred, yb in merged(ranks.gather(self._held)) if self._objects else ():
             for m in self._objects: m.update(pred, yb)
         self._held = []

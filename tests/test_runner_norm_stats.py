@@ -13,7 +13,7 @@ from torch import nn
 
 from experiments.data import load_data
 from experiments.published.small_batch import build
-from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
+from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm, sync_norms
 from runner import (
     Callback,
     DataBunch,
@@ -806,3 +806,15 @@ def test_looking_at_norms_changes_nothing():
         _, learn = fitted(RunningBatchNorm(4), *cbs)
         ends.append(learn.model.state_dict())
     assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
+
+
+def test_preflight_says_before_there_is_a_group_that_processes_are_to_come(monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), BatchNorm(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    ours, torchs = (f.text for f in preflight(model, torch.randn(2, 1, 8, 8)).findings)
+    text = "2 processes were started, and each is to normalise by its own part of the batch's 2 images: "
+    assert f"{text}sync_norms(model)" in ours
+    assert f"{text}convert_norms(model, norms.BatchNorm) and sync_norms(model)" in torchs
+    sync_norms(model)
+    assert "processes" not in preflight(model, torch.randn(2, 1, 8, 8)).findings[0].text

@@ -1,12 +1,15 @@
 """What a norm layer is and normalises by, seen from outside, and how to look at a model without leaving a trace.
 
-A norm layer is known by its class, if that is one of torch's, or by a protocol of two methods and a buffer. The norms
+A norm layer is known by its class, if that is one of torch's, or by a protocol of some methods and buffers. The norms
 of `norms` have them and a norm of your own can, without an import from anywhere:
 
     statistic_groups(x)     `x` as `(statistics, values)`: a row for each mean and variance that a batch has of its own,
                             with the values behind it; where images have their own, image after image
     running_moments(b)      only where training too normalises by running statistics: their mean and variance as used
                             now, `(C,)` each, and how many images they remember at batches of `b`, or None
+    ranks                   only where a batch's statistics may be taken over several processes: how many these are
+    pooled_moments(x)       with `ranks`: of all these, the mean and the variance, `(C,)` each, and how many images and
+                            values per channel they are of, `x` being this process's batch
     unclamped_var           only where the norm keeps that variance above a least one: a buffer `(C,)`, the variance
                             without it; where there is none, the buffer `running_var`
 

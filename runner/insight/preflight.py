@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.data import BatchSampler
 
 from runner.batches import part_of, size_of
-from runner.distributed import world_size
+from runner.distributed import processes_to_come, world_size
 from runner.insight.layers import (
     PROTOCOL,
     eps_of,
@@ -116,8 +116,9 @@ def preflight(model: nn.Module, xb: Tensor | Iterable[Any], *,
     - running statistics that are missing, do not move, or are not what training normalises by;
     - a bias of a convolution or linear layer that the norm's mean takes off again;
     - norms that are unknown or didn't run;
-    - in a process group, statistics of a process's own share. Those of `norms.sync_norms` are counted over all
-      processes, for which every process must call this, each with a share as it will get it.
+    - of several processes (`torchrun`), statistics of a process's own share. In a process group those of
+      `norms.sync_norms` are counted over all processes, for which every process must call this, each with a share as it
+      will get it (`shard_loader`); before there is one, the batch is taken for that of all.
 
     Args:
         model: the model, as it is about to be trained.
@@ -259,6 +260,10 @@ def _judge(m: nn.Module, x: Tensor, before: tuple[Tensor, Tensor] | None, was_fr
         first = "" if hasattr(m, "ranks") else "convert_norms(model, norms.BatchNorm) and "
         remark("warn", f"each of {ranks} processes normalises by its own share of {len(x)} image{'s' * (len(x) > 1)}: "
                        f"{first}sync_norms(model)")
+    if common and (to_come := processes_to_come()) > 1 and getattr(m, "synced", None) is None:
+        first = "" if hasattr(m, "ranks") else "convert_norms(model, norms.BatchNorm) and "
+        remark("warn", f"{to_come} processes were started, and each is to normalise by its own part of the batch's "
+                       f"{len(x)} image{'s' * (len(x) > 1)}: {first}sync_norms(model)")
     if was_frozen: remark("warn", "it was in evaluation mode, and model.train() at every epoch ends that")
     # A statistic of one channel: its mean takes in the whole of the channel's bias.
     if biased is not None and not (running or rms) and groups.shape[1] == x[0, 0].numel() * (len(x) if common else 1):
