@@ -187,8 +187,13 @@ def _merged(mean: Tensor, var: Tensor, images: int, n: int, key: str) -> tuple[T
 
 def _summed(t: Tensor, key: str) -> Tensor:
     from torch import distributed as dist
-    total = t.clone(memory_format=torch.contiguous_format)
-    if _size(key) > 1: dist.all_reduce(total, group=_group(key))
+    size, total = _size(key), t.clone(memory_format=torch.contiguous_format)
+    if size == 1: return total
+    if t.is_cpu:                        # of so few numbers gloo's all_reduce takes twice as long
+        rows = total.new_empty(size, *total.shape)
+        dist.all_gather(list(rows.unbind()), total, group=_group(key))
+        return rows.sum(0)
+    dist.all_reduce(total, group=_group(key))
     return total
 
 

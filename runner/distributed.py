@@ -183,10 +183,13 @@ class Group(Ranks):
     @torch.no_grad()
     def share(self, tensors: Iterable[Tensor]) -> None:
         if self.broken: return
-        tensors = list(tensors)
-        for kind in dict.fromkeys((t.dtype, t.device) for t in tensors):
-            some = [t for t in tensors if (t.dtype, t.device) == kind]
-            flat = torch.cat([t.flatten() for t in some])
+        # In one exchange on a CPU: float64 holds float32, and counts up to 2^53, as they are.
+        kinds: dict[Any, list[Tensor]] = {}
+        for t in tensors:
+            wide = torch.float64 if t.is_cpu and not t.is_complex() else t.dtype
+            kinds.setdefault((wide, t.device), []).append(t)
+        for (wide, _), some in kinds.items():
+            flat = torch.cat([t.flatten().to(wide) for t in some])
             dist.broadcast(flat, 0)
             for t, new in zip(some, flat.split([t.numel() for t in some]), strict=True): t.copy_(new.view_as(t))
 
