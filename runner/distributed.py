@@ -1,5 +1,6 @@
 """One fit over several processes: `Distributed`, to be started by `torchrun`."""
 
+import atexit
 import os
 import re
 import socket
@@ -26,6 +27,8 @@ from runner.sharing import Place, ShardedLoader, Share, counted, longest, own_ra
 T = TypeVar("T")
 
 WAIT = 2.0          # seconds in which another process may say why it has gone
+# In names of keys: the store outlives those whom torchrun starts again, with the addresses of the last ones in it.
+RESTARTS = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 LOST = re.compile("gloo|nccl|connection (closed|reset)|broken pipe|socket|process group", re.IGNORECASE)
 
 
@@ -84,7 +87,7 @@ class Connection:
                                    f"{told}; let Distributed join the group, or init_process_group without a size")
         self.store = dist.distributed_c10d._get_default_store()
         Connection.fits += 1
-        self.key = f"runner/failed/{Connection.fits}"
+        self.key = f"runner/failed/{RESTARTS}/{Connection.fits}"
 
     def _join(self) -> None:
         kind = "gloo"
@@ -94,13 +97,13 @@ class Connection:
                 torch.cuda.set_device(local)
                 kind = "cpu:gloo,cuda:nccl"
         Connection.joined += 1
-        # The store outlives those whom torchrun starts again, with the addresses of the last ones in it.
-        store = shared_store(f"runner/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{Connection.joined}")
+        store = shared_store(f"runner/{RESTARTS}/{Connection.joined}")
         before = frozenset(open_sockets())
         dist.init_process_group(kind, store=store, rank=int(os.environ["RANK"]),
                                 world_size=int(os.environ["WORLD_SIZE"]))
         dist.all_reduce(torch.zeros(1))         # by now all are connected
         Connection.group, Connection.sockets = dist.group.WORLD, frozenset(open_sockets()) - before
+        if Connection.joined == 1: atexit.register(_leave_at_exit)
 
     def tell(self, text: str) -> None:
         """Say why this process leaves; the first word counts."""
@@ -132,6 +135,11 @@ class Connection:
         Connection.group, Connection.sockets = None, frozenset()
 
 
+def _leave_at_exit() -> None:
+    if dist.is_initialized() and dist.group.WORLD is Connection.group:
+        with suppress(Exception): dist.destroy_process_group()
+
+
 def open_sockets() -> dict[str, int]:
     """The sockets that this process has open, where the system tells (Linux): names and file descriptors."""
     found = {}
@@ -147,12 +155,16 @@ class Group(Ranks):
     def __init__(self, connection: Connection) -> None:
         self.rank, self.size, self.broken = connection.rank, connection.size, False
         self.agreement: Agreement | None = None
+        # Of a group that somebody made for GPUs alone numbers on the host have to go there.
+        self.moves = dist.get_backend() == "nccl"
 
-    def sum(self, t: Tensor) -> Tensor:
-        if self.broken: return t
-        t = t.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(t)
-        return t
+    def _all_reduce(self, t: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        new = t.detach().clone(memory_format=torch.contiguous_format)
+        if self.moves and t.is_cpu: new = new.cuda()
+        dist.all_reduce(new, op)
+        return new.to(t.device)
+
+    def sum(self, t: Tensor) -> Tensor: return t if self.broken else self._all_reduce(t)
 
     def mean(self, t: Tensor) -> Tensor: return self.sum(t.detach() * self.weight)
 
@@ -176,9 +188,8 @@ class Group(Ranks):
     def decide(self, level: int, skip: bool) -> tuple[int, bool]:
         """The largest `level` of all, and whether any skips."""
         if self.broken: return level, skip
-        t = torch.tensor([level, int(skip)])
-        dist.all_reduce(t, dist.ReduceOp.MAX)
-        return int(t[0]), bool(t[1])
+        level, skips = self._all_reduce(torch.tensor([level, int(skip)]), dist.ReduceOp.MAX).tolist()
+        return level, bool(skips)
 
     @torch.no_grad()
     def share(self, tensors: Iterable[Tensor]) -> None:
@@ -259,12 +270,12 @@ class Distributed(Callback):
     none; each loss counts by its images. The loss is taken for a mean over images. Dropout and other random numbers are
     other ones in each process; the order of the images is the same in all.
 
-    For the length of the fit the process group is joined (nccl with GPUs, one for each process, and gloo), unless there
-    is one, and the forward pass of training goes through `DistributedDataParallel`, of which nobody else sees anything:
-    `run.model` is the model itself. Every parameter that is trained gets the mean gradient, also where it belongs to
-    the loss, is unfrozen in mid-fit, or has a second backward pass (`runner.reducing`). Rank 0's weights are all
-    processes' at the beginning, and after each step its buffers. Batch norms normalise by their own process's part
-    unless they are synchronised (`norms.sync_norms`).
+    The process group is joined (nccl with GPUs, one for each process, and gloo), unless there is one, and left when the
+    process ends. For the length of the fit the forward pass of training goes through `DistributedDataParallel`, of
+    which nobody else sees anything: `run.model` is the model itself. Every parameter that is trained gets the mean
+    gradient, also where it belongs to the loss, is unfrozen in mid-fit, or has a second backward pass
+    (`runner.reducing`). Rank 0's weights are all processes' at the beginning, and after each step its buffers. Batch
+    norms normalise by their own process's part unless they are synchronised (`norms.sync_norms`).
 
     What callbacks see: `run.xb`, `run.pred` and `run.loss` are the process's own. Histories, metrics and the losses of
     `Recorder` are of all images, equal on all processes; so is what is decided by them. A cancel exception of any

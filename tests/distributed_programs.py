@@ -26,6 +26,7 @@ from runner import (
     ClosureStep,
     CPUBackendCallback,
     CSVLogger,
+    CudaCallback,
     DataBunch,
     Dataset,
     Distributed,
@@ -474,6 +475,19 @@ def randomness():
     run = Runner([drawn, Distributed()])
     run.fit(2, learn)
     return {**told(run, learn), "drawn": drawn.drawn, "images": drawn.images}
+
+
+def experiment():
+    """The command as torchrun starts it, or alone: its processes share the arms."""
+    import experiments.__main__ as command
+    argv = ["small-batch", "--data", "digits", "--limit", "30", "--norms", "BatchNorm", "GroupNorm", "RunningBatchNorm",
+            "--seeds", "2", "--out", f"experiment of {os.environ.get('WORLD_SIZE', 1)}"]
+    if "WORLD_SIZE" in os.environ: os.environ["TORCHELASTIC_RUN_ID"] = "a test's"
+    try: return command.main([*argv, *([] if "WORLD_SIZE" in os.environ else ["--jobs", "1"])])
+    finally: os.environ.pop("TORCHELASTIC_RUN_ID", None)
+
+
+def on_gpu(): return fitted(2, learner(model=network().float()), InFloat(), CudaCallback())
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------

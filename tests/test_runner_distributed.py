@@ -1,5 +1,6 @@
 """`Distributed`: the number of processes changes nothing but the speed."""
 
+import json
 import shutil
 
 import distributed_programs as programs
@@ -14,7 +15,7 @@ SAME = ("plain", "ragged", "in_company", "synchronised", "random_fits", "other_g
         "rates", "loaders")
 
 OTHERS = ("compiled", "decisions", "diverged", "failures", "refused", "parts", "randomness", "written",
-          "own_statistics", "looked_at", "interrupted", "resumed")
+          "own_statistics", "looked_at", "interrupted", "resumed", "experiment")
 
 
 def close(a, b, where="", tol=1e-9):
@@ -189,3 +190,25 @@ def test_probes_say_whose_images_they_see(two):
 def test_statistics_that_are_not_synchronised_are_rank_0_s_in_the_end(two):
     a, b = (found["own_statistics"] for found in two[0])
     assert same_states(a, b)
+
+
+def test_an_experiment_has_the_table_of_one_process(two, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert programs.experiment() == two[0][0]["experiment"]
+    assert two[0][1]["experiment"] == 0                             # the helper's
+    assert "2 at once (torchrun)" in two[1].stdout
+    rows = [json.loads((folder / "summary.json").read_text())["rows"]
+            for folder in (two[2] / "experiment of 2", tmp_path / "experiment of 1")]
+    for found in rows:
+        for row in found: del row["seconds"]
+    assert json.dumps(rows[0]) == json.dumps(rows[1])
+    table = [[line[:60] for line in text.splitlines() if line.startswith(("norm ", "Group", "Running", "Batch"))]
+             for text in (two[1].stdout, capsys.readouterr().out)]
+    assert table[0] == table[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_one_process_on_a_gpu_with_nccl(forks, tmp_path):
+    found, = ranks.start(forks, 1, tmp_path, "on_gpu")[0]
+    close(without_seconds(programs.on_gpu()), without_seconds(found["on_gpu"]), tol=1e-4)

@@ -90,7 +90,9 @@ def help_out() -> int:
     """What the other processes do, until rank 0's command has ended; the exit status."""
     meeting = Meeting()
     for n in itertools.count():
-        if (study := meeting.wait(n)) is None: return 0
+        try: study = meeting.wait(n)
+        except RuntimeError: return 0           # rank 0 has kept the store, and is gone
+        if study is None: return 0
         work, keys = study
         while (k := meeting.take(n)) < len(keys): work(keys[k])
     return 0
