@@ -34,6 +34,10 @@ class Ranks:
         """The sum of `t` over all, the same bits on each."""
         return t
 
+    def sum_later(self, t: Tensor) -> Any:
+        """`sum`, of a tensor on a CPU, as a `torch.futures.Future`."""
+        raise NotImplementedError("a process alone has nothing to wait for")
+
     def mean(self, t: Tensor) -> Tensor:
         """The mean over the images of all of `t`, a mean over the running batch's own: `sum(weight t)`."""
         return t

@@ -46,6 +46,9 @@ class Reducer:
         buffers: dict[str, Any] = {BUFFERS: False}      # they are `Distributed`'s business, after the step
         self.ddp = DistributedDataParallel(model, [device] if device.type == "cuda" else None, **buffers, **settings)
         self.ddp.register_forward_hook(self._seen)
+        # A sum of two has one result. Of more it depends on the order, which torch changes after the first step.
+        if ranks.size > 2 and device.type == "cpu": \
+            self.ddp.register_comm_hook(ranks, lambda ranks, bucket: mean_in_order(ranks, bucket))
 
     def _seen(self, ddp: nn.Module, args: Any, out: Any) -> None:
         if torch.is_grad_enabled() and self.ddp is not None and self.ddp.require_backward_grad_sync:
@@ -103,6 +106,12 @@ class Reducer:
         loss = run.loss_func.parameters() if isinstance(run.loss_func, nn.Module) else ()
         found = {id(p): p for p in (*self.params, *loss, *params_of(run.opt)) if p.requires_grad}
         return list(found.values())
+
+
+def mean_in_order(ranks: Ranks, bucket: Any) -> torch.futures.Future[Tensor]:
+    """A hook of `DistributedDataParallel`: the mean gradients, the same bits whichever others are in the bucket."""
+    mean: torch.futures.Future[Tensor] = ranks.sum_later(bucket.buffer()).then(lambda f: f.value() / ranks.size)
+    return mean
 
 
 def refuse(model: Any) -> None:
