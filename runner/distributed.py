@@ -18,6 +18,7 @@ from torch.utils.data import DistributedSampler
 
 from runner.accumulation import GradientAccumulation, averages_of
 from runner.agreement import Agreement, Muted
+from runner.batches import length_of
 from runner.events import Callback
 from runner.loading import samplers
 from runner.ranks import Ranks, synced
@@ -301,8 +302,8 @@ class Distributed(Callback):
             that doesn't use all parameters in each batch.
 
     Raises:
-        DistributedError: another process has failed; the group has another size than `torchrun` says, or than the one
-            that it was begun with.
+        DistributedError: another process has failed, or has other callbacks, epochs or lengths of loaders; the group
+            has another size than `torchrun` says, or than the one that it was begun with.
         ShareError: a loader of whose order nobody knows whether it is the same on all processes; see `shard_loader`.
     """
 
@@ -357,6 +358,7 @@ class Distributed(Callback):
         if group is None:
             yield
             return
+        require_equal(group, epochs=run.epochs, callbacks=", ".join(type(cb).__name__ for cb in run.cbs))
         run.ranks = group
         self._agreement = group.agreement = Agreement(run, group.decide, self._failed, self._muted)
         self._agreement.settle(self._after_pass)
@@ -381,7 +383,8 @@ class Distributed(Callback):
                                 "(fit(..., resume=folder))")
 
     def begin_fit(self) -> None:
-        if self._group is not None: self._wrap()
+        if self._group is None: return
+        self._wrap()
 
     def _wrap(self) -> None:
         assert self._group is not None
@@ -475,6 +478,8 @@ class Distributed(Callback):
         for sampler in samplers(dl):
             if isinstance(sampler, DistributedSampler): sampler.set_epoch(self.run.epoch)
         self._share = self._pass.enter_context(shared(dl, group, self.run.in_train))
+        if self._share.known:
+            require_equal(group, batches=length_of(dl), items=length_of(getattr(dl, "dataset", None)))
         if not resumed: same_order(group, dl)       # else random states are put back by what resumes
 
     def around_pass(self, batches: Iterable[Any]) -> Iterable[Any]:
@@ -523,6 +528,19 @@ class Distributed(Callback):
         idle = dict.fromkeys(("_connection", "_group", "_agreement", "_reducer", "_share"))
         return {**super().__getstate__(), **idle, "_muted": Muted(), "_pass": ExitStack(), "_stale": False,
                 "_wait": False}
+
+
+def require_equal(group: Group, **values: Any) -> None:
+    """Raises DistributedError where the processes don't do the same, and would wait for one another."""
+    told = group.gather(values)
+    for rank, others in enumerate(told):
+        for name, value in others.items():
+            if value == told[0][name]: continue
+            mend = {"callbacks": "give all the same, for rank 0 alone prints and writes in any case",
+                    "epochs": "give all the same number"}.get(
+                        name, "give all the same data, of whose batches each gets its part, or "
+                              "shard_loader(loader, parts=True)")
+            raise DistributedError(f"{name} on rank 0: {told[0][name]}; on rank {rank}: {value}; {mend}")
 
 
 def _of_other(rank: int, text: str) -> DistributedError:

@@ -434,7 +434,7 @@ def preflight_counts_over_the_ranks(rank, size):
 
 @check
 def random_programs(rank, size):
-    for seed in range(30 if size == 2 else 12): program(seed, rank, size)
+    for seed in range(20 if size == 2 else 6): program(seed, rank, size)
 
 
 def program(seed, rank, size):

@@ -14,7 +14,7 @@ from runner.loading import same_states
 SAME = ("plain", "ragged", "in_company", "synchronised", "random_fits", "other_gradients", "metrics",
         "rates", "loaders")
 
-OF_THREE = ("ragged", "synchronised", "random_fits")
+OF_THREE = ("ragged", "random_fits")
 OTHERS = ("compiled", "decisions", "diverged", "failures", "refused", "parts", "randomness", "written",
           "own_statistics", "looked_at", "interrupted", "resumed", "experiment")
 
@@ -128,6 +128,10 @@ def test_what_cannot_be_shared_is_an_error_on_all(two):
         assert "was begun with 5 processes and is to go on with 2" in texts["size"]
         assert "a batch of 1 has no image for some of 2 processes" in texts["replaced"]
         assert "for rank 2 of 7 processes" in texts["another's sampler"]
+        assert ("callbacks on rank 0: TrainEvalCallback, Distributed; on rank 1: TrainEvalCallback, Distributed, Loud; "
+                "give all the same") in texts["callbacks"]
+        assert "epochs on rank 0: 1; on rank 1: 2" in texts["epochs"]
+        assert "batches on rank 0: 1; on rank 1: 2; give all the same data" in texts["own data"]
         assert "the learner the model itself, model.module" in texts["shared already"]
         assert "rank 1 of 2 has no batch in this pass" in texts["fewer batches"]
     assert any("sync_norms" in note for note in two[0][1]["refused"]["no image"][1])
