@@ -60,7 +60,12 @@ def shared_store(name: str) -> Any:
     """
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # there only if torch has all this
     from torch.distributed.rendezvous import rendezvous
-    return PrefixStore(name, next(iter(rendezvous("env://")))[0])
+    # One for as long as the process lives: without torchrun rank 0 serves it, and others would meet one that closes.
+    if not _stores: _stores.append(next(iter(rendezvous("env://")))[0])
+    return PrefixStore(name, _stores[0])
+
+
+_stores: list[Any] = []
 
 
 def launched() -> bool:
