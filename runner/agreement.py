@@ -7,7 +7,7 @@ own pace, and exchange once, at the end of the pass.
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -59,7 +59,9 @@ class Agreement:
         run._answers = {event: answers if event == "after_fit" else [self._answer(event, answers)]
                         for event, answers in run._answers.items() if answers or event == "after_fit"} | {
                             event: [] for event, answers in run._answers.items() if not answers}
-        for step in STEPS: setattr(run, step, self._step(getattr(run, step)))
+        for step in STEPS:
+            methods = [getattr(cb, step) for cb in run.cbs if hasattr(type(cb), step) or step in vars(cb)]
+            setattr(run, step, self._step(getattr(run, step), any(may_cancel(m, step) for m in methods)))
 
     def _answer(self, event: str, answers: list[Respond]) -> Respond:
         """One answer to `event` for all of the callbacks'."""
@@ -89,14 +91,33 @@ class Agreement:
         if cancel.level > 1 and (self.pending is None or cancel.level > self.pending.level): self.pending = cancel
         if event not in ("after_batch", "after_cancel_batch"): raise CancelBatchException from cancel
 
-    def _step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def _step(self, step: Callable[..., Any], asked: bool) -> Callable[..., Any]:
+        """A step of the loop; with `asked`, callbacks of somebody's own have a part in it."""
         def guarded(*args: Any, **kwargs: Any) -> Any:
-            try: return step(*args, **kwargs)
-            except CancelException: raise
+            found, cancel = None, None
+            try: found = step(*args, **kwargs)
+            except CancelException as e: cancel = e
             except BaseException as e:
-                if (found := self.failed(e)) is e: raise
-                raise found from e
+                if (other := self.failed(e)) is e: raise
+                raise other from e
+            if not self.run.in_train: self._put_off("", cancel)
+            elif asked: self._agreed(cancel)
+            elif cancel is not None: raise cancel
+            return found
         return guarded
+
+    def batches(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches of a pass that a callback's `around_pass` gives, which may leave it by a cancel exception."""
+        iterator, run = iter(batches), self.run
+        while True:
+            if run.in_train: batch = self.together(lambda: next(iterator, iterator))
+            else:
+                try: batch = next(iterator, iterator)
+                except CancelException as e:
+                    self._put_off("after_batch", e)
+                    return
+            if batch is iterator: return
+            yield batch
 
     def _agreed(self, cancel: CancelException | None, skip: bool = False) -> bool:
         """Exchange; returns whether any skips.
@@ -159,5 +180,3 @@ def may_cancel(respond: Respond, event: str) -> bool:
     """Whether the answer to `event` may be another on each process, or a cancel exception on one of them only."""
     module = getattr(respond, "__module__", None) or ""
     return not module.startswith("runner.") or event in getattr(getattr(respond, "__self__", None), "may_cancel", ())
-
-

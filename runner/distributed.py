@@ -18,7 +18,7 @@ from torch.utils.data import DistributedSampler
 
 from runner.accumulation import GradientAccumulation, averages_of
 from runner.agreement import Agreement, Muted
-from runner.batches import length_of
+from runner.batches import length_of, size_of
 from runner.events import Callback
 from runner.loading import samplers
 from runner.ranks import Ranks, synced
@@ -388,12 +388,13 @@ class Distributed(Callback):
                                 "(fit(..., resume=folder))")
 
     def begin_fit(self) -> None:
-        if self._group is None: return
-        self._wrap()
+        if self._group is not None: self._wrap()
 
     def _wrap(self) -> None:
         assert self._group is not None
+        waiting = self._reducer is not None and self._reducer.waiting
         self._reducer = Reducer(self.run.model, self._group, self.settings)
+        self._reducer.waiting = waiting
 
     def begin_batch(self) -> None:
         run, reducer = self.run, self._reducer
@@ -498,11 +499,13 @@ class Distributed(Callback):
         assert agreement is not None
         resumed = train and run.first_batch > 0
         if share.known and (batches is dl or resumed or share.cuts):
-            parts = share.parts(batches, run.first_batch if train else 0)
+            given = batches if batches is dl or resumed else agreement.batches(batches)
+            parts = share.parts(given, run.first_batch if train else 0)
         else:
             share.refuse_none()
             run.iters = longest(group.gather(run.iters))
-            parts = counted(batches, group, train)
+            # In validation nobody needs to know of the others, and each goes at its own pace.
+            parts = counted(batches, group) if train else ((b, n := size_of(b), n) for b in agreement.batches(batches))
         drawn = True            # the order, by all alike
         for k, (batch, own, n) in enumerate(parts):
             if drawn and (not resumed or run.resume.borrowed) and not (self._reducer and self._reducer.lazy and not k):

@@ -137,6 +137,8 @@ class Callback(Progress):
     """
 
     _order = 0
+    # Of a class of this library: the events that it may answer in another way on each of several processes.
+    may_cancel: tuple[str, ...] = ()
     fit_only = undoes_fit = False
 
     run: Any        # the runner, of whatever class; and what of it a callback reads as its own

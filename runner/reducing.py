@@ -104,7 +104,7 @@ class Reducer:
     def _trained(self, run: Any) -> list[Tensor]:
         """What has a gradient in the end: parameters of the model, of the loss and of the optimizer, each once."""
         loss = run.loss_func.parameters() if isinstance(run.loss_func, nn.Module) else ()
-        found = {id(p): p for p in (*self.params, *loss, *params_of(run.opt)) if p.requires_grad}
+        found = {id(p): p for p in (*self.params, *loss, *params_of(run.opt)) if p.requires_grad or p.grad is not None}
         return list(found.values())
 
 

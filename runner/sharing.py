@@ -175,7 +175,7 @@ def longest(iters: Sequence[int | None]) -> int | None:
     return None if any(n is None for n in iters) else max(n for n in iters if n is not None)
 
 
-def counted(batches: Iterable[Any], ranks: Ranks, train: bool) -> Iterator[tuple[Any, int, int]]:
+def counted(batches: Iterable[Any], ranks: Ranks) -> Iterator[tuple[Any, int, int]]:
     """Of batches that are each process's own: the batch, its images and those of all processes.
 
     Who has no more batches than others goes on with ones without images. A cancel exception on the way holds for all.
@@ -189,9 +189,9 @@ def counted(batches: Iterable[Any], ranks: Ranks, train: bool) -> Iterator[tuple
         told = ranks.gather((batch is not None, n, level))
         if level := max(level for *_, level in told): raise CANCELS[level]
         if not any(more for more, *_ in told): return
-        if batch is None and last is None and train:
+        if batch is None and last is None:
             raise ShareError(f"{ranks} has no batch in this pass, and others have; give each process one at least")
-        last = batch if batch is not None else None if last is None else nothing_of(last)
+        last = nothing_of(last) if batch is None else batch
         yield last, n, sum(n for _, n, _ in told)
 
 

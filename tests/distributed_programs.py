@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorData
 from norms import BatchNorm, RunningBatchNorm, sync_norms
 from runner import (
     EVENTS,
+    STEPS,
     ActivationStats,
     AveragedWeights,
     AvgStatsCallback,
@@ -349,7 +350,36 @@ def decisions():
         run.fit(2, learn)
         trained = [e for e, in_train in at.heard if in_train or e not in BATCH]
         found[event, getattr(what, "__name__", "True")] = {**told(run, learn), "heard": trained}
+    for step in STEPS:
+        run, learn = Runner([AvgStatsCallback(accuracy, quiet=True), InStep(step), Distributed()]), learner(13, 5)
+        run.fit(2, learn)
+        found[step, "in training"] = told(run, learn)
+    for name, own in (("parts", True), ("batches", False)):
+        learn, (x, y) = learner(13, 5), images(7, 1)
+        learn.data.valid_dl = shard_loader([(x, y)] * 3, parts=True) if own else [(x, y)] * 3
+        run = Runner([AvgStatsCallback(accuracy, quiet=True), InValidation(), Distributed()])
+        run.fit(2, learn)
+        found[name, "in validation"] = told(run, learn)
     return found
+
+
+class InStep(Callback):
+    """Leaves the fit on rank 1 from within a step of training."""
+
+    def __init__(self, step): setattr(self, step, self.leave)
+
+    def leave(self, inner):
+        inner()
+        if self.in_train and self.n_iter == 1 and rank() == 1: raise CancelTrainException
+
+
+class InValidation(Callback):
+    """Leaves the fit on rank 1 in the middle of a pass over the validation's batches."""
+
+    def around_pass(self, batches):
+        for i, batch in enumerate(batches):
+            if not self.in_train and i == 1 and rank() == 1: raise CancelTrainException
+            yield batch
 
 
 

@@ -90,7 +90,9 @@ def test_a_compiled_step_is_shared_too(two):
 
 def test_a_decision_of_one_process_holds_on_all_in_the_same_step(two):
     a, b = (found["decisions"] for found in two[0])
-    assert len(a) == 33
+    assert len(a) == 40
+    others = [(step, "in training") for step in programs.STEPS] + [(v, "in validation") for v in ("parts", "batches")]
+    assert all(a[k]["status"] == "cancelled" for k in others)
     for k in a: close(a[k], b[k], str(k), 0.0)
 
 
