@@ -1,0 +1,14 @@
+"""Norms that others made for small batches, written out by hand like those one folder up, to compare with.
+
+====================  ==============================================================  ============================
+name                  what it computes                                                source
+====================  ==============================================================  ============================
+`BatchRenorm`         batch norm moved to what running averages would make of it      Ioffe, NeurIPS 2017
+`MomentumBatchNorm`   batch norm by averages whose memory grows during training       Yong et al., ECCV 2020
+====================  ==============================================================  ============================
+"""
+
+from norms.rivals.momentum import MomentumBatchNorm
+from norms.rivals.renorm import BatchRenorm
+
+__all__ = ["BatchRenorm", "MomentumBatchNorm"]
