@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.data import ImageData
 from experiments.errors import InputError
 from experiments.figures import Data
+from experiments.image_data import ImageData
 from experiments.images import keep_loaded
 from experiments.results import Row, Summary, Table, Trained, text_table
 from experiments.run_folder import CHECKPOINTS, FREE, STUDY, RunFolder, checkpoint_folder

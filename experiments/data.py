@@ -12,7 +12,6 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.errors import InputError, pick
+from experiments.folder import PREFIX, load_folder
+from experiments.image_data import ImageData, cache_dir, check_limit, pixel_moments
 from runner import Dataset
 
 # Data set, as torchvision calls its class and its folder: {file: (bytes, MD5)} of the four files, uncompressed, in
@@ -46,40 +47,13 @@ PROBE_SECONDS = 5           # how long to wait for a sign of a network
 STALL_SECONDS = 15          # how long a download may stand still
 
 
-@dataclass
-class ImageData:
-    """Training, validation and test images as `Dataset`s of flat float images `(N, 784)` and labels `(N,)`.
-
-    Pixels are scaled to 0..1, then normalised by the training set's scalar moments `mean` and `std`, so that a pixel is
-    `x * std + mean`. `notice` says what a user must know about the choice of data, or is empty.
-    """
-
-    name: str
-    train: Dataset
-    valid: Dataset
-    test: Dataset
-    mean: float
-    std: float
-    notice: str = ""
-    c: int = 10
-
-    @property
-    def asked(self) -> str:
-        """The name in `NAMES` that gets these."""
-        return self.name.split()[0].lower()
-
-    def __str__(self) -> str:
-        return (f"{self.name}: {len(self.train):,} training, {len(self.valid):,} validation and {len(self.test):,} "
-                "test images, 28x28")
-
-
 def load_data(name: str = "auto", data_dir: str | Path | None = None, limit: int | None = None,
               auto: Sequence[str] = ("MNIST",)) -> ImageData:
-    """Load MNIST, Fashion-MNIST or the digits.
+    """Load MNIST, Fashion-MNIST, the digits or a folder of images.
 
     Args:
         name: "mnist", "fashion-mnist", "digits" or "auto": the first of `auto` that can be had, else the digits;
-            a notice says why it is not the first.
+            a notice says why it is not the first. "folder:DIR" is `load_folder(DIR, limit)`.
         data_dir: folder that holds `MNIST/raw/` or `FashionMNIST/raw/`. It must be whole. None takes the environment
             variable NORMS_DATA_DIR, which may name a folder without them (the search then goes on) but not a damaged
             one.
@@ -89,9 +63,13 @@ def load_data(name: str = "auto", data_dir: str | Path | None = None, limit: int
     Raises:
         InputError: an unknown name, a folder without the files, a damaged file, a data set asked for and not to be had.
     """
-    name = pick(name, NAMES, "data set")
-    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-        raise InputError(f"limit is {limit!r}; it must be a positive number of training images, or left out for all")
+    check_limit(limit)
+    name = pick_data(name)
+    if name.startswith(PREFIX):
+        if data_dir is not None:
+            raise InputError(f"the data are {name!r}, which names their folder, and data_dir is {str(data_dir)!r}, the "
+                             "folder of MNIST/raw/; leave out one of the two")
+        return load_folder(name.removeprefix(PREFIX), limit)
     if name == "digits": return _digits(limit)
     notice = ""
     wanted = auto if name == "auto" else [k for k, title in TITLES.items() if title.lower() == name]
@@ -108,9 +86,14 @@ def load_data(name: str = "auto", data_dir: str | Path | None = None, limit: int
                    "FOLDER by --data-dir.")
 
 
-def cache_dir() -> Path:
-    """The user's cache of this project; nothing is created."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "runnernorms"
+def pick_data(name: str) -> str:
+    """The name of a data set as `NAMES` spells it, or "folder:DIR" with its DIR; raises an error for others."""
+    kind, colon, folder = str(name).partition(":")
+    if colon and f"{kind}:".lower() == PREFIX: return PREFIX + folder
+    if os.sep in str(name) or os.path.isdir(str(name)):
+        raise InputError(f"unknown data set {name!r}: if that is a folder of images, write folder:{name}. Choose from: "
+                         f"{', '.join(NAMES)}, folder:DIR")
+    return pick(name, NAMES, "data set")
 
 
 def find_images(kind: str, data_dir: str | Path | None = None, last: bool = True) -> tuple[Path | None, list[str]]:
@@ -257,19 +240,3 @@ def _image_data(name: str, train: tuple[Tensor, Tensor], valid: tuple[Tensor, Te
     first = whole if limit is None else whole[:limit].clone()       # a copy, so that what is cut off is not kept
     return ImageData(name, dataset(first, train[1][:limit]), dataset(scaled(valid[0][:limit]), valid[1][:limit]),
                      dataset(scaled(test[0]), test[1]), mean, std, notice)
-
-
-def pixel_moments(images: Tensor, top: int) -> tuple[float, float]:
-    """Mean and (unbiased) standard deviation of all pixels of `images`, divided by `top`; float32 numbers.
-
-    In float64, of whole numbers by how often there is each: the result is the same on any number of threads, and so are
-    all results that follow from it.
-    """
-    if images.dtype == torch.uint8:
-        values, counts = torch.arange(256.0), torch.bincount(images.flatten(), minlength=256)
-    else: values, counts = images.flatten(), torch.ones(images.numel())
-    values, counts = values.double() / top, counts.double()
-    n = counts.sum()
-    mean = (values * counts).sum() / n
-    std = (((values - mean).square() * counts).sum() / (n - 1)).sqrt()
-    return mean.float().item(), std.float().item()

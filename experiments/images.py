@@ -3,7 +3,8 @@
 import json
 from collections.abc import Sequence
 
-from experiments.data import ImageData, load_data
+from experiments.data import load_data
+from experiments.image_data import ImageData
 from experiments.settings import ImageSettings
 
 _loaded: dict[str, ImageData] = {}      # the last images of this process, by what was asked for

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from experiments import settings
-from experiments.data import ImageData, load_data
+from experiments.data import load_data
 from experiments.errors import pick
 from experiments.figures import heading, plural, seeds_and_device
+from experiments.image_data import ImageData
 from experiments.models import CHANNELS, get_runner
 from experiments.published.small_batch import NORMS, build
 from experiments.report import Report

@@ -6,12 +6,13 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import torch
 
-from experiments.data import NAMES
+from experiments.data import NAMES, pick_data
 from experiments.errors import InputError, pick
+from experiments.folder import PREFIX
 from experiments.study.executors import BACKENDS
 from experiments.study.torchrun import processes
 from experiments.training import CONVOLUTIONS, convolutions_in_words
@@ -98,18 +99,24 @@ class StudySettings(Settings):
 class ImageSettings(Settings):
     """Settings of an experiment that trains on images.
 
-    `data` and `data_dir` are for `experiments.data.load_data`; `limit` cuts the training and validation images.
+    `data` and `data_dir` are for `experiments.data.load_data`; `limit` cuts the training and validation images. An
+    experiment whose networks take images of any shape and number of classes says so by `folders`.
 
     Raises:
-        InputError: a value that makes no sense.
+        InputError: a value that makes no sense; a folder of images for an experiment that can't take it.
     """
+
+    folders: ClassVar[bool] = False
 
     data: str = "auto"
     data_dir: str | None = None
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        self.data = pick(self.data, NAMES, "data set")
+        self.data = pick_data(self.data)
+        if self.data.startswith(PREFIX) and not self.folders:
+            raise InputError(f"the data are {self.data!r}, and this experiment's networks are for grey images of 28x28 "
+                             f"in ten classes; use --data {' or '.join(n for n in NAMES if n != 'auto')}")
         if self.limit is not None: positive("limit", self.limit)
         super().__post_init__()
 
@@ -195,10 +202,14 @@ def add_arguments(parser: argparse.ArgumentParser, experiment: str, seeds: int |
 
 
 def add_image_arguments(parser: argparse.ArgumentParser, experiment: str, seeds: int | str = 1,
-                        auto: str = "MNIST if it is there, else scikit-learn's digits", study: bool = True) -> None:
-    """Declare the options of an experiment on images; `auto` says what `--data auto` takes."""
+                        auto: str = "MNIST if it is there, else scikit-learn's digits", study: bool = True,
+                        folders: bool = False) -> None:
+    """Declare the options of an experiment on images; `auto` says what `--data auto` takes, `folders` as in settings.
+    """
+    folder = "folder:DIR (DIR/train/CLASS/*.jpg and DIR/val/..., all of one size, decoded once), "
     parser.add_argument("--data", default="auto", metavar="NAME",
-                        help=f"{', '.join(n for n in NAMES if n != 'auto')}, or auto (default): {auto}")
+                        help=f"{', '.join(n for n in NAMES if n != 'auto')}, {folder * folders}or auto (default): "
+                             f"{auto}")
     parser.add_argument("--data-dir", metavar="DIR", help="folder that holds MNIST/raw/ or FashionMNIST/raw/ (default: "
                         "$NORMS_DATA_DIR, the user's cache, then a download into it)")
     parser.add_argument("--limit", type=int, metavar="N", help="use the first N training images only, and at most N "

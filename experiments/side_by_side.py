@@ -13,7 +13,8 @@ from torch.utils.data import BatchSampler, RandomSampler
 from experiments.results import Row
 from experiments.study.stacked import unstack
 from experiments.training import FIGURES, LOOK
-from runner import Dataset, accuracy
+from runner import Dataset, accuracy, view_tfm
+from runner.callbacks import View
 from runner.data import BatchLoader
 from runner.stateful import Stateful
 
@@ -63,10 +64,13 @@ class SideBySide:
 class EachTransform:
     """`(N, K, *)` to `(N, K C, *)`: a transform of images, on K networks' at once; None views 28x28 pixels."""
 
-    def __init__(self, k: int, tfm: Callable[[Tensor], Tensor] | None = None) -> None: self.k, self.tfm = k, tfm
+    def __init__(self, k: int, tfm: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.k, self.tfm = k, view_tfm(1, 28, 28) if tfm is None else tfm
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.tfm is None: return x.view(len(x), self.k, 28, 28)
+        if isinstance(self.tfm, View) and len(self.tfm.size) == 3:      # known to be a view: no more is needed
+            c, *size = self.tfm.size
+            return x.view(len(x), self.k * c, *size)
         y: Tensor = self.tfm(x.flatten(0, 1)).unflatten(0, (len(x), self.k))
         return y.flatten(1, 2)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.data import ImageData
 from experiments.errors import InputError
+from experiments.image_data import ImageData
 from experiments.models import channels_last_
 from experiments.results import Row, Trained
 from experiments.side_by_side import EachFigures, EachTransform, SideBySide
@@ -38,7 +38,6 @@ from runner import (
     ParamScheduler,
     ProgressCallback,
     Runner,
-    view_tfm,
 )
 
 SAME = ("batch_size", "epochs")     # what the rows of networks that are trained as one have in common
@@ -67,10 +66,10 @@ def train_together(models: Sequence[nn.Module], images: ImageData, rows: Sequenc
         if any(r[name] != row[name] for r in rows):
             raise InputError(f"train_together got rows whose {name} differ, {[r[name] for r in rows]}; networks that "
                              "are trained as one have one: train them apart")
+    tfm = tfm or images.tfm
     dl = SideBySide(images.train, row["batch_size"], [r["seed"] for r in rows], drop_last)
     rate, sched = schedules([r["lr"] for r in rows], next(net.parameters(), torch.zeros(())).dtype)
-    figures = EachFigures(models, images.valid, max(2 * row["batch_size"], VALID_BATCH), tfm or view_tfm(1, 28, 28),
-                          device)
+    figures = EachFigures(models, images.valid, max(2 * row["batch_size"], VALID_BATCH), tfm, device)
     convolves = device.type == "cpu" and any(isinstance(m, nn.Conv2d) for m in net.modules())
     if convolves and not onednn_is_faster(row["batch_size"]): channels_last_(net)
     backend, reason = _backend(net, convolutions)

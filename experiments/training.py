@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from experiments.data import ImageData
 from experiments.errors import InputError
+from experiments.image_data import ImageData
 from experiments.models import channels_last_, get_runner
 from experiments.results import Row, Trained
 from runner import (
@@ -32,7 +32,6 @@ from runner import (
     combine_scheds,
     get_dls,
     sched_lin,
-    view_tfm,
 )
 from runner.stateful import Stateful
 
@@ -85,7 +84,7 @@ def train(model: nn.Module, images: ImageData, row: Row, device: str | torch.dev
         device: where to.
         label: for the progress bar.
         cbs: further callbacks.
-        tfm: transform of the flat images of a batch; None views them as `(N, 1, 28, 28)`.
+        tfm: transform of the images of a batch as they are kept; None is `images.tfm`.
         convolutions: what a model with convolutions runs on a CPU, a name in `CONVOLUTIONS`.
         drop_last: whether to leave out the last training batch if it is smaller than the others.
         compile: whether to compile the steps.
@@ -104,7 +103,7 @@ def train(model: nn.Module, images: ImageData, row: Row, device: str | torch.dev
     backend, watch = backend_of(convolutions), Stopwatch()
     learn, run = get_runner(model, DataBunch(train_dl, valid_dl, images.c), rate, [
         Recorder(), AvgStatsCallback(accuracy), CudaCallback(device),
-        BatchTransformXCallback(tfm or view_tfm(1, 28, 28)), ProgressCallback(label),
+        BatchTransformXCallback(tfm or images.tfm), ProgressCallback(label),
         *([backend] if convolves else []), *([ParamScheduler("lr", sched)] if sched else []), watch, LeaveLost(), *cbs],
         compile=compile)
     row = {**row, "parameters": sum(p.numel() for p in model.parameters())}

@@ -31,8 +31,9 @@ from pathlib import Path
 
 from experiments.arms import run_arms
 from experiments.beyond.recipes import BEST, FINAL, GROUP, RECIPES, RUNNING, TRIED, rows_of
-from experiments.data import TRAIN_IMAGES, ImageData
+from experiments.data import TRAIN_IMAGES
 from experiments.figures import by_arm, finite, heading, plural, seeds_and_device, statuses
+from experiments.image_data import ImageData
 from experiments.images import images_of, load_images
 from experiments.models import CHANNELS
 from experiments.results import Row, Summary, Table, Trained

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 from experiments.beyond.eigen import EigenAdam
-from experiments.data import ImageData
+from experiments.image_data import ImageData
 from experiments.models import CHANNELS, conv_layer, get_cnn_model, init_alike
 from experiments.results import Row
 from experiments.side_by_side import EachTransform, SideBySide, each_loss

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.arms import run_arms
-from experiments.data import ImageData
+from experiments.image_data import ImageData
 from experiments.images import images_of, load_images
 from experiments.models import CHANNELS, conv_layer, get_cnn_layers, init_alike
 from experiments.published import one_epoch, runs

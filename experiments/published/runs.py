@@ -9,8 +9,9 @@ from typing import ClassVar, TypedDict
 
 from torch import nn
 
-from experiments.data import TRAIN_IMAGES, ImageData
+from experiments.data import TRAIN_IMAGES
 from experiments.figures import by_arm, course, finite, heading, plural, seeds_and_device, statuses
+from experiments.image_data import ImageData
 from experiments.published.criterion import FAILED, least_median
 from experiments.results import Row, Summary, Table, Trained
 from experiments.settings import ImageStudySettings, choose

@@ -18,9 +18,10 @@ from typing import Any
 from torch import nn
 
 from experiments.arms import run_arms
-from experiments.data import TRAIN_IMAGES, ImageData
+from experiments.data import TRAIN_IMAGES
 from experiments.errors import InputError, pick
 from experiments.figures import MEASURED, by_arm, heading, measured, plural, seeds_and_device
+from experiments.image_data import ImageData
 from experiments.images import images_of, load_images
 from experiments.models import CHANNELS, NormFactory, conv_layer, get_cnn_model, init_alike
 from experiments.published.criterion import PUBLISHED, comparable, judge

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from experiments.arms import run_arms
-from experiments.data import TRAIN_IMAGES, ImageData
+from experiments.data import TRAIN_IMAGES
 from experiments.figures import MEASURED, by_arm, heading, mean, measured, plural, seeds_and_device
+from experiments.image_data import ImageData
 from experiments.images import images_of, load_images
 from experiments.results import Row, Summary, Table, Trained
 from experiments.settings import ImageStudySettings, add_image_arguments, from_args, positive
