@@ -37,11 +37,7 @@ class GroupNorm(Norm):
 
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True, *,
                  device: Device = None, dtype: torch.dtype | None = None) -> None:
-        check_channels("GroupNorm", num_channels)
-        if not isinstance(num_groups, int) or num_groups < 1 or num_channels % num_groups:
-            raise ValueError(f"GroupNorm got {num_groups!r} groups for {num_channels} channels; the groups must divide "
-                             f"the channels: choose one of "
-                             f"{[g for g in range(1, num_channels + 1) if num_channels % g == 0]}")
+        check_groups("GroupNorm", num_groups, num_channels)
         super().__init__((num_channels,), eps, affine, device, dtype)
         self.num_groups, self.num_channels = num_groups, num_channels
 
@@ -59,6 +55,14 @@ class GroupNorm(Norm):
 
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.weight is not None}"
+
+
+def check_groups(name: str, num_groups: int, nf: int) -> None:
+    """Raise unless the norm called `name` was given a channel count `nf` and a number of groups that divides it."""
+    check_channels(name, nf)
+    if not isinstance(num_groups, int) or isinstance(num_groups, bool) or num_groups < 1 or nf % num_groups:
+        raise ValueError(f"{name} got {num_groups!r} groups for {nf} channels; the groups must divide the channels: "
+                         f"choose one of {[g for g in range(1, nf + 1) if nf % g == 0]}")
 
 
 fast.register(GroupNorm, lambda norm, x, kernels: None if x.shape[1] != norm.num_channels else

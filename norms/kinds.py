@@ -8,10 +8,12 @@ from norms.batch import BatchNorm
 from norms.group import GroupNorm
 from norms.instance import InstanceNorm
 from norms.layer import LayerNorm
+from norms.rivals.pairs import BatchChannelNorm, RunningChannelNorm
 from norms.running import RunningBatchNorm
 
-# The norms with an affine map per channel of axis 1. Within a family the formula is the same, at equal eps.
-BATCH = (_BatchNorm, BatchNorm, RunningBatchNorm)
+# The norms with an affine map per channel of axis 1. Within a family the formula is the same, at equal eps. (The pairs
+# are batch norms with more behind.)
+BATCH = (_BatchNorm, BatchNorm, BatchChannelNorm, RunningBatchNorm, RunningChannelNorm)
 BatchKind = _BatchNorm | BatchNorm | RunningBatchNorm       # as a type
 FAMILIES = (BATCH, (_InstanceNorm, InstanceNorm), (nn.GroupNorm, GroupNorm))
 CHANNEL_NORMS = tuple(cls for family in FAMILIES for cls in family)

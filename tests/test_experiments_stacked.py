@@ -16,6 +16,7 @@ from experiments.study.stacked import register, stack, unstack
 from experiments.study.stacked_layers import GroupedConv2d, GroupedLinear, PerImage, by_patches
 from experiments.study.stacked_sgd import StackedSGD
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
+from norms.rivals import BatchChannelNorm, RunningChannelNorm
 from runner import SGD
 
 
@@ -99,6 +100,9 @@ LAYERS = {
     "InstanceNorm": lambda: InstanceNorm(4, affine=False),
     "RunningBatchNorm": lambda: RunningBatchNorm(4, affine=False),
     "averaged backward": lambda: RunningBatchNorm(4, 0.2, rule="per_image", average_backward=True),
+    "BatchChannelNorm": lambda: BatchChannelNorm(4, 2, 0.3, 1e-3),
+    "RunningChannelNorm": lambda: RunningChannelNorm(4, 2, eps=1e-3, affine=False, constant_statistics=True),
+    "RunningChannelNorm, averaged": lambda: RunningChannelNorm(4, 2, 0.2, rule="per_image", average_backward=True),
     "nn.BatchNorm2d": lambda: nn.BatchNorm2d(4, momentum=None), "untracked": lambda: nn.BatchNorm2d(
         4, affine=False, track_running_stats=False), "nn.GroupNorm": lambda: nn.GroupNorm(2, 4, affine=False),
     "nn.LayerNorm": lambda: nn.LayerNorm((4, 6, 6)), "nn.LayerNorm of rows": lambda: nn.LayerNorm(6),
@@ -165,7 +169,9 @@ def random_network(rng, c, depth):
     norms = [lambda c: BatchNorm(c, eps=eps), lambda c: RunningBatchNorm(c, eps=eps), lambda c: GroupNorm(2, c, eps),
              lambda c: LayerNorm(eps=eps), InstanceNorm, lambda c: nn.BatchNorm2d(c, eps), nn.Identity,
              lambda c: nn.GroupNorm(1, c, eps),
-             lambda c: RunningBatchNorm(c, 0.3, eps, rule="per_image", average_backward=True)]
+             lambda c: RunningBatchNorm(c, 0.3, eps, rule="per_image", average_backward=True),
+             lambda c: BatchChannelNorm(c, 2, eps=eps), lambda c: RunningChannelNorm(c, c, eps=eps),
+             lambda c: RunningChannelNorm(c, 1, eps=eps, average_backward=True)]
     for _ in range(depth):
         new = rng.choice([2, 4, 6])
         layers.append(nn.Conv2d(c, new, rng.choice([1, 3]), padding=1, bias=rng.random() < 0.5))

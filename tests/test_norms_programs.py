@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import norms.fast.kernels as kernels
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
+from norms.rivals import BatchChannelNorm, RunningChannelNorm
 
 C, SIDES = 3, (4, 3)
 LAYOUTS = {
@@ -243,7 +244,8 @@ class Program(RuleBasedStateMachine):
 MAKES = {"batch": lambda: BatchNorm(C), "running": lambda: RunningBatchNorm(C), "group": lambda: GroupNorm(1, C),
          "running per image": lambda: RunningBatchNorm(C, mom=0.3, rule="per_image"), "layer": LayerNorm,
          "averaged": lambda: RunningBatchNorm(C, average_backward=True), "instance": lambda: InstanceNorm(C, eps=1e-5),
-         "layer, trailing axes": lambda: LayerNorm((C, *SIDES))}
+         "layer, trailing axes": lambda: LayerNorm((C, *SIDES)), "batch and group": lambda: BatchChannelNorm(C, 1),
+         "running and group": lambda: RunningChannelNorm(C, 1)}
 
 
 @pytest.mark.parametrize("name", MAKES)

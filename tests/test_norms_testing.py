@@ -11,6 +11,7 @@ from torch import nn
 
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
 from norms.moments import HALF
+from norms.rivals import BatchChannelNorm, RunningChannelNorm
 from norms.testing import CHECKS, check_norm
 
 
@@ -52,6 +53,11 @@ NORMS = {
                                    {"numeric derivative", "deepcopy", "two forwards", "buffers as inputs",
                                     "buffers may change", "backward changes nothing"},
                                    {"the reference"}),
+    "batch and group": (lambda nf: BatchChannelNorm(nf, 2),
+                        {"reference": lambda nf: nn.Sequential(BatchNorm(nf, affine=False), GroupNorm(2, nf))}, set(),
+                        {"not finite stays"}),
+    "running and group": (lambda nf: RunningChannelNorm(nf, 2), {"reference": lambda nf: nn.Sequential(
+        RunningBatchNorm(nf, affine=False), GroupNorm(2, nf))}, set(), {"not finite stays"}),
     "group": (lambda nf: GroupNorm(2, nf), {"reference": lambda nf: nn.GroupNorm(2, nf)}, set(), STATELESS),
     "group, many channels": (lambda nf: GroupNorm(8, nf), {"nf": 32}, set(), {"the reference", *STATELESS}),
     "group, no affine": (lambda nf: GroupNorm(2, nf, affine=False), {}, set(),

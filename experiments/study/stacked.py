@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from experiments.models import AvgPool, GeneralRelu, Lambda, Residual, ResidualBlock, flatten
 from experiments.study.stacked_layers import GroupedConv2d, GroupedLayerNorm, GroupedLinear, KeepApart, PerImage
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
+from norms.rivals import BatchChannelNorm, RunningChannelNorm
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -178,6 +179,13 @@ def _running_batch_norm(m: RunningBatchNorm, k: int) -> nn.Module:
     return new
 
 
+def _running_channel_norm(m: RunningChannelNorm, k: int) -> nn.Module:
+    new = RunningChannelNorm(k * m.nf, k * m.num_groups, m.mom, m.eps, m.weight is not None, rule=m.rule,
+                             average_backward=m.average_backward, constant_statistics=m.constant_statistics)
+    if m.average_backward: KeepApart(new, k)
+    return new
+
+
 def _flatten(m: nn.Flatten, k: int) -> nn.Module:
     if m.start_dim < 1: raise _Refused("it takes images together; use start_dim=1")
     return _as_it_is(m, k)
@@ -218,6 +226,9 @@ register(BatchNorm, lambda m, k: BatchNorm(k * m.nf, m.mom, m.eps, m.weight is n
 register(InstanceNorm, lambda m, k: InstanceNorm(k * m.nf, m.eps, m.weight is not None))
 register(GroupNorm, lambda m, k: GroupNorm(k * m.num_groups, k * m.num_channels, m.eps, m.weight is not None))
 register(RunningBatchNorm, _running_batch_norm)
+register(BatchChannelNorm, lambda m, k: BatchChannelNorm(k * m.nf, k * m.num_groups, m.mom, m.eps,
+                                                         m.weight is not None))
+register(RunningChannelNorm, _running_channel_norm)
 register(nn.Flatten, _flatten)
 register(Lambda, _lambda)
 

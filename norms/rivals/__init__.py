@@ -3,12 +3,15 @@
 ====================  ==============================================================  ============================
 name                  what it computes                                                source
 ====================  ==============================================================  ============================
+`BatchChannelNorm`    batch norm, then group norm, with one affine map                Qiao et al. 2019
 `BatchRenorm`         batch norm moved to what running averages would make of it      Ioffe, NeurIPS 2017
 `MomentumBatchNorm`   batch norm by averages whose memory grows during training       Yong et al., ECCV 2020
+`RunningChannelNorm`  running batch norm, then group norm, with one affine map        Qiao et al. 2019
 ====================  ==============================================================  ============================
 """
 
 from norms.rivals.momentum import MomentumBatchNorm
+from norms.rivals.pairs import BatchChannelNorm, RunningChannelNorm
 from norms.rivals.renorm import BatchRenorm
 
-__all__ = ["BatchRenorm", "MomentumBatchNorm"]
+__all__ = ["BatchChannelNorm", "BatchRenorm", "MomentumBatchNorm", "RunningChannelNorm"]
