@@ -14,6 +14,8 @@ EXPERIMENTS = {
     "one-epoch": ("experiments.published.one_epoch", "how accurate a network becomes in one epoch", "3 min"),
     "best": ("experiments.beyond.best", "the best that the small-batch network learns at batch size 2, recipe free",
              "4 min, of 20 seeds half an hour"),
+    "lab": ("experiments.lab.lab", "every norm at every batch size, rates tuned alike, on two networks and any images",
+            "hours; see --help for a smaller one"),
 }
 TOOLS = {
     "inside": ("experiments.inside", "look inside a short training: all pictures on one page", "20 s"),

@@ -15,7 +15,7 @@ from experiments.figures import Data
 from experiments.image_data import ImageData
 from experiments.images import keep_loaded
 from experiments.results import Row, Summary, Table, Trained, text_table
-from experiments.run_folder import CHECKPOINTS, FREE, STUDY, RunFolder, checkpoint_folder
+from experiments.run_folder import BEFORE, CHECKPOINTS, FREE, STUDY, RunFolder, checkpoint_folder
 from experiments.settings import ImageSettings, ImageStudySettings, Settings, StudySettings
 from experiments.study import Grid, Study
 from experiments.training import convolutions_in_words
@@ -26,6 +26,8 @@ from runner.progress import format_time
 # `checkpoint` is a folder to go on from after an interruption; an arm of seconds may leave it alone.
 TrainArm = Callable[[Any, str, int, Path], Trained[Any]]
 TrainArms = Callable[[Any, Sequence[str], Sequence[int], Path], Sequence[Trained[Any]]]
+# `f(run)` chooses the arms by a study of its own, whose rows `run(grid)` gives: see `run_arms`.
+Before = Callable[[Callable[[Grid], list[Row]]], Grid]
 
 
 # --- in the process of a trial ------------------------------------------------------------------------------------
@@ -70,7 +72,12 @@ def from_trial(trial: Mapping[str, Any]) -> Trained[Any]:
 
 # --- all arms -----------------------------------------------------------------------------------------------------
 
-def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid, train_arm: TrainArm, *, header: str,
+class _Lost(Exception):
+    """Arms of the study that was to choose the others have no row: `args[0]`."""
+
+
+def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid | Before, train_arm: TrainArm, *,
+             header: str,
              judge: Callable[[list[Row], str, int], Verdict], table: Callable[[Summary], Table],
              draw: Callable[[list[Row], dict[str, Any], Path], None], published: object,
              train_arms: TrainArms | None = None, said: Callable[[Row], str] = lambda row: "",
@@ -80,7 +87,9 @@ def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid, t
     Args:
         experiment, config: the name and the settings.
         data: what it is run on, with `name`, `train`, `valid` and a `str`.
-        points: a grid of arms, the first axis by the name that the rows call it, and of the axis `seed`.
+        points: a grid of arms, the first axis by the name that the rows call it, and of the axis `seed`; or a function
+            that chooses it: it gets a function `run(grid)` that runs such a grid as a study in the folder `before/`,
+            with the same settings, and gives its rows. They are in the summary too, as `before`.
         train_arm, train_arms: functions of a module, which worker processes find by their names: see `TrainArm`.
             `train_arms` is needed where points are together. The curves of each arm's first seed are kept.
         header: the lines above the first arm.
@@ -98,15 +107,12 @@ def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid, t
     if isinstance(config, ImageStudySettings): facts["convolutions"] = convolutions_in_words(config.convolutions)
     folder = RunFolder(config.out, experiment, config, facts, resume=config.resume)
     picture = folder.path / f"{experiment.replace('-', '_')}.png"
-    key, *_ = [name for name in points.axes if name != "seed"]
     given = replace(config, out=None, resume=False)
     if isinstance(given, ImageSettings) and isinstance(data, ImageData):
         given.data = data.asked         # no process may find another data set
         keep_loaded(given, data)
     trial = ArmTrial(given, (folder.path / CHECKPOINTS).absolute(), train_arm,
                      train_arms)
-    study = Study(experiment, trial, points, out=folder.path / STUDY, version=_settings_of(config))
-    study.go_on = folder.go_on
     jobs, start = config.at_once, time.perf_counter()
     # What a process was started with decides the last bits of oneDNN's gradients, whatever torch is told later.
     here = config.device.startswith("cuda") or os.environ.get("OMP_NUM_THREADS") == "1"
@@ -114,8 +120,54 @@ def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid, t
     at_once = "as many at once as the cluster has workers" if jobs is None else f"{jobs} at once"
     print(f"{header}\nruns:    {at_once} ({backend}), on one thread each" + (
         f"; convolutions: {facts['convolutions']}" if "convolutions" in facts else ""), flush=True)
+    before: list[Row] = []
+
+    def study_of(points: Grid, where: str) -> Study:
+        study = Study(experiment, trial, points, out=folder.path / where, version=_settings_of(config))
+        study.go_on = folder.go_on
+        return study
+
+    def go(study: Study, each: Callable[[list[dict[str, Any]]], str]) -> None:
+        study.run(jobs=jobs, backend=backend, scheduler=config.scheduler, again=config.resume, each=each)
+
+    def refused(study: Study) -> list[Row]:
+        """The rows of the arms that were lost; bad input is an error of this process."""
+        lost = [row for row in study.rows() if row["status"] != "ok"]
+        for row in lost:
+            if str(row["error"]).startswith("InputError: "):
+                raise InputError(str(row["error"]).removeprefix("InputError: "))
+        return lost
+
+    def ended(key: str, rows: list[dict[str, Any]]) -> str:
+        if any(row["status"] == "ok" for row in rows):
+            names = dict.fromkeys(row[key] for row in rows)
+            shutil.rmtree(checkpoint_folder(trial.checkpoints, "+".join(names), [row["seed"] for row in rows]),
+                          ignore_errors=True)
+        return "\n".join(_line(key, row, said) for row in rows)
+
+    def run_before(points: Grid) -> list[Row]:
+        study, key = study_of(points, BEFORE), _arm_axis(points)
+        if folder.resumed:
+            print(f"resumed: {len(study.rows())} of {len(points)} arms had finished that choose the others", flush=True)
+        try: go(study, lambda rows: ended(key, rows))
+        except KeyboardInterrupt:
+            print(f"\nInterrupted before the arms were chosen. {folder.go_on}", flush=True)
+            raise KeyboardInterrupt("reported") from None
+        if lost := refused(study): raise _Lost([(key, row) for row in lost])
+        before.extend(from_trial(row)[1] for row in study.rows())
+        return before
+
+    if not isinstance(points, Grid):
+        try: points = points(run_before)
+        except _Lost as e:
+            names = ", ".join(f"{row[key]} (seed {row['seed']}) {_how(row)}" for key, row in e.args[0])
+            verdict = f"Not complete: the arms were not chosen; {names}"
+            print(f"\n{verdict}\nTracebacks are in {folder.path / BEFORE}. {folder.go_on}", flush=True)
+            return Result([], None, verdict, folder.path, lost=len(e.args[0]))
+    arms: Grid = points         # chosen, from here on
+    key, study = _arm_axis(arms), study_of(arms, STUDY)
     first: dict[str, int] = {}
-    for point in points: first.setdefault(point[key], point["seed"])
+    for point in arms: first.setdefault(point[key], point["seed"])
 
     def trained() -> list[Trained[Any]]: return [from_trial(row) for row in study.rows() if row["status"] == "ok"]
 
@@ -123,38 +175,32 @@ def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid, t
         rows = [row for _, row, _ in found]
         curves = {row[key]: curve for _, row, curve in found if row["seed"] == first[row[key]]}
         lost = [row for row in study.rows() if row["status"] != "ok"]
-        if len(rows) == len(points): verdict = judge(rows, data.name, len(data.train))
+        if len(rows) == len(arms): verdict = judge(rows, data.name, len(data.train))
         else:
             names = ", ".join(f"{row[key]} (seed {row['seed']}) {_how(row)}" for row in lost)
-            verdict = Verdict(untested=f"Not complete: {len(rows)} of {len(points)} arms have finished"
+            verdict = Verdict(untested=f"Not complete: {len(rows)} of {len(arms)} arms have finished"
                               f"{'; ' * bool(lost)}{names}")
         summary: Summary = {
             "experiment": experiment, "data": data.name, "train_images": len(data.train),
-            "valid_images": len(data.valid), "complete": len(rows) == len(points), **verdict.record(),
+            "valid_images": len(data.valid), "complete": len(rows) == len(arms), **verdict.record(),
             "published": published, "rows": rows}
+        if before: summary["before"] = before
         folder.write_metrics([epoch for epochs, _, _ in found for epoch in epochs])
         folder.write_json("summary.json", summary)
         if rows: folder.write_json("curves.json", curves)
         return summary, curves
 
     def each(rows: list[dict[str, Any]]) -> str:
-        finished = [row for row in rows if row["status"] == "ok"]
-        if finished:
-            names = dict.fromkeys(row[key] for row in rows)
-            shutil.rmtree(checkpoint_folder(trial.checkpoints, "+".join(names), [row["seed"] for row in rows]),
-                          ignore_errors=True)
-        if len(found := trained()) < len(points): record(found)         # or it is judged below
-        return "\n".join(_line(key, row, said) for row in rows)
+        if len(found := trained()) < len(arms): record(found)         # or it is judged below
+        return ended(key, rows)
 
-    if folder.resumed: print(f"resumed: {len(trained())} of {len(points)} arms had finished", flush=True)
+    if folder.resumed: print(f"resumed: {len(trained())} of {len(arms)} arms had finished", flush=True)
     interrupted = False
-    try: study.run(jobs=jobs, backend=backend, scheduler=config.scheduler, again=config.resume, each=each)
+    try: go(study, each)
     except KeyboardInterrupt: interrupted = True
-    for row in study.rows():
-        if row["status"] != "ok" and str(row["error"]).startswith("InputError: "):
-            raise InputError(str(row["error"]).removeprefix("InputError: "))
+    refused(study)
     found = trained()
-    if len(found) == len(points):
+    if len(found) == len(arms):
         shutil.rmtree(trial.checkpoints, ignore_errors=True)
         complete(found)
     summary, curves = record(found)
@@ -163,14 +209,17 @@ def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid, t
         print("\n" + text_table(*table(summary)))
     if interrupted:
         kept = f"; their rows are in {folder.path / 'summary.json'}" if found else ""
-        print(f"\nInterrupted: {len(found)} of {len(points)} arms had finished{kept}. {folder.go_on}", flush=True)
+        print(f"\nInterrupted: {len(found)} of {len(arms)} arms had finished{kept}. {folder.go_on}", flush=True)
         raise KeyboardInterrupt("reported")
     what = f"{picture} and summary.json lie" if found else "summary.json lies"
     print(f"\n{what} in the run folder; it took {format_time(time.perf_counter() - start)}.\n{summary['verdict']}",
           flush=True)
-    if len(found) < len(points): print(f"Tracebacks are in {folder.path / STUDY}. {folder.go_on}", flush=True)
+    if len(found) < len(arms): print(f"Tracebacks are in {folder.path / STUDY}. {folder.go_on}", flush=True)
     return Result(summary["rows"], summary["reproduced"], summary["verdict"], folder.path,
-                  lost=len(points) - len(found))
+                  lost=len(arms) - len(found))
+
+
+def _arm_axis(points: Grid) -> str: return next(name for name in points.axes if name != "seed")
 
 
 def _settings_of(config: Settings) -> str:

@@ -68,28 +68,39 @@ class AvgPool(nn.AdaptiveAvgPool2d):
     def forward(self, x: Tensor) -> Tensor: return x if x.shape[-2:] == (1, 1) else super().forward(x)
 
 
+def make_norm(norm: NormFactory, nf: int, who: str) -> nn.Module:
+    """`norm(nf)`, for the function called `who`.
+
+    Raises:
+        TypeError: a `norm` that is no callable that makes a module.
+    """
+    layer = norm(nf) if callable(norm) and not isinstance(norm, nn.Module) else None
+    if isinstance(layer, nn.Module): return layer
+    raise TypeError(f"{who} got norm={norm!r}; it needs a callable that makes a module from a channel count, such as "
+                    "norms.BatchNorm or lambda nf: GroupNorm(4, nf)")
+
+
 def conv_layer(ni: int, nf: int, ks: int = 3, stride: int = 2, norm: NormFactory | None = None,
-               **kwargs: float | None) -> nn.Sequential:
+               conv: Callable[..., nn.Module] = nn.Conv2d, **kwargs: float | None) -> nn.Sequential:
     """Convolution, `GeneralRelu`, then the norm: `(N, ni, H, W)` to `(N, nf, ceil(H / stride), ceil(W / stride))`.
+
+    No `GeneralRelu` where the norm is one that holds its own activation (it has `activates`).
 
     Args:
         ni, nf: channels in and out.
         ks, stride: kernel size and stride; the padding is `ks // 2`.
         norm: any callable from a channel count to a module, such as `norms.BatchNorm`, `nn.BatchNorm2d` or
             `lambda nf: GroupNorm(4, nf)`; None for no norm. The convolution has a bias only without one.
+        conv: the class of the convolution.
         **kwargs: for `GeneralRelu`.
 
     Raises:
         TypeError: a `norm` that is not such a callable.
     """
-    layers: list[nn.Module] = [nn.Conv2d(ni, nf, ks, padding=ks // 2, stride=stride, bias=norm is None),
-                               GeneralRelu(**kwargs)]
-    if norm is not None:
-        layer = norm(nf) if callable(norm) and not isinstance(norm, nn.Module) else None
-        if not isinstance(layer, nn.Module):
-            raise TypeError(f"conv_layer got norm={norm!r}; it needs a callable that makes a module from a channel "
-                            "count, such as norms.BatchNorm or lambda nf: GroupNorm(4, nf)")
-        layers.append(layer)
+    layers: list[nn.Module] = [conv(ni, nf, ks, padding=ks // 2, stride=stride, bias=norm is None)]
+    layer = None if norm is None else make_norm(norm, nf, "conv_layer")
+    if not getattr(layer, "activates", False): layers.append(GeneralRelu(**kwargs))
+    if layer is not None: layers.append(layer)
     return nn.Sequential(*layers)
 
 

@@ -27,7 +27,13 @@ class Recorded(TypedDict):
     claims: list[Row]
 
 
-class Summary(Recorded):
+class Choosing(TypedDict, total=False):
+    """What a record holds of a study that was made to choose its arms, if there was one: its rows."""
+
+    before: list[Row]
+
+
+class Summary(Recorded, Choosing):
     """What an experiment's `summary.json` holds."""
 
     experiment: str

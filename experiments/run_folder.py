@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
-STUDY, CHECKPOINTS = "study", "checkpoints"      # folders of a run: its arms, and those that have not ended yet
+# Folders of a run: its arms, what was run to choose them, and those that have not ended yet.
+STUDY, BEFORE, CHECKPOINTS = "study", "before", "checkpoints"
 
 # Settings that change no figure (the record has the data itself), so a run may go on with others; and the versions that
 # its last bits depend on.

@@ -229,5 +229,6 @@ def add_choice(parser: argparse.ArgumentParser, option: str, known: Collection[s
 
 def from_args(args: argparse.Namespace) -> dict[str, Any]:
     """Parsed options as arguments of a config."""
-    choices = {k: [n for word in v for n in word.split(",") if n] for k, v in vars(args).items() if isinstance(v, list)}
+    choices = {k: [n for word in v for n in (word.split(",") if isinstance(word, str) else [word]) if n != ""]
+               for k, v in vars(args).items() if isinstance(v, list)}
     return {**vars(args), **choices, "seeds": None if args.seeds is None else parse_seeds(args.seeds)}

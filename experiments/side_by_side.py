@@ -12,8 +12,8 @@ from torch.utils.data import BatchSampler, RandomSampler
 
 from experiments.results import Row
 from experiments.study.stacked import unstack
-from experiments.training import FIGURES, LOOK
-from runner import Dataset, accuracy, view_tfm
+from experiments.training import FIGURES, LOOK, measured_on
+from runner import Dataset, view_tfm
 from runner.callbacks import View
 from runner.data import BatchLoader
 from runner.stateful import Stateful
@@ -157,26 +157,13 @@ class EachFigures(Stateful):
             for figures, figure in zip(train, its, strict=True):
                 figures[i] = figure if epoch == self.run.epoch else math.nan
         unstack(self.model, self.models)
-        valid = zip(*map(self.validate, self.models), strict=True)
+        valid = zip(*(measured_on(m, self.valid, self.tfm, self.batch_size) for m in self.models), strict=True)
         seconds = time.perf_counter() - self.start
         figures = [dict(zip(FIGURES, its, strict=True)) for its in zip(*train, *valid, strict=True)]
         self.past.append([{"epoch": self.run.epoch, **its, "seconds": seconds / k} for its in figures])
         if self.run.logger is not None:
             means = {name: sum(its[name] for its in figures) / k for name in FIGURES}
             self.run.logger({"epoch": self.run.epoch, **means, "seconds": seconds})
-
-    @torch.no_grad()
-    def validate(self, model: nn.Module) -> tuple[float, float]:
-        """Mean loss and accuracy of `model` on the validation set."""
-        model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for xb, yb in zip(*(t.split(self.batch_size) for t in (self.valid.x, self.valid.y)), strict=True):
-            xb, yb = xb.to(self.device), yb.to(self.device)
-            pred = model(self.tfm(xb))
-            sums[0].add_(F.cross_entropy(pred, yb), alpha=len(yb))
-            sums[1].add_(accuracy(pred, yb), alpha=len(yb))
-        loss, right = (sums / len(self.valid)).tolist()
-        return loss, right
 
     def state_dict(self) -> dict[str, Any]:
         """The losses so far, the epochs' rows, the sums of this epoch and its seconds."""

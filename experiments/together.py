@@ -19,6 +19,7 @@ from experiments.study.stacked_sgd import StackedSGD
 from experiments.training import (
     FIGURES,
     VALID_BATCH,
+    WARM_UP,
     LeaveLost,
     Losses,
     Stopwatch,
@@ -40,7 +41,7 @@ from runner import (
     Runner,
 )
 
-SAME = ("batch_size", "epochs")     # what the rows of networks that are trained as one have in common
+SAME = ("batch_size", "epochs", "warm_up")      # what the rows of networks that are trained as one have in common
 
 
 def train_together(models: Sequence[nn.Module], images: ImageData, rows: Sequence[Row], device: str | torch.device,
@@ -63,12 +64,13 @@ def train_together(models: Sequence[nn.Module], images: ImageData, rows: Sequenc
         raise InputError(f"train_together got {len(models)} models and {len(rows)} rows; it needs one row for each")
     net, k, device, row = stack(models), len(models), torch.device(device), dict(rows[0]) if rows else {}
     for name in SAME:
-        if any(r[name] != row[name] for r in rows):
-            raise InputError(f"train_together got rows whose {name} differ, {[r[name] for r in rows]}; networks that "
-                             "are trained as one have one: train them apart")
+        if any(r.get(name) != row.get(name) for r in rows):
+            raise InputError(f"train_together got rows whose {name} differ, {[r.get(name) for r in rows]}; networks "
+                             "that are trained as one have one: train them apart")
     tfm = tfm or images.tfm
     dl = SideBySide(images.train, row["batch_size"], [r["seed"] for r in rows], drop_last)
-    rate, sched = schedules([r["lr"] for r in rows], next(net.parameters(), torch.zeros(())).dtype)
+    rate, sched = schedules([r["lr"] for r in rows], next(net.parameters(), torch.zeros(())).dtype,
+                            row.get("warm_up", WARM_UP))
     figures = EachFigures(models, images.valid, max(2 * row["batch_size"], VALID_BATCH), tfm, device)
     convolves = device.type == "cpu" and any(isinstance(m, nn.Conv2d) for m in net.modules())
     if convolves and not onednn_is_faster(row["batch_size"]): channels_last_(net)
@@ -104,7 +106,8 @@ def train_together(models: Sequence[nn.Module], images: ImageData, rows: Sequenc
     return trained
 
 
-def schedules(rates: Sequence[Any], dtype: torch.dtype) -> tuple[Any, Callable[[float], Any] | None]:
+def schedules(rates: Sequence[Any], dtype: torch.dtype,
+              warm_up: float = WARM_UP) -> tuple[Any, Callable[[float], Any] | None]:
     """The first rate and the schedule of K learning rates, as `schedule` has for one: `(rate, schedule or None)`.
 
     They are numbers where all are alike, and else tensors `(K,)`.
@@ -116,9 +119,9 @@ def schedules(rates: Sequence[Any], dtype: torch.dtype) -> tuple[Any, Callable[[
     if any(len(s) != len(stops[0]) for s in stops):
         raise InputError(f"train_together got the rates {list(rates)}; networks that are trained as one have rates of "
                          "as many stops: write (r, r) for a rate r that stays, or train them apart")
-    if len(set(stops)) == 1: return schedule(rates[0])
+    if len(set(stops)) == 1: return schedule(rates[0], warm_up)
     at = [torch.tensor(column, dtype=dtype) for column in zip(*stops, strict=True)]
-    if len(at) > 1: return schedule(at)     # type: ignore[arg-type]    # a schedule's formula takes tensors
+    if len(at) > 1: return schedule(at, warm_up)     # type: ignore[arg-type]    # a schedule's formula takes tensors
     return at[0], None
 
 

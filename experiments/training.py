@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.errors import InputError
@@ -23,6 +24,7 @@ from runner import (
     CPUBackendCallback,
     CudaCallback,
     DataBunch,
+    Dataset,
     Learner,
     ParamScheduler,
     ProgressCallback,
@@ -80,7 +82,8 @@ def train(model: nn.Module, images: ImageData, row: Row, device: str | torch.dev
         model: what to train, by plain SGD and cross entropy.
         images: an `ImageData`.
         row: what the arm is, and the beginning of all its rows: the arm's name first, and `batch_size`, `lr` (see
-            `schedule`), `epochs` and `seed`, which decides the order of the training images.
+            `schedule`; `warm_up`, where a rate of three stops has its top, may be there too), `epochs` and `seed`,
+            which decides the order of the training images.
         device: where to.
         label: for the progress bar.
         cbs: further callbacks.
@@ -97,7 +100,7 @@ def train(model: nn.Module, images: ImageData, row: Row, device: str | torch.dev
     order, device = torch.Generator().manual_seed(row["seed"]), torch.device(device)
     train_dl, valid_dl = get_dls(images.train, images.valid, row["batch_size"], drop_last=drop_last,
                                  valid_bs=max(2 * row["batch_size"], VALID_BATCH), generator=order)
-    rate, sched = schedule(row["lr"])
+    rate, sched = schedule(row["lr"], row.get("warm_up", WARM_UP))
     convolves = device.type == "cpu" and any(isinstance(m, nn.Conv2d) for m in model.modules())
     if convolves and not onednn_is_faster(row["batch_size"]): channels_last_(model)
     backend, watch = backend_of(convolutions), Stopwatch()
@@ -187,6 +190,22 @@ class Stopwatch(Callback):
         self.start = time.perf_counter() - state["seconds"]
 
 
+@torch.no_grad()
+def measured_on(model: nn.Module, data: Dataset, tfm: Callable[[Tensor], Tensor],
+                batch_size: int = VALID_BATCH) -> tuple[float, float]:
+    """Mean loss and accuracy of `model` on `data`, whose batches go through `tfm`, in evaluation mode."""
+    device = next(model.parameters()).device
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for xb, yb in zip(*(t.split(batch_size) for t in (data.x, data.y)), strict=True):
+        xb, yb = xb.to(device), yb.to(device)
+        pred = model(tfm(xb))
+        sums[0].add_(F.cross_entropy(pred, yb), alpha=len(yb))
+        sums[1].add_(accuracy(pred, yb), alpha=len(yb))
+    loss, right = (sums / len(data)).tolist()
+    return loss, right
+
+
 def check_batch_size(batch_size: int, images: ImageData) -> None:
     """Raise unless the training images fill one batch."""
     if batch_size > len(images.train):
@@ -194,15 +213,15 @@ def check_batch_size(batch_size: int, images: ImageData) -> None:
                          "smaller batch size or a larger limit")
 
 
-def schedule(lr: Rate) -> tuple[float, Callable[[float], float] | None]:
+def schedule(lr: Rate, warm_up: float = WARM_UP) -> tuple[float, Callable[[float], float] | None]:
     """The first rate and the schedule of the learning rate `lr`: `(rate, schedule or None)`.
 
     `lr` is a number, or the stops of a rate that is linear in between: `(start, end)`, or `(start, top, end)` with the
-    top at `WARM_UP` of the training.
+    top at `warm_up` of the training.
     """
     if isinstance(lr, (int, float)): return lr, None
     legs = [sched_lin(*leg) for leg in pairwise(lr)]
-    return lr[0], legs[0] if len(legs) == 1 else combine_scheds([WARM_UP, 1 - WARM_UP], legs)
+    return lr[0], legs[0] if len(legs) == 1 else combine_scheds([warm_up, 1 - warm_up], legs)
 
 
 def windows(losses: Sequence[float], n: int = 100) -> Windows:

@@ -1,0 +1,259 @@
+"""The norm lab: norm x batch size x schedule x seed on a network and a data set, every rate tuned alike.
+
+First the rate: for each norm, batch size and schedule the same number of rates is tried, on images split off from the
+training set. Then fresh seeds at the best rate, and the test images are read once. Plain SGD, cross entropy; all norms
+start from the same weights and see the same images in the same order.
+"""
+
+import argparse
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from experiments.arms import run_arms
+from experiments.errors import InputError
+from experiments.figures import by_arm, finite, heading, plural, seeds_and_device, statuses
+from experiments.image_data import ImageData
+from experiments.images import images_of, load_images
+from experiments.lab import pictures
+from experiments.lab.arms import RATES, SCHEDULES, WARM_UP, Arm, chosen, points, rates, tried
+from experiments.lab.networks import NETS, NORMS, build
+from experiments.results import Row, Summary, Table, Trained
+from experiments.settings import (
+    ImageStudySettings,
+    add_choice,
+    add_image_arguments,
+    choose,
+    from_args,
+    positive,
+    positive_number,
+    some_once,
+)
+from experiments.study import Grid
+from experiments.study.statistics import interval
+from experiments.together import train_together
+from experiments.training import Windows, check_batch_size, measured_on, onednn_is_faster, train, windows
+from experiments.verdict import Claim, Result, Verdict
+
+BATCH_SIZES = (2,)
+SEEDS = {"five-layer": 24, "resnet": 5}
+EPOCHS = {"five-layer": 1, "resnet": 5}
+TUNE_EPOCHS = {"five-layer": 1, "resnet": 2}
+TUNE_SEED = 1000        # no seed of the final runs
+TOGETHER = 24
+
+
+@dataclass
+class Config(ImageStudySettings):
+    """Settings of the lab.
+
+    `net` is a name in `NETS`, `norms` are names in `NORMS`, `schedules` in `SCHEDULES`; `rates` are those tried at
+    batch size 2, None for the usual ones of the network (`arms.rates` says how they grow with the batch size); `seeds`,
+    `epochs` and `tune_epochs`, of the runs that choose the rate, None for the usual ones of the network. `tune_seeds`
+    are these runs' own. Up to `together` networks are trained as one where small batches make that the faster way.
+
+    Raises:
+        InputError: a value that makes no sense.
+    """
+
+    folders = True                  # `--data folder:DIR` is one of the images that it takes
+    seeds: Any = None               # a tuple from __post_init__ on
+    net: str = "five-layer"
+    norms: Sequence[str] = tuple(NORMS)
+    batch_sizes: Sequence[int] = BATCH_SIZES
+    schedules: Sequence[str] = ("warm-up",)
+    rates: Sequence[float] | None = None
+    epochs: int | None = None
+    tune_epochs: int | None = None
+    tune_seeds: Sequence[int] = (TUNE_SEED,)
+    together: int = TOGETHER
+
+    def __post_init__(self) -> None:
+        self.net, = choose([self.net], NETS, "network")
+        self.norms = choose(self.norms, NORMS, "norm")
+        self.schedules = choose(self.schedules, SCHEDULES, "schedule")
+        self.batch_sizes = some_once("batch sizes", self.batch_sizes)
+        for b in self.batch_sizes: positive("batch size", b)
+        if self.rates is not None:
+            self.rates = some_once("rates", self.rates)
+            for rate in self.rates: positive_number("rate", rate, 0.1)
+        if self.seeds is None: self.seeds = tuple(range(SEEDS[self.net]))
+        self.epochs = EPOCHS[self.net] if self.epochs is None else self.epochs
+        self.tune_epochs = min(self.epochs, TUNE_EPOCHS[self.net]) if self.tune_epochs is None else self.tune_epochs
+        for name in ("epochs", "tune_epochs", "together"): positive(name.replace("_", " "), getattr(self, name))
+        self.tune_seeds = some_once("tuning seeds", self.tune_seeds)
+        super().__post_init__()
+        if both := [seed for seed in self.tune_seeds if seed in self.seeds]:
+            raise InputError(f"seed {both[0]} is one of the tuning and one of the final runs, which must be fresh; "
+                             "name others for one of them")
+
+    @property
+    def cells(self) -> list[tuple[str, int, str]]:
+        """Each norm, batch size and schedule, a batch size after the other."""
+        return [(norm, b, s) for b, norm, s in itertools.product(self.batch_sizes, self.norms, self.schedules)]
+
+
+# --- an arm -------------------------------------------------------------------------------------------------------
+
+def networks(config: Config, images: ImageData, arms: Sequence[Arm], seeds: Sequence[int]) -> tuple[
+        list[nn.Sequential], list[Row]]:
+    """The networks of some arms, each from its seed, and the beginnings of their rows."""
+    models, rows = [], []
+    for arm, seed in zip(arms, seeds, strict=True):
+        epochs = config.tune_epochs if arm.tuning else config.epochs
+        assert epochs is not None           # __post_init__ has seen to it
+        steps = epochs * (len(images.train) // arm.batch_size)
+        models.append(build(config.net, arm.norm, seed, images.c, images.shape[0], steps))
+        rows.append({**arm.row(seed, epochs), "steps": steps})
+    return models, rows
+
+
+def train_arms(config: Config, names: Sequence[str], seeds: Sequence[int], checkpoint: Path) -> list[Trained[Windows]]:
+    """Train arms that differ in their rates and seeds, as one network if they are several: a list, one for each."""
+    images, arms = images_of(config), [Arm.named(name) for name in names]
+    models, rows = networks(config, images, arms, seeds)
+    label = f"{names[0]}, seed {seeds[0]}" + f" and {len(names) - 1} more" * (len(names) > 1)
+    kwargs: dict[str, Any] = {"convolutions": config.convolutions, "drop_last": True, "checkpoint": checkpoint}
+    if len(models) == 1: found = [train(models[0], images, rows[0], config.device, label, **kwargs)]
+    else: found = train_together(models, images, rows, config.device, label, **kwargs)
+    return [finished(images, arm, model, trained, len(models))
+            for arm, model, trained in zip(arms, models, found, strict=True)]
+
+
+def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> Trained[Windows]:
+    """Train one arm from one seed: `(rows per epoch, final row, windows of the training losses)`."""
+    trained, = train_arms(config, [name], [seed], checkpoint)
+    return trained
+
+
+def finished(images: ImageData, arm: Arm, model: nn.Module, trained: Trained[list[float]], k: int) -> Trained[Windows]:
+    """What training an arm gave, with the cost of a step and, unless it was for the tuning, the test figures."""
+    epochs, row, losses = trained
+    row |= {"together": k, "step_ms": 1000 * row["seconds"] / max(1, row["steps"])}
+    if not arm.tuning:
+        if row["status"] == "failed": row |= {"test_loss": math.nan, "test_accuracy": math.nan}
+        else: row["test_loss"], row["test_accuracy"] = measured_on(model, images.test, images.tfm)
+    return epochs, row, windows(losses)
+
+
+# --- the experiment -----------------------------------------------------------------------------------------------
+
+def run(config: Config) -> Result:
+    """Tune, train, print as it goes, write the run folder: a `Result`."""
+    images = load_images(config)
+    for b in config.batch_sizes: check_batch_size(b, images)
+
+    def together(batch_size: int) -> int:
+        return 1 if config.device != "cpu" or onednn_is_faster(batch_size) else config.together
+
+    def choose_rates(run: Any) -> Grid:
+        rows = run(points(tried(config.net, config.cells, config.rates), config.tune_seeds, together))
+        arms = chosen(rows)
+        print("rates:   " + "; ".join(f"{arm.norm}, batch {arm.batch_size}, {arm.schedule}: {arm.lr:g}"
+                                      for arm in arms), flush=True)
+        return points([[arm] for arm in arms], config.seeds, together)
+    return run_arms("lab", config, images, choose_rates, train_arm, train_arms=train_arms,
+                    header=header(config, images), judge=judge, table=table, published=None,
+                    draw=lambda rows, curves, path: pictures.draw(rows, path))
+
+
+def header(config: Config, images: ImageData) -> str:
+    """What is run, on what, from what: the lines above the first arm."""
+    n = sum(p.numel() for p in build(config.net, "BatchNorm", 0, images.c, images.shape[0]).parameters())
+    tries = plural(len(config.rates or RATES[config.net]), "rate")
+    return heading(images, f"{config.net}; {n:,} parameters with BatchNorm",
+                   f"run:     batch sizes {', '.join(map(str, config.batch_sizes))}; {' and '.join(config.schedules)}; "
+                   f"{tries} tried for {config.tune_epochs} of {plural(config.epochs or 0, 'epoch')}; "
+                   f"{seeds_and_device(config)}", f"norms:   {', '.join(config.norms)}")
+
+
+def judge(rows: list[Row], data: str, train_images: int) -> Verdict:
+    """Which norm is best at each batch size and schedule, and by how much it is ahead of the next, pair by pair."""
+    claims = []
+    for (b, schedule), cell in cells(rows).items():
+        arms = {name: [finite(r["test_accuracy"]) for r in arm] for name, arm in by_arm(cell, "norm").items()}
+        first, *others = sorted(arms, key=lambda n: statistics.mean(arms[n]), reverse=True)
+        of = plural(len(arms[first]), "seed")
+        if others and len(arms[first]) > 1 and len(arms[others[0]]) == len(arms[first]):
+            d = [x - y for x, y in zip(arms[first], arms[others[0]], strict=True)]
+            low, high, what = interval(d)
+            of += f"; {statistics.mean(d):+.4f} to {others[0]}, paired {what} interval {low:+.4f} to {high:+.4f}"
+        claims.append(Claim(f"batch {b}, {schedule}: {first}", statistics.mean(arms[first]), of=of, form=".4f"))
+    return Verdict(untested=f"Best in test accuracy, {data}", claims=claims)
+
+
+def cells(rows: Iterable[Row]) -> dict[tuple[int, str], list[Row]]:
+    """`rows` by batch size and schedule."""
+    found: dict[tuple[int, str], list[Row]] = {}
+    for row in rows: found.setdefault((row["batch_size"], row["schedule"]), []).append(row)
+    return dict(sorted(found.items()))
+
+
+def table(summary: Summary) -> Table:
+    """Header and lines of the table of a `summary.json`: a line for each norm, by batch size and schedule."""
+    lines = []
+    for (b, schedule), cell in cells(summary["rows"]).items():
+        arms = by_arm(cell, "norm")
+        for norm in sorted(arms, key=lambda n: -statistics.mean(finite(r["test_accuracy"]) for r in arms[n])):
+            arm = arms[norm]
+            lines.append([norm, str(b), schedule, f"{arm[0]['rate']:g}", *figures(arm)])
+    return ["norm", "batch", "schedule", "rate", "test accuracy", "95 % interval", "median", "range", "collapsed",
+            "seeds", "ms per step", "status"], lines
+
+
+def figures(arm: Sequence[Row]) -> list[str]:
+    """The cells of one arm's rows; a run that diverged or was refused counts as 0 correct."""
+    accs = [finite(r["test_accuracy"]) for r in arm]
+    low, high, _ = interval(accs)
+    several = len(accs) > 1
+    gone = sum(map(collapsed, arm))
+    return [f"{statistics.mean(accs):.4f}", f"{low:.3f} to {high:.3f}" if several else "-",
+            f"{statistics.median(accs):.4f}", f"{min(accs):.3f} to {max(accs):.3f}" if several else "-",
+            f"{gone} of {len(arm)}", str(len(arm)),
+            f"{statistics.mean(r['step_ms'] for r in arm):.2g}", statuses(arm)]
+
+
+def collapsed(row: Row) -> bool:
+    """Whether a run is at chance, which is 1 in 10 for ten classes, or has no figure."""
+    return finite(row["test_accuracy"]) <= pictures.COLLAPSED
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `python -m experiments lab`."""
+    parser.add_argument("--net", default="five-layer", metavar="NAME", help=f"{' or '.join(NETS)} (default: "
+                        "five-layer)")
+    add_choice(parser, "norms", NORMS)
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=list(BATCH_SIZES), metavar="N",
+                        help="training batch sizes, separated by spaces (default: 2)")
+    parser.add_argument("--schedules", nargs="+", default=["warm-up"], metavar="NAME",
+                        help=f"constant, or warm-up: linearly from 0 in the first {WARM_UP:.0%} and then to 0 "
+                        "(default: warm-up)")
+    parser.add_argument("--rates", nargs="+", type=float, metavar="X", help="rates to try at batch size 2; they grow "
+                        f"with the batch size (default: {'; '.join(f'{net} {v}' for net, v in shown_rates().items())})")
+    parser.add_argument("--epochs", type=int, metavar="N", help=f"epochs (default: {per_net(EPOCHS)})")
+    parser.add_argument("--tune-epochs", type=int, metavar="N", help="epochs of the runs that choose the rate "
+                        f"(default: {per_net(TUNE_EPOCHS)})")
+    parser.add_argument("--tune-seeds", nargs="+", type=int, default=[TUNE_SEED], metavar="N",
+                        help=f"their seeds (default: {TUNE_SEED})")
+    parser.add_argument("--together", type=int, default=TOGETHER, metavar="N", help="networks that are trained as one "
+                        f"at small batch sizes, at most (default: {TOGETHER})")
+    add_image_arguments(parser, "lab", seeds=per_net(SEEDS), folders=True)
+
+
+def shown_rates() -> Mapping[str, str]: return {net: " ".join(f"{r:g}" for r in rates(net, 2)) for net in NETS}
+
+
+def per_net(values: Mapping[str, int]) -> str: return ", ".join(f"{net} {v}" for net, v in values.items())
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run with parsed options; the exit status."""
+    return run(Config(**from_args(args))).status
