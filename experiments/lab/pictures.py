@@ -58,8 +58,9 @@ def against_batch_size(rows: Sequence[Row], ax: "Axes") -> None:
         ax.fill_between(sizes, [max(lo, bottom) for lo, _ in bands], [max(hi, bottom) for _, hi in bands],
                         color=style["color"], alpha=0.15, linewidth=0)
         gone = [b for b, m in zip(sizes, ms, strict=True) if m < bottom]
-        ax.plot(gone, [bottom] * len(gone), "o", markerfacecolor="white", color=style["color"], markersize=6,
-                clip_on=False)
+        if gone:
+            ax.plot(gone, [bottom] * len(gone), "o", markerfacecolor="white", color=style["color"], markersize=6,
+                    clip_on=False)
         ends.append([max(ms[-1], bottom), norm, style["color"]])
     ax.set_xscale("log", base=2)
     sizes = sorted({r["batch_size"] for r in rows})
@@ -70,6 +71,7 @@ def against_batch_size(rows: Sequence[Row], ax: "Axes") -> None:
     ends.sort()
     for i in range(1, len(ends)):       # apart, so that they can be read
         ends[i][0] = max(ends[i][0], ends[i - 1][0] + GAP * (top - bottom))
+    beyond = max(0.0, ends[-1][0] - top)
     for y, norm, colour in ends:
-        ax.annotate(norm, (1.01, (y - bottom) / (top - bottom)), xycoords="axes fraction", va="center",
-                    fontsize="small", color=colour)
+        ax.text(1.02, (y - beyond - bottom) / (top - bottom), norm, transform=ax.transAxes, va="center",
+                fontsize="small", color=colour)
