@@ -23,10 +23,10 @@ def convert_norms(model: nn.Module, factory: Factory) -> Swapped:
     """Swap every norm of `model` that works per channel, in place, for the one that `factory` makes.
 
     Swapped are torch's BatchNorm1d/2d/3d, SyncBatchNorm, InstanceNorm1d/2d/3d and GroupNorm, torchvision's
-    FrozenBatchNorm2d, and this package's BatchNorm, RunningBatchNorm, InstanceNorm and GroupNorm. All other layers are
-    left as they are, and the result names those that are norms. So it is with every LayerNorm and RMSNorm: the axes
-    that they normalise are not one channel's (in a transformer it is the last axis, and a channel norm there would mix
-    up positions and features), and neither is the shape of their weights.
+    FrozenBatchNorm2d, and this package's BatchNorm, RunningBatchNorm, InstanceNorm, GroupNorm, FilterResponseNorm and
+    EvoNormS0. All other layers are left as they are, and the result names those that are norms. So it is with every
+    LayerNorm and RMSNorm: the axes that they normalise are not one channel's (in a transformer it is the last axis, and
+    a channel norm there would mix up positions and features), and neither is the shape of their weights.
 
     A layer norm becomes a layer norm and nothing else: where `factory` is `norms.LayerNorm` or `nn.LayerNorm`, a
     subclass or a `functools.partial` of one, it is called with the `normalized_shape` of each layer norm, and the norms
@@ -51,6 +51,12 @@ def convert_norms(model: nn.Module, factory: Factory) -> Swapped:
       weight at batch size 2), so there the factory's holds.
     - Training or evaluation mode, device and dtype.
     - The mark of `sync_norms`, from one norm of this package's to another; and an nn.SyncBatchNorm's group.
+
+    Activations are left where they stand. FilterResponseNorm and EvoNormS0 have one of their own: they bring it along
+    and take it away again. So take a ReLU behind them out of the model (`preflight` names it): it would cut off what
+    they leave below 0. Where the model has none behind its norm, as before a residual sum, it gets one: there use
+    `lambda nf: FilterResponseNorm(nf, activation=False)`. Their `tau` and `v` go only to another layer of the class; in
+    the place of any other norm they are new parameters, for the optimizer to be told of.
 
     torchvision's FrozenBatchNorm2d holds weight, bias and statistics as buffers and evaluates always. The norm in its
     place gets the first two as parameters that don't require a gradient, and is in evaluation mode if it takes the

@@ -8,6 +8,8 @@ from norms.batch import BatchNorm
 from norms.group import GroupNorm
 from norms.instance import InstanceNorm
 from norms.layer import LayerNorm
+from norms.rivals.evonorm import EvoNormS0
+from norms.rivals.filter_response import FilterResponseNorm
 from norms.rivals.pairs import BatchChannelNorm, RunningChannelNorm
 from norms.running import RunningBatchNorm
 
@@ -15,8 +17,10 @@ from norms.running import RunningBatchNorm
 # are batch norms with more behind.)
 BATCH = (_BatchNorm, BatchNorm, BatchChannelNorm, RunningBatchNorm, RunningChannelNorm)
 BatchKind = _BatchNorm | BatchNorm | RunningBatchNorm       # as a type
-FAMILIES = (BATCH, (_InstanceNorm, InstanceNorm), (nn.GroupNorm, GroupNorm))
+FAMILIES = (BATCH, (_InstanceNorm, InstanceNorm), (nn.GroupNorm, GroupNorm), (FilterResponseNorm,),
+            (EvoNormS0,))
 CHANNEL_NORMS = tuple(cls for family in FAMILIES for cls in family)
+ACTIVATION = ("tau", "v")               # parameters of an activation that is part of a norm
 LAYER = (nn.LayerNorm, LayerNorm)       # over trailing axes, with an affine map per value of these
 ON_IMAGES = (nn.BatchNorm2d, nn.InstanceNorm2d, nn.SyncBatchNorm, BatchNorm, RunningBatchNorm)  # or may be
 

@@ -131,6 +131,9 @@ class Norm(nn.Module):
         ranks                   only where a batch's statistics may be taken over several processes: how many these are
         pooled_moments(x)       with `ranks`: of all these, the mean and the variance, `(C,)` each, and how many images
                                 and values per channel they are of, `x` being this process's batch
+        statistics              what of these values it takes: their "mean and variance", or only the "variance" or the
+                                "mean square", by whose root it divides; then their mean stays
+        activates               whether an activation is part of it, so that none is due beside it
 
     Args:
         shape: shape of `weight` and `bias`.
@@ -139,6 +142,8 @@ class Norm(nn.Module):
         device, dtype: of the parameters, as in torch's layers.
     """
 
+    statistics = "mean and variance"
+    activates = False
     eps: float
     weight: nn.Parameter | None
     bias: nn.Parameter | None

@@ -7,7 +7,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from norms.batch import BatchNorm
 from norms.factory import Factory, make
-from norms.kinds import CHANNEL_NORMS, FAMILIES, LAYER, ON_IMAGES, frozen_class
+from norms.kinds import ACTIVATION, CHANNEL_NORMS, FAMILIES, LAYER, ON_IMAGES, frozen_class
 from norms.running import CARRIED_COUNT, CLAMP_IMAGES, RunningBatchNorm
 from norms.running_norm import RunningNorm
 from norms.sync import ProcessRanks
@@ -39,6 +39,9 @@ def successor(model: nn.Module, path: str, old: nn.Module, factory: Factory) -> 
     if like is not None and typed is not None: new.to(like.device, typed.dtype)
 
     carry_affine(layer, old, new, shape)
+    for name in ACTIVATION:
+        if getattr(old, name, None) is not None and getattr(new, name, None) is not None:
+            setattr(new, name, getattr(old, name))
     for name, buffer in new.named_buffers():
         found = getattr(old, name, None)
         if found is None: continue
@@ -66,7 +69,7 @@ def check_plain(layer: str, old: nn.Module) -> None:
     if getattr(old.forward, "__func__", None) not in (FORWARDS if cls is None else {cls.forward}):
         raise ValueError(f"{layer} has a forward of its own, and what it adds to the norm would be lost; put a plain "
                          "norm and the rest in its place first")
-    if old._modules or set(old._parameters) - set(IDENTITY):
+    if old._modules or set(old._parameters) - {*IDENTITY, *ACTIVATION}:
         raise ValueError(f"{layer} is parametrized; fold that into its weight first, such as by "
                          "torch.nn.utils.parametrize.remove_parametrizations")
     if any(hooks for name, hooks in vars(old).items() if name.endswith("_hooks")):

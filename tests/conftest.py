@@ -43,11 +43,19 @@ LONGEST = ("test_typing.py", "test_lessons.py", "test_readme.py", "test_experime
            "test_runner_distributed.py")
 
 
+# The names in the tests' lists of norms that have a definition and no kernels: they run once, and by that.
+NO_KERNELS = {"evonorm", "filter response"}
+
+
 def pytest_collection_modifyitems(items):
     """Tests marked `one_route` run with the kernels only: what is compiled, exported or elsewhere has its own.
     """
-    items[:] = [item for item in items if not (item.get_closest_marker("one_route") and hasattr(item, "callspec")
-                                               and item.callspec.params.get("kernels") == "definition")]
+    def second(item):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        one = bool(item.get_closest_marker("one_route"))
+        none = any(isinstance(v, str) and v in NO_KERNELS for v in params.values())
+        return (one or none) and params.get("kernels") == ("definition" if one else "kernels")
+    items[:] = [item for item in items if not second(item)]
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 

@@ -16,7 +16,7 @@ from experiments.study.stacked import register, stack, unstack
 from experiments.study.stacked_layers import GroupedConv2d, GroupedLinear, PerImage, by_patches
 from experiments.study.stacked_sgd import StackedSGD
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
-from norms.rivals import BatchChannelNorm, RunningChannelNorm
+from norms.rivals import BatchChannelNorm, EvoNormS0, FilterResponseNorm, RunningChannelNorm
 from runner import SGD
 
 
@@ -103,6 +103,9 @@ LAYERS = {
     "BatchChannelNorm": lambda: BatchChannelNorm(4, 2, 0.3, 1e-3),
     "RunningChannelNorm": lambda: RunningChannelNorm(4, 2, eps=1e-3, affine=False, constant_statistics=True),
     "RunningChannelNorm, averaged": lambda: RunningChannelNorm(4, 2, 0.2, rule="per_image", average_backward=True),
+    "FilterResponseNorm": lambda: FilterResponseNorm(4), "FilterResponseNorm alone": lambda: FilterResponseNorm(
+        4, affine=False, activation=False),
+    "EvoNormS0": lambda: EvoNormS0(4, 2), "EvoNormS0 without weights": lambda: EvoNormS0(4, 1, affine=False),
     "nn.BatchNorm2d": lambda: nn.BatchNorm2d(4, momentum=None), "untracked": lambda: nn.BatchNorm2d(
         4, affine=False, track_running_stats=False), "nn.GroupNorm": lambda: nn.GroupNorm(2, 4, affine=False),
     "nn.LayerNorm": lambda: nn.LayerNorm((4, 6, 6)), "nn.LayerNorm of rows": lambda: nn.LayerNorm(6),
@@ -168,7 +171,8 @@ def random_network(rng, c, depth):
     layers, eps = [], 0.1       # a map that is nearly constant would make rounding a thousand times as large
     norms = [lambda c: BatchNorm(c, eps=eps), lambda c: RunningBatchNorm(c, eps=eps), lambda c: GroupNorm(2, c, eps),
              lambda c: LayerNorm(eps=eps), InstanceNorm, lambda c: nn.BatchNorm2d(c, eps), nn.Identity,
-             lambda c: nn.GroupNorm(1, c, eps),
+             lambda c: nn.GroupNorm(1, c, eps), lambda c: FilterResponseNorm(c, eps),
+             lambda c: EvoNormS0(c, 2, eps),
              lambda c: RunningBatchNorm(c, 0.3, eps, rule="per_image", average_backward=True),
              lambda c: BatchChannelNorm(c, 2, eps=eps), lambda c: RunningChannelNorm(c, c, eps=eps),
              lambda c: RunningChannelNorm(c, 1, eps=eps, average_backward=True)]

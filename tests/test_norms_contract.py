@@ -10,14 +10,15 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
-from norms.rivals import BatchChannelNorm, RunningChannelNorm
+from norms.rivals import BatchChannelNorm, EvoNormS0, FilterResponseNorm, RunningChannelNorm
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 NORMS = {"batch": lambda: BatchNorm(4), "layer": LayerNorm, "instance": lambda: InstanceNorm(4),
          "group": lambda: GroupNorm(2, 4), "running": lambda: RunningBatchNorm(4),
          "running per image": lambda: RunningBatchNorm(4, rule="per_image"),
-         "batch and group": lambda: BatchChannelNorm(4, 2), "running and group": lambda: RunningChannelNorm(4, 2)}
+         "batch and group": lambda: BatchChannelNorm(4, 2), "running and group": lambda: RunningChannelNorm(4, 2),
+         "filter response": lambda: FilterResponseNorm(4), "evonorm": lambda: EvoNormS0(4, 2)}
 
 
 @pytest.fixture(params=list(NORMS))
@@ -107,9 +108,14 @@ def test_repr_shows_the_settings():
     assert repr(GroupNorm(2, 8)) == "GroupNorm(2, 8, eps=1e-05, affine=True)"
     assert repr(InstanceNorm(8)) == "InstanceNorm(8, eps=1.0)"
     assert repr(LayerNorm()) == "LayerNorm(eps=1e-05)"
+    assert repr(EvoNormS0(8, 2)) == "EvoNormS0(8, 2, eps=1e-05)"
+    assert repr(FilterResponseNorm(8)) == "FilterResponseNorm(8, eps=1e-06)"
+    assert repr(FilterResponseNorm(8, 1e-3, False, activation=False)) == \
+        "FilterResponseNorm(8, eps=0.001, affine=False, activation=False)"
 
 
-@pytest.mark.parametrize("make", [BatchNorm, InstanceNorm, RunningBatchNorm, lambda nf: GroupNorm(2, nf)])
+@pytest.mark.parametrize("make", [BatchNorm, InstanceNorm, RunningBatchNorm, lambda nf: GroupNorm(2, nf),
+                                  FilterResponseNorm, lambda nf: EvoNormS0(nf, 2)])
 def test_wrong_channel_count_names_both_and_the_mend(make):
     text = r"made for 4 channels and got 6 \(input of shape \(2, 6, 3, 3\)\).*make the norm with 6 channels"
     with pytest.raises(ValueError, match=text):
@@ -170,6 +176,7 @@ def test_instance_norm_needs_positions():
     (lambda: BatchNorm(4, eps=-1), ValueError, "eps is -1; it must be a number of at least 0"),
     (lambda: RunningBatchNorm(4, mom=0), ValueError, "mom is 0; it weighs the new batch and must be above 0"),
     (lambda: RunningBatchNorm(4, rule="both"), ValueError, "rule is 'both'; choose 'lesson' or 'per_image'"),
+    (lambda: EvoNormS0(8), ValueError, r"EvoNormS0 got 32 groups for 8 channels.*choose one of \[1, 2, 4, 8\]"),
     (lambda: GroupNorm(3, 8), ValueError, r"got 3 groups for 8 channels.*choose one of \[1, 2, 4, 8\]"),
     (lambda: LayerNorm(64)(torch.randn(2, 64, 7, 7)), ValueError,
      r"trailing axes of sizes \(64,\) and got an input of shape \(2, 64, 7, 7\).*norm=lambda nf: LayerNorm\(\)"),
@@ -189,16 +196,20 @@ def test_no_warnings_from_a_training_step(norm):
 # --- what a norm says of itself -----------------------------------------------------------------------------------
 
 SHAPES = {"batch": (4, 45), "layer": (3, 60), "instance": (12, 15), "group": (6, 30), "running": (4, 45),
-          "running per image": (4, 45)}
+          "running per image": (4, 45), "filter response": (12, 15), "evonorm": (6, 30)}
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_statistic_groups_are_the_values_behind_each_mean_and_variance(name):
     norm, x = NORMS[name]().double(), torch.randn(3, 4, 5, 3, dtype=torch.float64) * 2 + 1
+    if name == "evonorm": norm.v.data.fill_(0)              # y = x / 2 / std
+    if name == "filter response": norm.tau.data.fill_(-torch.inf)
     groups = norm.statistic_groups(x)
     assert groups.shape == SHAPES[name]
     centred = groups - groups.mean(1, keepdim=True)
-    expected = centred / (centred.square().mean(1, keepdim=True) + norm.eps).sqrt()
+    by = {"mean square": groups}.get(norm.statistics, centred)
+    if norm.statistics != "mean and variance": centred = groups
+    expected = centred / (by.square().mean(1, keepdim=True) + norm.eps).sqrt() / (2 if name == "evonorm" else 1)
     torch.testing.assert_close(norm.statistic_groups(norm(x)), expected, rtol=1e-6, atol=1e-6)
 
 

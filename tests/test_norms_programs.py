@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import norms.fast.kernels as kernels
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
-from norms.rivals import BatchChannelNorm, RunningChannelNorm
+from norms.rivals import BatchChannelNorm, EvoNormS0, FilterResponseNorm, RunningChannelNorm
 
 C, SIDES = 3, (4, 3)
 LAYOUTS = {
@@ -63,6 +63,11 @@ def segment(norm, way, x):
         # As `save_on_cpu` does on its way from and to a GPU, and compression: another tensor comes back, laid out anew.
         with saved_tensors_hooks(lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t): return norm(x)
     return norm(x)
+
+
+def centres(norm):
+    """Whether what `norm` makes of a constant batch is its bias."""
+    return norm.statistics == "mean and variance" and not isinstance(norm, RunningBatchNorm)
 
 
 def share_of(norm, x):
@@ -150,7 +155,7 @@ class Program(RuleBasedStateMachine):
             y = segment(self.norm, way, x)
         what = f"{way}, {layout}, {kind}, {'training' if training else 'evaluation'}"
         near(y, want.detach(), self.dtype, f"the output, {what},")
-        if kind == "constant" and training and "twice" not in way and not isinstance(self.norm, RunningBatchNorm):
+        if kind == "constant" and training and "twice" not in way and centres(self.norm):
             bias = self.norm.bias if isinstance(self.norm, LayerNorm) else self.norm.bias.view(1, -1, 1, 1)
             assert torch.equal(y, bias.to(y.dtype).expand_as(y)), f"not exactly the bias, {what}"
         if x.requires_grad:
@@ -181,7 +186,7 @@ class Program(RuleBasedStateMachine):
         for t in leaves: t.grad = None
         norm.train(item["training"])        # a repeated forward runs in whatever mode the module is in
         torch.autograd.backward(y, g, retain_graph=keep)
-        for t, want, name in zip(leaves, gradients, ("the input", "weight", "bias"), strict=False):
+        for t, want, name in zip(leaves, gradients, ("the input", "weight", "bias", "another"), strict=False):
             near(t.grad, want.detach(), self.dtype, f"the gradient of {name}, {what},")
             t.grad = None
         for name, b in before.items():
@@ -245,15 +250,17 @@ MAKES = {"batch": lambda: BatchNorm(C), "running": lambda: RunningBatchNorm(C), 
          "running per image": lambda: RunningBatchNorm(C, mom=0.3, rule="per_image"), "layer": LayerNorm,
          "averaged": lambda: RunningBatchNorm(C, average_backward=True), "instance": lambda: InstanceNorm(C, eps=1e-5),
          "layer, trailing axes": lambda: LayerNorm((C, *SIDES)), "batch and group": lambda: BatchChannelNorm(C, 1),
-         "running and group": lambda: RunningChannelNorm(C, 1)}
+         "running and group": lambda: RunningChannelNorm(C, 1),
+         "filter response": lambda: FilterResponseNorm(C), "evonorm": lambda: EvoNormS0(C, 1)}
 
 
 @pytest.mark.parametrize("name", MAKES)
 def test_random_programs(name, monkeypatch):
+    examples = 16 if MAKES[name]().statistics == "mean and variance" else 4     # these others have one route, no state
     monkeypatch.setattr(kernels, "GRAIN", 100)      # so that three threads change the route of the larger batches
     threads = torch.get_num_threads()
     machine = type("Of", (Program,), {"make": staticmethod(MAKES[name])})
     try:
         run_state_machine_as_test(machine, settings=settings(derandomize=True, deadline=None, database=None,
-                                                             max_examples=16, stateful_step_count=30))
+                                                             max_examples=examples, stateful_step_count=30))
     finally: torch.set_num_threads(threads)

@@ -11,7 +11,7 @@ from torch import nn
 
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
 from norms.moments import HALF
-from norms.rivals import BatchChannelNorm, RunningChannelNorm
+from norms.rivals import BatchChannelNorm, EvoNormS0, FilterResponseNorm, RunningChannelNorm
 from norms.testing import CHECKS, check_norm
 
 
@@ -70,6 +70,8 @@ NORMS = {
     "layer, trailing axes": (lambda nf: LayerNorm((nf, 5, 3)),
                              {"dims": (4,), "reference": lambda nf: nn.LayerNorm((nf, 5, 3))}, {"one element"},
                              STATELESS),
+    "evonorm": (lambda nf: EvoNormS0(nf, 2), {}, set(), {"the reference", "constant", *STATELESS}),
+    "filter response": (FilterResponseNorm, {}, set(), {"the reference", "constant", *STATELESS}),
     # torch takes empty batches, counts a batch in num_batches_tracked before it refuses it, counts a recomputed forward
     # again, and folds the mean into the shift.
     "torch batch 2d": (nn.BatchNorm2d, {"dims": (4,), "reference": BatchNorm},

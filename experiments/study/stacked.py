@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from experiments.models import AvgPool, GeneralRelu, Lambda, Residual, ResidualBlock, flatten
 from experiments.study.stacked_layers import GroupedConv2d, GroupedLayerNorm, GroupedLinear, KeepApart, PerImage
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
-from norms.rivals import BatchChannelNorm, RunningChannelNorm
+from norms.rivals import BatchChannelNorm, EvoNormS0, FilterResponseNorm, RunningChannelNorm
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -229,6 +229,9 @@ register(RunningBatchNorm, _running_batch_norm)
 register(BatchChannelNorm, lambda m, k: BatchChannelNorm(k * m.nf, k * m.num_groups, m.mom, m.eps,
                                                          m.weight is not None))
 register(RunningChannelNorm, _running_channel_norm)
+register(EvoNormS0, lambda m, k: EvoNormS0(k * m.nf, k * m.groups, m.eps, m.weight is not None))
+register(FilterResponseNorm, lambda m, k: FilterResponseNorm(k * m.nf, m.eps, m.weight is not None,
+                                                             activation=m.activates))
 register(nn.Flatten, _flatten)
 register(Lambda, _lambda)
 

@@ -10,6 +10,9 @@ of `norms` have them and a norm of your own can, without an import from anywhere
     ranks                   only where a batch's statistics may be taken over several processes: how many these are
     pooled_moments(x)       with `ranks`: of all these, the mean and the variance, `(C,)` each, and how many images and
                             values per channel they are of, `x` being this process's batch
+    statistics              only where it is not the mean and the variance that a norm takes of these values: "variance"
+                            or "mean square", by whose root it divides; the mean then stays
+    activates               only where an activation is part of the norm: true
     unclamped_var           only where the norm keeps that variance above a least one: a buffer `(C,)`, the variance
                             without it; where there is none, the buffer `running_var`
 
@@ -79,6 +82,11 @@ def shared(m: nn.Module, x: Tensor) -> bool:
     if not hasattr(m, "statistic_groups"): return isinstance(m, _BatchNorm)
     one = x[:1]
     return len(statistic_groups(m, torch.cat((one, one)))) == len(statistic_groups(m, one))
+
+
+def takes(m: nn.Module) -> str:
+    """What the norm layer `m` takes of the values of a statistic: "mean and variance", "variance" or "mean square"."""
+    return "mean square" if isinstance(m, nn.RMSNorm) else getattr(m, "statistics", "mean and variance")
 
 
 def running_moments(m: nn.Module, b: int) -> tuple[Tensor, Tensor, float | None] | None:

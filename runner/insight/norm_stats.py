@@ -17,6 +17,7 @@ from runner.insight.layers import (
     running_moments,
     running_statistics,
     statistic_groups,
+    takes,
 )
 from runner.insight.probe import Probe
 from runner.ranks import Ranks, synced
@@ -90,7 +91,7 @@ class NormStats(Probe):
         k, affine = (self.layouts[path][name] or 1 for name in ("mean", "scale"))
         groups = statistic_groups(m, x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
         var, mean = torch.var_mean(groups, 1, correction=0)                     # (K,) or (N K,)
-        if isinstance(m, nn.RMSNorm): var = groups.square().mean(1)
+        if takes(m) == "mean square": var = groups.square().mean(1)
         running, moments = running_statistics(m), running_moments(m, len(x))
         if moments is not None: used = moments[1]
         else: used = running[1] if running and not m.training else var

@@ -23,6 +23,7 @@ from runner.insight.layers import (
     shared,
     statistic_groups,
     taken,
+    takes,
     undone,
     wide,
 )
@@ -234,7 +235,7 @@ def _judge(m: nn.Module, x: Tensor, before: tuple[Tensor, Tensor] | None, was_fr
     """
     if not m.training and before: return "ok", "in evaluation mode in training too: its running statistics stay"
     groups, eps = wide(statistic_groups(m, x)), eps_of(m, x)
-    n, common, rms, ranks = groups.shape[1], shared(m, x), isinstance(m, nn.RMSNorm), world_size()
+    n, common, rms, ranks = groups.shape[1], shared(m, x), takes(m) == "mean square", world_size()
     var = groups.square().mean(1) if rms else groups.var(1, unbiased=False)
     images, of = len(x), ""
     if over is not None: (_, var, images, n), of = over, f" of {getattr(m, 'ranks', 1)} processes"
@@ -266,7 +267,8 @@ def _judge(m: nn.Module, x: Tensor, before: tuple[Tensor, Tensor] | None, was_fr
                        f"{len(x)} image{'s' * (len(x) > 1)}: {first}sync_norms(model)")
     if was_frozen: remark("warn", "it was in evaluation mode, and model.train() at every epoch ends that")
     # A statistic of one channel: its mean takes in the whole of the channel's bias.
-    if biased is not None and not (running or rms) and groups.shape[1] == x[0, 0].numel() * (len(x) if common else 1):
+    centres = takes(m) == "mean and variance" and not running
+    if biased is not None and centres and groups.shape[1] == x[0, 0].numel() * (len(x) if common else 1):
         remark("ok", f"the bias of {biased} before it is taken off again with the mean")
     levels, texts = zip(*remarks, strict=True)
     return max(levels, key=LEVELS.index), "; ".join(texts)
