@@ -56,7 +56,7 @@ class ImageData:
 
 
 class Pixels:
-    """`(x / 255 - mean) / std` in float32, of uint8 images `(..., C, H, W)` and moments `(C, 1, 1)`.
+    """`(x / 255 - mean) / std` in torch's default dtype, of uint8 images `(..., C, H, W)` and moments `(C, 1, 1)`.
 
     Made for batches: what is kept of the images then is a quarter of what their floats would be. Computed as
     `(x - 255 mean) / (255 std)`, image by image the same bits whatever batch they are in. A channel that has one value
@@ -69,7 +69,7 @@ class Pixels:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.shift.device != x.device: self.shift, self.scale = self.shift.to(x.device), self.scale.to(x.device)
-        return x.to(torch.float32).sub_(self.shift).div_(self.scale)
+        return x.to(torch.get_default_dtype()).sub_(self.shift).div_(self.scale)
 
 
 def pixel_moments(images: Tensor, top: int) -> tuple[float, float]:

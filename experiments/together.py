@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.errors import InputError
+from experiments.flips import Flips
 from experiments.image_data import ImageData
 from experiments.models import channels_last_
 from experiments.results import Row, Trained
@@ -46,7 +47,7 @@ SAME = ("batch_size", "epochs", "warm_up")      # what the rows of networks that
 
 def train_together(models: Sequence[nn.Module], images: ImageData, rows: Sequence[Row], device: str | torch.device,
                    label: str = "", cbs: Iterable[Callback] = (), *, tfm: Callable[[Tensor], Tensor] | None = None,
-                   convolutions: str = "rule", drop_last: bool = False,
+                   flips: bool = False, convolutions: str = "rule", drop_last: bool = False,
                    checkpoint: Path | None = None) -> list[Trained[Losses]]:
     """Train each of the K `models` as its row says, all as one: what `train` gives for each, in a list.
 
@@ -79,7 +80,8 @@ def train_together(models: Sequence[nn.Module], images: ImageData, rows: Sequenc
     opt = StackedSGD(net.parameters(), rate) if torch.is_tensor(rate) else SGD(net.parameters(), lr=rate)
     learn = Learner(net, opt, figures.summed_loss, DataBunch(dl, None, images.c))
     run = Runner([figures, CudaCallback(device), BatchTransformXCallback(EachTransform(k, tfm)),
-                  ProgressCallback(label), *([backend] if convolves else []),
+                  *([Flips([r["seed"] for r in rows])] if flips else []), ProgressCallback(label),
+                  *([backend] if convolves else []),
                   *([ParamScheduler("lr", sched)] if sched else []), watch, LeaveLost(), *cbs])
     for model in models: model.to(device)
     error: str | None = None

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.errors import InputError
+from experiments.flips import Flips
 from experiments.image_data import ImageData
 from experiments.models import channels_last_, get_runner
 from experiments.results import Row, Trained
@@ -74,7 +75,7 @@ def convolutions_in_words(convolutions: str) -> str:
 
 def train(model: nn.Module, images: ImageData, row: Row, device: str | torch.device, label: str,
           cbs: Iterable[Callback] = (), *, tfm: Callable[[Tensor], Tensor] | None = None,
-          convolutions: str = "rule", drop_last: bool = False, compile: bool = False,
+          flips: bool = False, convolutions: str = "rule", drop_last: bool = False, compile: bool = False,
           checkpoint: Path | None = None) -> Trained[Losses]:
     """Train `model` as `row` says: `(rows per epoch, final row, training losses)`.
 
@@ -88,6 +89,7 @@ def train(model: nn.Module, images: ImageData, row: Row, device: str | torch.dev
         label: for the progress bar.
         cbs: further callbacks.
         tfm: transform of the images of a batch as they are kept; None is `images.tfm`.
+        flips: whether to flip training images left to right at random, by the row's seed: `Flips`.
         convolutions: what a model with convolutions runs on a CPU, a name in `CONVOLUTIONS`.
         drop_last: whether to leave out the last training batch if it is smaller than the others.
         compile: whether to compile the steps.
@@ -106,7 +108,7 @@ def train(model: nn.Module, images: ImageData, row: Row, device: str | torch.dev
     backend, watch = backend_of(convolutions), Stopwatch()
     learn, run = get_runner(model, DataBunch(train_dl, valid_dl, images.c), rate, [
         Recorder(), AvgStatsCallback(accuracy), CudaCallback(device),
-        BatchTransformXCallback(tfm or images.tfm), ProgressCallback(label),
+        BatchTransformXCallback(tfm or images.tfm), *([Flips(row["seed"])] if flips else []), ProgressCallback(label),
         *([backend] if convolves else []), *([ParamScheduler("lr", sched)] if sched else []), watch, LeaveLost(), *cbs],
         compile=compile)
     row = {**row, "parameters": sum(p.numel() for p in model.parameters())}
