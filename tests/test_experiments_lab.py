@@ -62,7 +62,8 @@ def test_each_arm_and_seed_is_run_once_and_not_more_together_than_allowed():
         assert sorted((p["arm"], p["seed"]) for p in grid) == sorted(wanted)
         for handed in grid.handed():
             alike = {(a.norm, a.batch_size) for a in (Arm.named(p["arm"]) for p in handed.points)}
-            assert len(alike) == 1 and len(handed.points) <= (at_most if alike.pop()[1] == 2 else 1)
+            assert len(alike) == 1
+            assert len(handed.points) <= (at_most if alike.pop()[1] == 2 else 1)
 
 
 # --- networks -----------------------------------------------------------------------------------------------------
@@ -104,10 +105,14 @@ def config(tmp_path, **changes):
 def test_a_run_tunes_on_split_off_images_and_reads_the_test_images_once(tmp_path, capsys):
     result = lab.run(config(tmp_path))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert result.status == 0 and summary["complete"] and (tmp_path / "run" / "lab.png").stat().st_size
+    assert result.status == 0
+    assert summary["complete"]
+    assert (tmp_path / "run" / "lab.png").stat().st_size
     before, after = summary["before"], summary["rows"]
-    assert len(before) == 2 * 2 * 2 and len(after) == 2 * 2 * 2
-    assert not any("test_accuracy" in r for r in before) and all(0 <= r["test_accuracy"] <= 1 for r in after)
+    assert len(before) == 2 * 2 * 2
+    assert len(after) == 2 * 2 * 2
+    assert not any("test_accuracy" in r for r in before)
+    assert all(0 <= r["test_accuracy"] <= 1 for r in after)
     assert {r["seed"] for r in before}.isdisjoint(r["seed"] for r in after)
     best = {}
     for r in before:
@@ -115,9 +120,12 @@ def test_a_run_tunes_on_split_off_images_and_reads_the_test_images_once(tmp_path
         if r["valid_accuracy"] > best.get(cell, (-1,))[0]: best[cell] = r["valid_accuracy"], r["rate"]
     assert {(r["norm"], r["batch_size"]): r["rate"] for r in after} == {cell: rate for cell, (_, rate) in best.items()}
     out = capsys.readouterr().out
-    assert "rates:   GroupNorm, batch 2, warm-up:" in out and "test accuracy" in out
+    assert "rates:   GroupNorm, batch 2, warm-up:" in out
+    assert "test accuracy" in out
     header, lines = lab.table(summary)
-    assert [line[:2] for line in lines if line[1] == "2"] and len(lines) == 4 and len(header) == len(lines[0])
+    assert [line[:2] for line in lines if line[1] == "2"]
+    assert len(lines) == 4
+    assert len(header) == len(lines[0])
 
 
 def test_a_run_goes_on_where_it_stopped_and_ends_the_same(tmp_path):
@@ -138,7 +146,8 @@ def test_together_or_alone_a_network_becomes_the_same(tmp_path):
                        for k in (1, 24))
     for a, b in itertools.product(alone.rows, together.rows):
         if (a["arm"], a["seed"]) == (b["arm"], b["seed"]): assert a["train_loss"] == pytest.approx(b["train_loss"])
-    assert {r["together"] for r in together.rows} == {2} and {r["together"] for r in alone.rows} == {1}
+    assert {r["together"] for r in together.rows} == {2}
+    assert {r["together"] for r in alone.rows} == {1}
 
 
 def test_a_norm_that_is_refused_its_input_is_a_failed_run_and_not_left_out(tmp_path):
@@ -146,7 +155,8 @@ def test_a_norm_that_is_refused_its_input_is_a_failed_run_and_not_left_out(tmp_p
     status = {r["norm"]: r["status"] for r in result.rows}
     assert status == {"BatchNorm2d": "failed", "GroupNorm": "ok"}
     lines = {line[0]: line for line in lab.table(json.loads((tmp_path / "run" / "summary.json").read_text()))[1]}
-    assert lines["BatchNorm2d"][4] == "0.0000" and lines["BatchNorm2d"][8] == "1 of 1"
+    assert lines["BatchNorm2d"][4] == "0.0000"
+    assert lines["BatchNorm2d"][8] == "1 of 1"
 
 
 def test_arms_that_are_lost_while_rates_are_tried_are_named_and_nothing_is_chosen(tmp_path, monkeypatch, capsys):
@@ -159,8 +169,12 @@ def test_arms_that_are_lost_while_rates_are_tried_are_named_and_nothing_is_chose
                         broken(net, norm, *args))
     result = lab.run(config(tmp_path, batch_sizes=[2]))
     out = capsys.readouterr().out
-    assert result.status == 1 and result.rows == [] and result.lost == 2
-    assert "the arms were not chosen; GroupNorm, batch 2" in out and "out of luck" in out and "--resume" in out
+    assert result.status == 1
+    assert result.rows == []
+    assert result.lost == 2
+    assert "the arms were not chosen; GroupNorm, batch 2" in out
+    assert "out of luck" in out
+    assert "--resume" in out
     monkeypatch.setattr(lab, "build", real)
     assert lab.run(config(tmp_path, batch_sizes=[2], resume=True)).status == 0
 

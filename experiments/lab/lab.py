@@ -19,6 +19,7 @@ from torch import nn
 from experiments.arms import run_arms
 from experiments.errors import InputError
 from experiments.figures import by_arm, finite, heading, plural, seeds_and_device, statuses
+from experiments.folder import PREFIX
 from experiments.image_data import ImageData
 from experiments.images import images_of, load_images
 from experiments.lab import pictures
@@ -56,7 +57,8 @@ class Config(ImageStudySettings):
     `net` is a name in `NETS`, `norms` are names in `NORMS`, `schedules` in `SCHEDULES`; `rates` are those tried at
     batch size 2, None for the usual ones of the network (`arms.rates` says how they grow with the batch size); `seeds`,
     `epochs` and `tune_epochs`, of the runs that choose the rate, None for the usual ones of the network. `tune_seeds`
-    are these runs' own. Up to `together` networks are trained as one where small batches make that the faster way.
+    are these runs' own. `flips` says whether training images are flipped left to right at random, None where they are a
+    folder's. Up to `together` networks are trained as one where small batches make that the faster way.
 
     Raises:
         InputError: a value that makes no sense.
@@ -73,6 +75,7 @@ class Config(ImageStudySettings):
     tune_epochs: int | None = None
     tune_seeds: Sequence[int] = (TUNE_SEED,)
     together: int = TOGETHER
+    flips: bool | None = None
 
     def __post_init__(self) -> None:
         self.net, = choose([self.net], NETS, "network")
@@ -86,6 +89,7 @@ class Config(ImageStudySettings):
         if self.seeds is None: self.seeds = tuple(range(SEEDS[self.net]))
         self.epochs = EPOCHS[self.net] if self.epochs is None else self.epochs
         self.tune_epochs = min(self.epochs, TUNE_EPOCHS[self.net]) if self.tune_epochs is None else self.tune_epochs
+        if self.flips is None: self.flips = self.data.startswith(PREFIX)
         for name in ("epochs", "tune_epochs", "together"): positive(name.replace("_", " "), getattr(self, name))
         self.tune_seeds = some_once("tuning seeds", self.tune_seeds)
         super().__post_init__()
@@ -119,7 +123,8 @@ def train_arms(config: Config, names: Sequence[str], seeds: Sequence[int], check
     images, arms = images_of(config), [Arm.named(name) for name in names]
     models, rows = networks(config, images, arms, seeds)
     label = f"{names[0]}, seed {seeds[0]}" + f" and {len(names) - 1} more" * (len(names) > 1)
-    kwargs: dict[str, Any] = {"convolutions": config.convolutions, "drop_last": True, "checkpoint": checkpoint}
+    kwargs: dict[str, Any] = {"convolutions": config.convolutions, "drop_last": True, "checkpoint": checkpoint,
+                              "flips": bool(config.flips)}
     if len(models) == 1: found = [train(models[0], images, rows[0], config.device, label, **kwargs)]
     else: found = train_together(models, images, rows, config.device, label, **kwargs)
     return [finished(images, arm, model, trained, len(models))
@@ -170,6 +175,7 @@ def header(config: Config, images: ImageData) -> str:
     return heading(images, f"{config.net}; {n:,} parameters with BatchNorm",
                    f"run:     batch sizes {', '.join(map(str, config.batch_sizes))}; {' and '.join(config.schedules)}; "
                    f"{tries} tried for {config.tune_epochs} of {plural(config.epochs or 0, 'epoch')}; "
+                   f"{'flips; ' * bool(config.flips)}"
                    f"{seeds_and_device(config)}", f"norms:   {', '.join(config.norms)}")
 
 
@@ -245,6 +251,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"their seeds (default: {TUNE_SEED})")
     parser.add_argument("--together", type=int, default=TOGETHER, metavar="N", help="networks that are trained as one "
                         f"at small batch sizes, at most (default: {TOGETHER})")
+    parser.add_argument("--flips", action=argparse.BooleanOptionalAction, help="whether training images are flipped "
+                        "left to right at random (default: those of a folder are)")
     add_image_arguments(parser, "lab", seeds=per_net(SEEDS), folders=True)
 
 

@@ -19,9 +19,18 @@ from experiments.models import (
     make_norm,
 )
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
+from norms.rivals import (
+    BatchChannelNorm,
+    BatchRenorm,
+    EvoNormS0,
+    FilterResponseNorm,
+    MomentumBatchNorm,
+    RunningChannelNorm,
+)
 
 NETS = ("five-layer", "resnet")
 WIDTH = 16      # channels of the residual network's first block; each later one has twice as many
+GROUPS = 4      # of every norm that takes groups
 
 
 @dataclass(frozen=True)
@@ -29,12 +38,14 @@ class How:
     """How a network is normalised.
 
     `norm` makes the norm, None for a network without; with `steps` it is called with the number of training steps too,
-    for a norm whose definition has a schedule. `conv` is the class of the convolutions. `branch` makes what stands at
-    the end of each residual branch, if anything does.
+    for a norm whose definition has a schedule. `last` makes the norm where no activation may follow, at the end of a
+    residual branch or on a shortcut, if that is another: of norms that hold their activation. `conv` is the class of
+    the convolutions. `branch` makes what stands at the end of each residual branch, if anything does.
     """
 
     norm: Callable[..., nn.Module] | None
     steps: bool = False
+    last: NormFactory | None = None
     conv: Callable[..., nn.Module] = nn.Conv2d
     branch: Callable[[], nn.Module] | None = None
 
@@ -43,15 +54,30 @@ class How:
         return partial(self.norm, steps=steps) if self.steps and self.norm is not None else self.norm
 
 
+def group_norm(nf: int) -> nn.Module: return GroupNorm(GROUPS, nf)
+
+
+def batch_renorm(nf: int, steps: int) -> nn.Module:
+    """Its limits grow over the same parts of the training as in the paper, of 130,000 steps."""
+    return BatchRenorm(nf, begin=steps // 26, rmax_at=steps * 4 // 13, dmax_at=steps * 5 // 26)
+
+
 NORMS: dict[str, How] = {
     "none": How(None),
     "BatchNorm2d": How(nn.BatchNorm2d),
     "BatchNorm": How(BatchNorm),
     "LayerNorm": How(lambda nf: LayerNorm()),
     "InstanceNorm": How(InstanceNorm),
-    "GroupNorm": How(lambda nf: GroupNorm(4, nf)),
+    "GroupNorm": How(group_norm),
     "RunningBatchNorm": How(RunningBatchNorm),
     "RunningBatchNorm-averaged": How(partial(RunningBatchNorm, average_backward=True)),
+    "BatchRenorm": How(batch_renorm, steps=True),
+    "MomentumBatchNorm": How(MomentumBatchNorm, steps=True),
+    "FilterResponseNorm": How(FilterResponseNorm, last=partial(FilterResponseNorm, activation=False)),
+    "EvoNormS0": How(lambda nf: EvoNormS0(nf, GROUPS), last=group_norm),
+    "BatchChannelNorm": How(lambda nf: BatchChannelNorm(nf, GROUPS)),
+    "RunningChannelNorm": How(lambda nf: RunningChannelNorm(nf, GROUPS)),
+    "RunningChannelNorm-averaged": How(lambda nf: RunningChannelNorm(nf, GROUPS, average_backward=True)),
 }
 
 
@@ -96,7 +122,7 @@ def unit(how: How, norm: NormFactory | None, ni: int, nf: int, ks: int = 3, stri
          last: bool = False) -> nn.Module:
     """Convolution, norm, and ReLU unless it is the `last` of a branch or the norm holds its own activation."""
     layers = [how.conv(ni, nf, ks, stride=stride, padding=ks // 2, bias=norm is None)]
-    layer = None if norm is None else make_norm(norm, nf, "unit")
+    layer = None if norm is None else make_norm(how.last if last and how.last is not None else norm, nf, "unit")
     if layer is not None: layers.append(layer)
     if not last and not getattr(layer, "activates", False): layers.append(nn.ReLU())
     return nn.Sequential(*layers)
