@@ -227,6 +227,9 @@ def set_statistics(norm: BatchKind, name: str, images: int, mean: Tensor, var: T
     norm.running_mean.copy_(mean)
     if isinstance(norm, RunningBatchNorm):
         norm.running_var.copy_(var)
+        if norm.evaluation_memory is not None:
+            norm.recent_mean.copy_(mean)
+            norm.recent_var.copy_(var)
         norm.unclamped_var.copy_(var)
         norm.count.clamp_(min=CARRIED_COUNT)
         norm.seen.fill_(max(images, CLAMP_IMAGES))

@@ -54,6 +54,16 @@ class RunningBatchNorm(RunningNorm):
     means over the batch and its positions. With `average_backward=True` they are averaged over steps as the forward's
     are: see `norms.averaged`, also for training in mixed precision (`rescale_`).
 
+    The averages remember few images (38 at batch size 2 and mom 0.1), as training wants them: a longer memory holds
+    what weights of long ago have made. In evaluation the chance that is left in so few costs accuracy. With
+    `evaluation_memory=M` evaluation normalises by averages of these averages over about M images more, in which they
+    have after a batch of b images the weight
+
+        beta = max(2 b / (M + b), b / seen)         running <- merge_moments(running, recent, beta)
+
+    (the plain mean at first, and then an exponential one that remembers M images as `running_moments` counts them).
+    Training goes by `recent_mean` and `recent_var` and is the same with it and without.
+
     While fewer than 20 images have been seen the variance is taken as at least 0.01. Before any training the
     running statistics are mean 0 and variance 1, so evaluation is the affine map alone.
 
@@ -72,12 +82,16 @@ class RunningBatchNorm(RunningNorm):
         rule: how `mom` turns into a batch's weight, "lesson" or "per_image".
         average_backward: average the means in the gradient over steps. It keeps state in the backward pass, so second
             derivatives and `torch.func` are refused.
+        evaluation_memory: over how many images evaluation averages what training normalises by, such as 1000; None
+            evaluates by the same statistics.
         device, dtype: of the parameters; the statistics are float32 or wider.
 
     Shapes: `(N, C)` or `(N, C, *spatial)` in and out; `weight`, `bias`, `running_mean`, `running_var` and
         `unclamped_var` (the average that the clamp may hide) `(C,)`; `count` (W, values per channel) and `seen`
         (images) are scalars. All are tensors, so that a state dict saved in mid-training continues bit for bit and a
-        compiled step is not compiled again. With `average_backward` also `grad_mean` and `grad_dot` (G and D) `(C,)`.
+        compiled step is not compiled again. With `average_backward` also `grad_mean` and `grad_dot` (G and D) `(C,)`;
+        with `evaluation_memory` also `recent_mean` and `recent_var` `(C,)`, which training normalises by, to which
+        `unclamped_var` belongs then.
 
     Raises:
         ValueError: another channel count, fewer than two axes, an empty input (but in evaluation, or in a training step
@@ -94,20 +108,29 @@ class RunningBatchNorm(RunningNorm):
     seen: Tensor
     grad_mean: Tensor       # this and the next only with `average_backward`
     grad_dot: Tensor
+    recent_mean: Tensor     # this and the next only with `evaluation_memory`
+    recent_var: Tensor
+    evaluation_memory: float | None = None      # of the class too: a module that was pickled earlier has none
 
     def __init__(self, nf: int, mom: float = 0.1, eps: float = 1e-5, affine: bool = True, *,
-                 rule: Literal["lesson", "per_image"] = "lesson", average_backward: bool = False, device: Device = None,
+                 rule: Literal["lesson", "per_image"] = "lesson", average_backward: bool = False,
+                 evaluation_memory: float | None = None, device: Device = None,
                  dtype: torch.dtype | None = None) -> None:
         further: dict[str, tuple[tuple[int, ...], float]]
         further = {"unclamped_var": ((nf,), 1.0), "count": ((), 0.0), "seen": ((), 0)}
         if average_backward: further |= {"grad_mean": ((nf,), 0.0), "grad_dot": ((nf,), 0.0)}
+        if evaluation_memory is not None: further |= {"recent_mean": ((nf,), 0.0), "recent_var": ((nf,), 1.0)}
         super().__init__(nf, eps, further, affine, device, dtype)
         if not 0 < mom <= 1:
             raise ValueError(f"RunningBatchNorm: mom is {mom!r}; it weighs the new batch and must be above 0 and at "
                              "most 1, such as 0.1")
         if rule not in ("lesson", "per_image"):
             raise ValueError(f"RunningBatchNorm: rule is {rule!r}; choose 'lesson' or 'per_image'")
+        if evaluation_memory is not None and not 0 < evaluation_memory < math.inf:
+            raise ValueError(f"RunningBatchNorm: evaluation_memory is {evaluation_memory!r}; it is a number of images, "
+                             "such as 1000, or None to evaluate by what training normalises by")
         self.mom, self.rule, self.average_backward = mom, rule, average_backward
+        self.evaluation_memory = evaluation_memory
 
     clamp_images, clamp_var = CLAMP_IMAGES, CLAMP_VAR
 
@@ -130,7 +153,21 @@ class RunningBatchNorm(RunningNorm):
         """The least variance after `seen` images, a scalar tensor: 0.01 until there were 20, then 0."""
         return self.clamp_var * (seen < self.clamp_images).to(self.running_var.dtype)
 
+    @property
+    def trains_by(self) -> tuple[str, str]:
+        """The names of the buffers that training normalises by, a mean and a variance."""
+        recent = self.evaluation_memory is not None
+        return ("recent_mean", "recent_var") if recent else ("running_mean", "running_var")
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.evaluation_memory is None or not self.training: return self.normalise(x)
+        before = self.seen.clone()
+        y = self.normalise(x)
+        if isinstance(y, Tensor): self.settle(self.seen - before)       # and not a tracer's stand-in
+        return y
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """What `forward` gives, and the batch into the averages that training normalises by."""
         if (y := fast.step(self, x)) is not None: return y
         self.check_input(x, self.nf, no_images=not self.training or self.over_ranks())
         xs = wide(x)
@@ -160,8 +197,8 @@ class RunningBatchNorm(RunningNorm):
         """
         state = fast.state(self)            # the buffers; those of then in a forward that checkpointing does again
         old = {name: fast.owned(t) for name, t in state.items()}            # copies: the graph keeps none of a buffer
-        mean, var, hidden = (per_channel(wide(old[name]), batch_mean.ndim)
-                             for name in ("running_mean", "running_var", "unclamped_var"))
+        names = self.trains_by
+        mean, var, hidden = (per_channel(wide(old[name]), batch_mean.ndim) for name in (*names, "unclamped_var"))
         before = self.floor(old["seen"])
         var = torch.where((var == before) & (before > 0), hidden, var)
         alpha, seen = self.batch_weight(images), (old["seen"] + images).to(torch.int64)
@@ -171,12 +208,23 @@ class RunningBatchNorm(RunningNorm):
         a = (new / count).to(mean.dtype)
         mean, var = merge_moments(mean, var, batch_mean.to(mean.dtype), batch_var.to(var.dtype), a)
         with torch.no_grad():
-            state["running_mean"].copy_(mean.detach().flatten())
-            state["running_var"].copy_(var.detach().flatten().clamp_min(floor))
+            state[names[0]].copy_(mean.detach().flatten())
+            state[names[1]].copy_(var.detach().flatten().clamp_min(floor))
             state["unclamped_var"].copy_(var.detach().flatten())
             fast.write(state["count"], count, refuse=True)
             fast.write(state["seen"], seen, refuse=True)
         return mean, var, a, floor
+
+    @torch.no_grad()
+    def settle(self, images: Tensor) -> None:
+        """Take what the norm has just trained by, in a step of `images` images, into what evaluation goes by."""
+        if fast.repeating(): return         # counted already; and no training forward reads what is written here
+        assert self.evaluation_memory is not None
+        mean, var = self.running_mean, self.running_var
+        b, seen = (t.to(mean.dtype) for t in (images, self.seen))
+        beta = torch.maximum(2 * b / (self.evaluation_memory + b), b / seen.clamp_min(1)).clamp_max(1)
+        new = merge_moments(mean, var, self.recent_mean, self.recent_var, beta)
+        for old, t in zip((mean, var), new, strict=True): old.copy_(t)
 
     @torch.no_grad()
     def rescale_(self, factor: float) -> None:
@@ -195,7 +243,8 @@ class RunningBatchNorm(RunningNorm):
         as the plain average of (2 - alpha) / alpha batches.
         """
         alpha = self.batch_weight(b)
-        return self.running_mean, self.running_var, b * (2 - alpha) / alpha
+        mean, var = (self._buffers[name] for name in self.trains_by)
+        return mean, var, b * (2 - alpha) / alpha
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
                               *args: Any) -> None:
@@ -211,10 +260,14 @@ class RunningBatchNorm(RunningNorm):
             state_dict[prefix + "running_var"] = var.clamp_min(floor.to(var.dtype))
             if self.average_backward:
                 for name in ("grad_mean", "grad_dot"): state_dict.setdefault(prefix + name, torch.zeros_like(mean))
+            if self.evaluation_memory is not None:
+                for name in ("mean", "var"):
+                    state_dict.setdefault(f"{prefix}recent_{name}", state_dict[f"{prefix}running_{name}"].clone())
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
         more = ", average_backward=True" if self.average_backward else ""
+        if self.evaluation_memory is not None: more += f", evaluation_memory={self.evaluation_memory}"
         more += ("" if self.weight is not None else ", affine=False") + self.synced_repr()
         return f"{self.nf}, mom={self.mom}, eps={self.eps}, rule={self.rule!r}{more}"
 
@@ -222,7 +275,7 @@ class RunningBatchNorm(RunningNorm):
 def _launch(norm: RunningBatchNorm, x: Tensor, kernels: Kernels) -> Tensor | None:
     b = x.shape[0]
     rule = b, norm.batch_weight(b), norm.clamp_images, norm.clamp_var, norm.eps
-    return fast.running_batch_norm(norm, x, kernels, rule, norm.average_backward)
+    return fast.running_batch_norm(norm, x, kernels, rule, norm.average_backward, norm.trains_by)
 
 
 fast.register(RunningBatchNorm, _launch)

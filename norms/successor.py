@@ -109,6 +109,9 @@ def carry_affine(layer: str, old: nn.Module, new: nn.Module, shape: tuple[int, .
 
 def translate_counts(old: nn.Module, new: nn.Module) -> None:
     """Between a RunningBatchNorm and another norm: make `new` evaluate as `old` does, and average on from there."""
+    if isinstance(new, RunningBatchNorm) and new.evaluation_memory is not None and not hasattr(old, "recent_mean"):
+        new.recent_mean.copy_(new.running_mean)
+        new.recent_var.copy_(new.running_var)
     if isinstance(old, RunningBatchNorm):
         if not isinstance(new, RunningBatchNorm) and hasattr(new, "num_batches_tracked"):
             new.get_buffer("num_batches_tracked").copy_(old.seen)

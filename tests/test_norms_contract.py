@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("kernels")
 NORMS = {"batch": lambda: BatchNorm(4), "layer": LayerNorm, "instance": lambda: InstanceNorm(4),
          "group": lambda: GroupNorm(2, 4), "running": lambda: RunningBatchNorm(4),
          "running per image": lambda: RunningBatchNorm(4, rule="per_image"),
+         "running, settled": lambda: RunningBatchNorm(4, evaluation_memory=50),
          "batch and group": lambda: BatchChannelNorm(4, 2), "running and group": lambda: RunningChannelNorm(4, 2),
          "filter response": lambda: FilterResponseNorm(4), "evonorm": lambda: EvoNormS0(4, 2)}
 
@@ -175,6 +176,7 @@ def test_instance_norm_needs_positions():
     (lambda: BatchNorm(4, mom=2), ValueError, "mom is 2; it weighs the new batch and must lie in 0 to 1"),
     (lambda: BatchNorm(4, eps=-1), ValueError, "eps is -1; it must be a number of at least 0"),
     (lambda: RunningBatchNorm(4, mom=0), ValueError, "mom is 0; it weighs the new batch and must be above 0"),
+    (lambda: RunningBatchNorm(4, evaluation_memory=0), ValueError, "evaluation_memory is 0; it is a number of images"),
     (lambda: RunningBatchNorm(4, rule="both"), ValueError, "rule is 'both'; choose 'lesson' or 'per_image'"),
     (lambda: EvoNormS0(8), ValueError, r"EvoNormS0 got 32 groups for 8 channels.*choose one of \[1, 2, 4, 8\]"),
     (lambda: GroupNorm(3, 8), ValueError, r"got 3 groups for 8 channels.*choose one of \[1, 2, 4, 8\]"),

@@ -248,6 +248,7 @@ class Program(RuleBasedStateMachine):
 
 MAKES = {"batch": lambda: BatchNorm(C), "running": lambda: RunningBatchNorm(C), "group": lambda: GroupNorm(1, C),
          "running per image": lambda: RunningBatchNorm(C, mom=0.3, rule="per_image"), "layer": LayerNorm,
+         "settled": lambda: RunningBatchNorm(C, average_backward=True, evaluation_memory=20),
          "averaged": lambda: RunningBatchNorm(C, average_backward=True), "instance": lambda: InstanceNorm(C, eps=1e-5),
          "layer, trailing axes": lambda: LayerNorm((C, *SIDES)), "batch and group": lambda: BatchChannelNorm(C, 1),
          "running and group": lambda: RunningChannelNorm(C, 1),

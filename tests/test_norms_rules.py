@@ -25,7 +25,8 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 RUNNING = {"batch": BatchNorm, "running": RunningBatchNorm,
            "per image": lambda nf: RunningBatchNorm(nf, rule="per_image"),
-           "averaged": lambda nf: RunningBatchNorm(nf, average_backward=True)}
+           "averaged": lambda nf: RunningBatchNorm(nf, average_backward=True),
+           "settled": lambda nf: RunningBatchNorm(nf, evaluation_memory=30)}
 NORMS = {**RUNNING, "group": lambda nf: GroupNorm(2, nf), "instance": lambda nf: InstanceNorm(nf, eps=1e-5),
          "layer": lambda nf: LayerNorm(), "layer, trailing": lambda nf: LayerNorm((nf, 5, 3)),
          "filter response": FilterResponseNorm, "evonorm": lambda nf: EvoNormS0(nf, 2)}

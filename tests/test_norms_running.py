@@ -8,7 +8,7 @@ from reference import LiteralRunningBatchNorm
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from norms import BatchNorm, RunningBatchNorm
+from norms import BatchNorm, RunningBatchNorm, convert_norms, recalibrate
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -242,3 +242,70 @@ def test_half_leaves_the_statistics_at_float32():
     assert y.dtype == torch.float16
     assert y.float().mean().abs() < 1e-2
     assert m.double().running_mean.dtype == torch.float64
+
+
+# --- evaluation_memory --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("average_backward", [False, True])
+@pytest.mark.parametrize("sizes", [[2] * 40, [1] * 30, [1, 7, 2, 30, 3, 3, 64, 1, 2, 2, 5], [200, 1, 1]])
+def test_evaluation_goes_by_averages_of_what_training_went_by(sizes, average_backward):
+    memory = 25
+    plain = RunningBatchNorm(3, average_backward=average_backward).double()
+    ours = RunningBatchNorm(3, average_backward=average_backward, evaluation_memory=memory).double()
+    first, second, seen = torch.zeros(3).double(), torch.ones(3).double(), 0        # E[x] and E[x^2]
+    for i, b in enumerate(sizes):
+        x = torch.randn(b, 3, 2, 2, dtype=torch.float64, requires_grad=True) + i
+        y, z = ours(x), plain(x)
+        assert torch.equal(y, z)                                                    # training is the same
+        g = torch.randn_like(y)
+        assert torch.equal(*(torch.autograd.grad(out, x, g)[0] for out in (y, z)))
+        seen += b
+        beta = min(1, max(2 * b / (memory + b), b / seen))
+        first = (1 - beta) * first + beta * plain.running_mean
+        second = (1 - beta) * second + beta * (plain.running_var + plain.running_mean ** 2)
+        torch.testing.assert_close(ours.running_mean, first)
+        torch.testing.assert_close(ours.running_var, second - first ** 2)
+        torch.testing.assert_close([ours.recent_mean, ours.recent_var], [plain.running_mean, plain.running_var])
+    x = torch.randn(4, 3, 2, 2).double()
+    wanted = (x - first.view(3, 1, 1)) / (second - first ** 2 + 1e-5).sqrt().view(3, 1, 1)
+    torch.testing.assert_close(ours.eval()(x), wanted)
+    assert repr(ours).count("evaluation_memory=25") == 1
+
+
+def test_evaluation_memory_steadies_evaluation():
+    """Of one distribution, 400 batches of 2: the mean for evaluation is off by a fraction of what training's is off."""
+    off = []
+    for seed in range(20):
+        rng = torch.Generator().manual_seed(seed)
+        m = RunningBatchNorm(8, evaluation_memory=1000)
+        for _ in range(1000): m(torch.randn(2, 8, generator=rng))
+        off.append([m.recent_mean.square().mean(), m.running_mean.square().mean()])
+    recent, running = torch.tensor(off).mean(0)
+    assert recent == pytest.approx(1 / 38, rel=0.25)                # the mean of 38 images' values, one each
+    assert running < recent / 15
+
+
+def test_evaluation_memory_goes_through_state_dicts_conversion_and_recalibration():
+    trained = BatchNorm(3)
+    for _ in range(5): trained(torch.randn(8, 3) * 2 + 1)
+    x = torch.randn(6, 3)
+    for make in (lambda nf: RunningBatchNorm(nf, evaluation_memory=50),
+                 lambda nf: RunningBatchNorm(nf, evaluation_memory=50, average_backward=True)):
+        loaded = make(3)
+        loaded.load_state_dict(trained.state_dict())
+        model = torch.nn.Sequential(BatchNorm(3))
+        model[0].load_state_dict(trained.state_dict())
+        convert_norms(model, make)
+        for m in (loaded, model[0]):
+            torch.testing.assert_close(m.eval()(x), trained.eval()(x))
+            torch.testing.assert_close([m.recent_mean, m.recent_var], [m.running_mean, m.running_var])
+            before = m.running_mean.clone()
+            m.train()(torch.randn(2, 3))
+            assert (m.recent_mean - before).norm() > (m.running_mean - before).norm() > 0
+        recalibrate(model, [x], 6)
+        torch.testing.assert_close([model[0].recent_mean, model[0].running_mean], [x.mean(0)] * 2)
+    plain = RunningBatchNorm(3)
+    plain(x)
+    settled = RunningBatchNorm(3, evaluation_memory=50)
+    settled.load_state_dict(plain.state_dict())
+    assert torch.equal(settled.recent_var, plain.running_var)

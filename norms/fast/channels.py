@@ -25,7 +25,7 @@ from norms.fast.repeats import repeating, state
 from norms.moments import all_but_channels, averaged_gradients, merge_moments, moments, per_channel, scale_shift
 from norms.running_norm import RunningNorm
 
-STATE = ("running_mean", "running_var", "unclamped_var", "count", "seen")
+STATE = ("unclamped_var", "count", "seen")      # beside the mean and the variance that training normalises by
 
 
 def batch_norm(norm: RunningNorm, x: Tensor, kernels: Kernels) -> Tensor | None:
@@ -39,11 +39,16 @@ def batch_norm(norm: RunningNorm, x: Tensor, kernels: Kernels) -> Tensor | None:
 
 
 def running_batch_norm(norm: RunningNorm, x: Tensor, kernels: Kernels, rule: tuple[float, ...],
-                       average_backward: bool) -> Tensor | None:
-    """A step of `RunningBatchNorm`, or None; `rule` are the kernel's numbers: images, their weight, the clamp, eps."""
+                       average_backward: bool, trains_by: tuple[str, str]) -> Tensor | None:
+    """A step of `RunningBatchNorm`, or None.
+
+    `rule` are the kernel's numbers: images, their weight, the clamp, eps; `trains_by` are the names of the buffers that
+    training normalises by.
+    """
     if not norm.training: return _evaluate(norm, x, kernels)
     buffers = norm._buffers
-    mean, var, hidden, count, seen = (buffers[name] for name in STATE)
+    names = *trains_by, *STATE
+    mean, var, hidden, count, seen = (buffers[name] for name in names)
     if not (_fit(norm, x, (mean, var, hidden)) and ordinary((count,), x.dtype, 1)
             and ordinary((seen,), torch.int64, 1)): return None
     averages: tuple[Tensor, ...] = ()
@@ -51,7 +56,7 @@ def running_batch_norm(norm: RunningNorm, x: Tensor, kernels: Kernels, rule: tup
         averages = buffers["grad_mean"], buffers["grad_dot"]
         if not ordinary(averages, x.dtype, norm.nf): return None
     now = state(norm)
-    return _step(norm, x, kernels, "running_batch_norm", [now[name] for name in STATE], rule, averages)
+    return _step(norm, x, kernels, "running_batch_norm", [now[name] for name in names], rule, averages)
 
 
 def _fit(norm: RunningNorm, x: Tensor, statistics: Sequence[Tensor]) -> bool:
