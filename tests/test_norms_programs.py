@@ -73,12 +73,13 @@ def centres(norm):
 def share_of(norm, x):
     """The mean and variance that a step of running batch norm on `x` normalises by, its share of them, the floor."""
     old = {name: b.double() for name, b in norm.named_buffers()}
+    old_mean, old_var = (old[name] for name in norm.trains_by)
     alpha, n = norm.batch_weight(len(x)), x.numel() // C
     a = alpha * n / ((1 - alpha) * old["count"] + alpha * n)
-    hidden = (old["seen"] < 20) & (old["running_var"] == norm.floor(old["seen"]))
-    var, d = torch.where(hidden, old["unclamped_var"], old["running_var"]), x.mean((0, 2, 3)) - old["running_mean"]
+    hidden = (old["seen"] < 20) & (old_var == norm.floor(old["seen"]))
+    var, d = torch.where(hidden, old["unclamped_var"], old_var), x.mean((0, 2, 3)) - old_mean
     var = (1 - a) * var + a * x.var((0, 2, 3), correction=0) + a * (1 - a) * d * d
-    return old["running_mean"] + a * d, var, a, norm.floor(old["seen"] + len(x)).double()
+    return old_mean + a * d, var, a, norm.floor(old["seen"] + len(x)).double()
 
 
 def averaged_gradients(step, averages, g):
