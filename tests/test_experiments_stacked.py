@@ -16,7 +16,15 @@ from experiments.study.stacked import register, stack, unstack
 from experiments.study.stacked_layers import GroupedConv2d, GroupedLinear, PerImage, by_patches
 from experiments.study.stacked_sgd import StackedSGD
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
-from norms.rivals import BatchChannelNorm, EvoNormS0, FilterResponseNorm, RunningChannelNorm
+from norms.rivals import (
+    BatchChannelNorm,
+    CentredConv2d,
+    EvoNormS0,
+    FilterResponseNorm,
+    RunningChannelNorm,
+    SkipInit,
+    WSConv2d,
+)
 from runner import SGD
 
 
@@ -119,6 +127,12 @@ LAYERS = {
     "LocalResponseNorm": lambda: nn.LocalResponseNorm(3, 0.5), "Upsample": lambda: nn.Upsample(scale_factor=2),
     "Conv2d": lambda: nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 0), (1, 2), groups=2), "same": lambda: nn.Conv2d(
         4, 4, 3, padding="same", bias=False), "reflect": lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+    "WSConv2d": lambda: nn.Sequential(WSConv2d(4, 6, 3, 2, (1, 0), groups=2, eps=0.1), GroupNorm(2, 6)),
+    "WSConv2d by patches": lambda: nn.Sequential(nn.Conv2d(4, 16, 1), WSConv2d(16, 4, 3, bias=False), BatchNorm(4)),
+    "CentredConv2d": lambda: nn.Sequential(CentredConv2d(4, 16, 1), CentredConv2d(16, 4, 3, 2, bias=False)),
+    "WSConv2d, reflect": lambda: WSConv2d(4, 4, 3, padding="same", padding_mode="reflect"),
+    "SkipInit": lambda: Residual(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), SkipInit(0.5))),
+    "SkipInit, flat": lambda: nn.Sequential(nn.Flatten(), SkipInit(-1.0)),
     "Linear of rows": lambda: nn.Linear(6, 5), "Dropout of nothing": lambda: nn.Dropout(0.0),
     "Residual": lambda: Residual(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), BatchNorm(4), nn.ReLU())),
     "shortcut": lambda: Residual(nn.Conv2d(4, 5, 3, 2, 1), nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(4, 5, 1))),

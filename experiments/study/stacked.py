@@ -14,8 +14,17 @@ from torch import Tensor, nn
 
 from experiments.models import AvgPool, GeneralRelu, Lambda, Residual, ResidualBlock, flatten
 from experiments.study.stacked_layers import GroupedConv2d, GroupedLayerNorm, GroupedLinear, KeepApart, PerImage
+from experiments.study.stacked_rivals import GroupedCentredConv2d, GroupedSkipInit, GroupedWSConv2d
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
-from norms.rivals import BatchChannelNorm, EvoNormS0, FilterResponseNorm, RunningChannelNorm
+from norms.rivals import (
+    BatchChannelNorm,
+    CentredConv2d,
+    EvoNormS0,
+    FilterResponseNorm,
+    RunningChannelNorm,
+    SkipInit,
+    WSConv2d,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -160,9 +169,11 @@ def _as_it_is(m: nn.Module, k: int) -> nn.Module: return copy.deepcopy(m)
 
 
 def _conv(m: Any, k: int) -> nn.Module:
-    cls: Any = GroupedConv2d if type(m) is nn.Conv2d else type(m)
+    grouped = {nn.Conv2d: GroupedConv2d, CentredConv2d: GroupedCentredConv2d, WSConv2d: GroupedWSConv2d}
+    cls: Any = grouped.get(type(m), type(m))
+    more = {"eps": m.eps} if isinstance(m, WSConv2d) else {}
     new: nn.Module = cls(k * m.in_channels, k * m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation,
-                         k * m.groups, m.bias is not None, m.padding_mode)
+                         k * m.groups, m.bias is not None, m.padding_mode, **more)
     return new
 
 
@@ -215,7 +226,7 @@ for _layer in OF_LAYERS: register(_layer)
 for _layer in ALIKE: register(_layer, _as_it_is)
 for _layer in PER_IMAGE: register(_layer, _per_image)
 for _layer in DROPOUT: register(_layer, _dropout)
-for _conv_layer in (nn.Conv2d, nn.Conv1d, nn.Conv3d): register(_conv_layer, _conv)
+for _conv_layer in (nn.Conv2d, nn.Conv1d, nn.Conv3d, CentredConv2d, WSConv2d): register(_conv_layer, _conv)
 register(nn.Linear, lambda m, k: GroupedLinear(k, m.in_features, m.out_features, m.bias is not None))
 for _norm in (nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm3d, nn.InstanceNorm2d, nn.InstanceNorm1d, nn.InstanceNorm3d):
     register(_norm, _norm_per_channel)
@@ -232,6 +243,7 @@ register(RunningChannelNorm, _running_channel_norm)
 register(EvoNormS0, lambda m, k: EvoNormS0(k * m.nf, k * m.groups, m.eps, m.weight is not None))
 register(FilterResponseNorm, lambda m, k: FilterResponseNorm(k * m.nf, m.eps, m.weight is not None,
                                                              activation=m.activates))
+register(SkipInit, lambda m, k: GroupedSkipInit(k))
 register(nn.Flatten, _flatten)
 register(Lambda, _lambda)
 

@@ -51,7 +51,8 @@ class GroupedConv2d(nn.Conv2d):
 
     by_rule = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    # What `nn.Conv2d.forward` calls with its own weight, and classes that convolve by another with that.
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if len(x) == 1 and x.ndim == 4:
             # The stride of one image's batch axis may be anything, and with some, torch's own convolutions in groups
             # give a wrong gradient of weights that are channels last (seen with torch 2.14).
@@ -59,10 +60,11 @@ class GroupedConv2d(nn.Conv2d):
             x = x.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
         if not (self.by_rule and x.ndim == 4 and len(x) <= FEW_IMAGES and self.padding_mode == "zeros"
                 and type(self.padding) is tuple and torch.backends.mkldnn.enabled and plain(x)
-                and not torch.is_autocast_enabled("cpu")): return super().forward(x)
+                and not torch.is_autocast_enabled("cpu")): return super()._conv_forward(x, weight, bias)
         x = x.contiguous(memory_format=torch.channels_last)
-        if x.shape[1] != self.in_channels or not by_patches(len(x), self.weight.shape[1]): return super().forward(x)
-        y: Tensor = _ByPatches.apply(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        if x.shape[1] != self.in_channels or not by_patches(len(x), weight.shape[1]):
+            return super()._conv_forward(x, weight, bias)
+        y: Tensor = _ByPatches.apply(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return y
 
 

@@ -12,15 +12,21 @@ name                  what it computes                                          
 `RunningChannelNorm`  running batch norm, then group norm, with one affine map        Qiao et al. 2019
 ====================  ==============================================================  ============================
 
-`CentredConv2d` is the convolution that goes before `MABN`: each output channel's weights less their mean.
+And what isn't a norm: `CentredConv2d`, the convolution that goes before `MABN`: each output channel's weights less
+their mean; `WSConv2d`, by weights of mean 0 and std 1, which goes before `GroupNorm` (Qiao et al. 2019);
+`convert_convs`, which swaps the convolutions of a model for such; `SkipInit`, a multiplier at the end of a residual
+branch, for networks without norms (De and Smith, NeurIPS 2020).
 """
 
+from norms.rivals.convert_convs import convert_convs
 from norms.rivals.evonorm import EvoNormS0
 from norms.rivals.filter_response import FilterResponseNorm
 from norms.rivals.mabn import MABN, CentredConv2d
 from norms.rivals.momentum import MomentumBatchNorm
 from norms.rivals.pairs import BatchChannelNorm, RunningChannelNorm
 from norms.rivals.renorm import BatchRenorm
+from norms.rivals.skip_init import SkipInit
+from norms.rivals.weight_standardization import WSConv2d
 
 __all__ = ["MABN", "BatchChannelNorm", "BatchRenorm", "CentredConv2d", "EvoNormS0", "FilterResponseNorm",
-           "MomentumBatchNorm", "RunningChannelNorm"]
+           "MomentumBatchNorm", "RunningChannelNorm", "SkipInit", "WSConv2d", "convert_convs"]
