@@ -1,5 +1,6 @@
 """The norm lab: its arms and how they are chosen, its networks, and runs of it on few images."""
 
+import copy
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ from experiments.errors import InputError
 from experiments.lab import lab
 from experiments.lab.arms import Arm, chosen, points, rates, tried
 from experiments.lab.networks import NETS, NORMS, build
+from experiments.study.stacked import stack
 
 # --- arms ---------------------------------------------------------------------------------------------------------
 
@@ -82,6 +84,24 @@ def test_every_norm_trains_in_every_network_from_the_same_convolutions(net, norm
     frozen = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not frozen
     assert model.eval()(x).isfinite().all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("net", NETS)
+def test_networks_of_every_norm_are_trained_side_by_side_as_they_are_alone(net, norm):
+    rng = torch.Generator().manual_seed(0)
+    models = [build(net, norm, seed, c=4, channels=2, steps=3).double() for seed in (3, 4)]
+    together = stack([copy.deepcopy(m) for m in models])
+    for _ in range(3):
+        x = torch.randn(2, 2, 2, 32, 32, generator=rng, dtype=torch.float64)
+        alone = torch.stack([m(x[:, i]) for i, m in enumerate(models)], 1)                              # (N, K, c)
+        beside = together(x.flatten(1, 2)).view(2, 2, 4)
+        torch.testing.assert_close(beside, alone, rtol=1e-9, atol=1e-9)
+        for net_, y in ((together, beside), *((m, alone[:, i]) for i, m in enumerate(models))):
+            params = [p for p in net_.parameters()]
+            grads = torch.autograd.grad(y.square().sum(), params, retain_graph=True)
+            with torch.no_grad():
+                for p, g in zip(params, grads, strict=True): p -= 0.001 * g
 
 
 def test_the_residual_network_is_the_one_that_was_measured():

@@ -108,6 +108,7 @@ LAYERS = {
     "InstanceNorm": lambda: InstanceNorm(4, affine=False),
     "RunningBatchNorm": lambda: RunningBatchNorm(4, affine=False),
     "averaged backward": lambda: RunningBatchNorm(4, 0.2, rule="per_image", average_backward=True),
+    "settled": lambda: RunningBatchNorm(4, 0.2, evaluation_memory=20),
     "BatchChannelNorm": lambda: BatchChannelNorm(4, 2, 0.3, 1e-3),
     "RunningChannelNorm": lambda: RunningChannelNorm(4, 2, eps=1e-3, affine=False, constant_statistics=True),
     "RunningChannelNorm, averaged": lambda: RunningChannelNorm(4, 2, 0.2, rule="per_image", average_backward=True),

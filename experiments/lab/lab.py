@@ -113,7 +113,7 @@ def networks(config: Config, images: ImageData, arms: Sequence[Arm], seeds: Sequ
         epochs = config.tune_epochs if arm.tuning else config.epochs
         assert epochs is not None           # __post_init__ has seen to it
         steps = epochs * (len(images.train) // arm.batch_size)
-        models.append(build(config.net, arm.norm, seed, images.c, images.shape[0], steps))
+        models.append(build(config.net, arm.norm, seed, images.c, images.shape[0], steps, arm.batch_size))
         rows.append({**arm.row(seed, epochs), "steps": steps})
     return models, rows
 

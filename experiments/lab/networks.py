@@ -20,12 +20,16 @@ from experiments.models import (
 )
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
 from norms.rivals import (
+    MABN,
     BatchChannelNorm,
     BatchRenorm,
+    CentredConv2d,
     EvoNormS0,
     FilterResponseNorm,
     MomentumBatchNorm,
     RunningChannelNorm,
+    SkipInit,
+    WSConv2d,
 )
 
 NETS = ("five-layer", "resnet")
@@ -37,33 +41,45 @@ GROUPS = 4      # of every norm that takes groups
 class How:
     """How a network is normalised.
 
-    `norm` makes the norm, None for a network without; with `steps` it is called with the number of training steps too,
-    for a norm whose definition has a schedule. `last` makes the norm where no activation may follow, at the end of a
-    residual branch or on a shortcut, if that is another: of norms that hold their activation. `conv` is the class of
-    the convolutions. `branch` makes what stands at the end of each residual branch, if anything does.
+    `norm` makes the norm, None for a network without; with `of_training` it is called with the training's `steps` and
+    `batch_size` too, for a norm whose definition has a schedule, or a batch size to reach. `last` makes the norm where
+    no activation may follow, at the end of a residual branch or on a shortcut, if that is another: of norms that hold
+    their activation. `conv` is the class of the convolutions. `branch` makes what stands at the end of each residual
+    branch, if anything does.
     """
 
     norm: Callable[..., nn.Module] | None
-    steps: bool = False
+    of_training: bool = False
     last: NormFactory | None = None
     conv: Callable[..., nn.Module] = nn.Conv2d
     branch: Callable[[], nn.Module] | None = None
 
-    def factory(self, steps: int) -> NormFactory | None:
+    def factory(self, steps: int, batch_size: int) -> NormFactory | None:
         """The norm of a network that is trained for `steps` steps: from a channel count to a module."""
-        return partial(self.norm, steps=steps) if self.steps and self.norm is not None else self.norm
+        if self.norm is None or not self.of_training: return self.norm
+        return partial(self.norm, steps=steps, batch_size=batch_size)
 
 
 def group_norm(nf: int) -> nn.Module: return GroupNorm(GROUPS, nf)
 
 
-def batch_renorm(nf: int, steps: int) -> nn.Module:
+def batch_renorm(nf: int, steps: int, batch_size: int) -> nn.Module:
     """Its limits grow over the same parts of the training as in the paper, of 130,000 steps."""
     return BatchRenorm(nf, begin=steps // 26, rmax_at=steps * 4 // 13, dmax_at=steps * 5 // 26)
 
 
+def momentum_batch_norm(nf: int, steps: int, batch_size: int) -> nn.Module:
+    """Its memory grows over the whole training."""
+    return MomentumBatchNorm(nf, steps=steps)
+
+
+def mabn(nf: int, steps: int, batch_size: int) -> nn.Module:
+    """It stands for batch norm at a batch size of 32."""
+    return MABN(nf, window=max(1, 32 // batch_size))
+
+
 NORMS: dict[str, How] = {
-    "none": How(None),
+    "none": How(None, branch=SkipInit),
     "BatchNorm2d": How(nn.BatchNorm2d),
     "BatchNorm": How(BatchNorm),
     "LayerNorm": How(lambda nf: LayerNorm()),
@@ -71,8 +87,10 @@ NORMS: dict[str, How] = {
     "GroupNorm": How(group_norm),
     "RunningBatchNorm": How(RunningBatchNorm),
     "RunningBatchNorm-averaged": How(partial(RunningBatchNorm, average_backward=True)),
-    "BatchRenorm": How(batch_renorm, steps=True),
-    "MomentumBatchNorm": How(MomentumBatchNorm, steps=True),
+    "GroupNorm-WS": How(group_norm, conv=WSConv2d),
+    "BatchRenorm": How(batch_renorm, of_training=True),
+    "MomentumBatchNorm": How(momentum_batch_norm, of_training=True),
+    "MABN": How(mabn, of_training=True, conv=CentredConv2d),
     "FilterResponseNorm": How(FilterResponseNorm, last=partial(FilterResponseNorm, activation=False)),
     "EvoNormS0": How(lambda nf: EvoNormS0(nf, GROUPS), last=group_norm),
     "BatchChannelNorm": How(lambda nf: BatchChannelNorm(nf, GROUPS)),
@@ -81,13 +99,15 @@ NORMS: dict[str, How] = {
 }
 
 
-def build(net: str, norm: str, seed: int, c: int = 10, channels: int = 1, steps: int = 1) -> nn.Sequential:
+def build(net: str, norm: str, seed: int, c: int = 10, channels: int = 1, steps: int = 1,
+          batch_size: int = 2) -> nn.Sequential:
     """The network called `net` with the norm called `norm`: `(N, channels, H, W)` to `(N, c)`.
 
-    From one seed all norms get the same convolutions and the same last layer. `steps` are those of the training.
+    From one seed all norms get the same convolutions and the same last layer. `steps` and `batch_size` are those of the
+    training.
     """
     how = NORMS[norm]
-    model = {"five-layer": five_layer, "resnet": resnet}[net](how, how.factory(steps), c, channels)
+    model = {"five-layer": five_layer, "resnet": resnet}[net](how, how.factory(steps, batch_size), c, channels)
     init_alike(model, seed)
     return model
 
