@@ -14,7 +14,7 @@ WARM_UP = 0.04                          # the part of the training in which the 
 
 # The rates tried at batch size 2, and how they grow with the batch size b: rate (b / 2)^growth. Residual networks are
 # usually trained at rates in proportion to b; the five-layer network's best rates grow more slowly.
-RATES = {"five-layer": (0.05, 0.1, 0.2, 0.4, 0.8), "resnet": (0.005, 0.01, 0.02, 0.04)}
+RATES = {"five-layer": (0.05, 0.1, 0.2, 0.4, 0.8), "resnet": (0.005, 0.01, 0.02, 0.04, 0.08)}
 GROWTH = {"five-layer": 0.5, "resnet": 1.0}
 
 _NAME = re.compile(r"(?P<norm>.+), batch (?P<batch_size>\d+), (?P<schedule>[\w-]+), lr (?P<lr>[\d.e+-]+)"
