@@ -86,10 +86,16 @@ def load_data(name: str = "auto", data_dir: str | Path | None = None, limit: int
                    "FOLDER by --data-dir.")
 
 
-def pick_data(name: str) -> str:
-    """The name of a data set as `NAMES` spells it, or "folder:DIR" with its DIR; raises an error for others."""
+def pick_data(name: str, folders: bool = True) -> str:
+    """The name of a data set as `NAMES` spells it, or "folder:DIR" with its DIR; raises an error for others.
+
+    Not `folders` is for networks that take nothing but images like MNIST's.
+    """
     kind, colon, folder = str(name).partition(":")
-    if colon and f"{kind}:".lower() == PREFIX: return PREFIX + folder
+    if colon and f"{kind}:".lower() == PREFIX:
+        if folders: return PREFIX + folder
+        raise InputError(f"the data are {name!r}, and the networks here are for grey images of 28x28 in ten classes; "
+                         f"use --data {' or '.join(n for n in NAMES if n != 'auto')}")
     if os.sep in str(name) or os.path.isdir(str(name)):
         raise InputError(f"unknown data set {name!r}: if that is a folder of images, write folder:{name}. Choose from: "
                          f"{', '.join(NAMES)}, folder:DIR")

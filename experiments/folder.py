@@ -8,6 +8,7 @@ Labels are torchvision's: the classes' places in the order of their names.
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ def load_folder(path: str | Path, limit: int | None = None, *, held_out: float =
             a cache that can't be written; a share or limit that makes no sense.
     """
     check_limit(limit)
-    if not 0 <= held_out <= 0.5:
+    if isinstance(held_out, bool) or not isinstance(held_out, (int, float)) or not 0 <= held_out <= 0.5:
         raise InputError(f"held_out is {held_out!r}; it must be a share of the training images from 0 to 0.5, such as "
                          f"{HELD_OUT}")
     tree = read_tree(path)
@@ -85,16 +86,17 @@ def load_folder(path: str | Path, limit: int | None = None, *, held_out: float =
         raise InputError(f"{tree.name}/train has {n} images of {c} classes, too few to hold out {n - kept} and keep "
                          "one of each class to train on; give more images")
     valid = Dataset(x[kept:][:limit], y[kept:][:limit]) if held_out else Dataset(test.x[:limit], test.y[:limit])
+    height, width = x.shape[2:]
     each = [moments_of_counts(torch.arange(256.0), counts, 255) for counts in found.counts]
     mean, std = (torch.tensor(m).view(-1, 1, 1) for m in zip(*each, strict=True))                       # (3, 1, 1)
     return ImageData(tree.name, Dataset(x[:kept][:limit], y[:kept][:limit]), valid, test, mean, std, "", c,
-                     tuple(x.shape[1:]), Pixels(mean, std), tree.classes, str(tree.root), found.digest[:8])
+                     (3, height, width), Pixels(mean, std), tree.classes, str(tree.root), found.digest[:8])
 
 
 def _pictures(tree: Tree, max_bytes: int) -> Pictures:
     """The tree's images from the cache, after they were decoded into it if they were not."""
     key = hashlib.sha256(os.fsencode(tree.root)).hexdigest()[:12]
-    file = cache_dir() / "folders" / f"{key}.images"
+    file = cache_dir() / "folders" / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', tree.root.name)[:40]}-{key}.images"
     found, why = read_pictures(file, tree.listing)
     if found is not None: return found
     if why: say(f"{tree.name}: {why}; they are decoded anew")
@@ -117,17 +119,17 @@ def read_tree(path: str | Path) -> Tree:
         InputError: it isn't, or can't be listed.
     """
     if not str(path).strip(): raise InputError(f"no folder was named; give one, as in --data folder:DIR: {NEEDED}")
-    named = Path(os.path.abspath(Path(path).expanduser()))
-    if not named.is_dir():
-        what = "is a file; unpack it, and name the folder" if named.exists() else "does not exist"
+    named = Path(os.path.abspath(os.path.expanduser(path)))
+    if not os.path.isdir(named):
+        what = "is a file; unpack it, and name the folder" if os.path.exists(named) else "does not exist"
         raise InputError(f"the folder {str(path)!r} {what}: {NEEDED}")
-    root = named.resolve()
+    root = Path(os.path.realpath(named))
     try:
         parts = [_part(root, names) for names in (TRAIN, VAL)]
         files = [{name: sorted(images_in(root, f"{part}/{name}")) for name in folders_in(root / part)}
                  for part in parts]
+        for part, its in zip(parts, files, strict=True): _check_classes(root, part, its)
     except OSError as e: raise InputError(f"can't list {e.filename!r}: {e.strerror}; make it readable") from e
-    for part, its in zip(parts, files, strict=True): _check_classes(root, part, its)
     train, test = (its.keys() for its in files)
     if train != test:
         only = [f"only {part}/ has {some(a - b)}" for part, a, b in ((parts[0], train, test), (parts[1], test, train))

@@ -8,13 +8,15 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -31,6 +33,7 @@ TAIL = len(FORMAT) + 1 + 12 + 1 + 64 + 1
 AT_ONCE = 64 << 20          # bytes of images decoded at a time
 OLD = 86_400                # seconds after which what a killed process has left half-written is deleted
 MANY = 5                    # files that an error names
+EVERY_SECONDS = 10          # between two lines that say how far it has come
 DEEP = ("I", "F")           # PIL's modes of more than 8 bits, which its conversion to RGB would clip
 
 Size = tuple[int, int]      # width and height
@@ -71,10 +74,9 @@ def read_pictures(file: Path, listing: str) -> tuple[Pictures | None, str]:
     except FileNotFoundError: return None, ""
     except (OSError, ValueError) as e: return None, f"the decoded images in the cache can't be read ({e})"
     damaged = None, "the decoded images in the cache are damaged"
-    *form, length, digest = content[-TAIL:].decode("ascii", "replace").split()
-    if " ".join(form) != FORMAT or not length.isdecimal(): return damaged
-    end = len(content) - TAIL - int(length)
-    if end < 0 or hashlib.sha256(content[end:-TAIL]).hexdigest() != digest: return damaged
+    tail = re.fullmatch(rf"{FORMAT} (\d{{12}}) ([0-9a-f]{{64}})\n".encode(), content[-TAIL:])
+    end = len(content) - TAIL - int(tail[1]) if tail else -1
+    if not tail or end < 0 or hashlib.sha256(content[end:-TAIL]).hexdigest().encode() != tail[2]: return damaged
     about: dict[str, Any] = json.loads(content[end:-TAIL])
     if about["listing"] != listing: return None, "the files have changed since they were decoded"
     with memoryview(content) as view, view[:end] as payload:
@@ -104,12 +106,15 @@ def write_pictures(file: Path, tree: Files, max_bytes: int = MAX_BYTES) -> None:
             os.replace(part, file)
         finally:
             with suppress(OSError): os.unlink(part)
+    except BrokenPipeError: raise           # of the output
     except OSError as e:
-        raise InputError(f"the decoded images can't be kept in {str(file.parent)!r}: {e.strerror}; make room, or name "
-                         "another place by the environment variable XDG_CACHE_HOME") from e
+        raise InputError(f"the decoded images can't be kept in {str(file.parent)!r}: {e.strerror or e}; make room, or "
+                         "name another place by the environment variable XDG_CACHE_HOME") from e
+    say(f"{tree.name}: they are kept in {file}")
 
 
 def _decode(tree: Files, out: BinaryIO, max_bytes: int) -> None:
+    """Write the contents of the file: one pass over the images, all faults of which are told together."""
     start, train = time.monotonic(), tree.train
     files = [*train, *tree.test]
     size, faults = _first_size(tree.root, [path for path, _ in files])
@@ -125,65 +130,64 @@ def _decode(tree: Files, out: BinaryIO, max_bytes: int) -> None:
     labels = torch.tensor([label for _, label in files]).numpy().tobytes()
     out.write(labels)
     digest.update(labels)
-    faults, modes, sizes, done = {}, Counter[str](), dict[Size, list[str]](), 0
-    for chunk, results in _decoded(tree, [path for path, _ in files], size, sizes):
-        pixels = []
-        for path, result in zip(chunk, results, strict=True):
-            if isinstance(result, Exception): faults[path] = result
-            elif isinstance(result[0], int): sizes.setdefault(result, []).append(path)
-            else:
-                sizes.setdefault(size, []).append(path)
-                pixels.append(result[0])
-                modes[result[1]] += 1
-        if pixels and not faults and len(sizes) == 1:
-            content = b"".join(pixels)
-            out.write(content)
-            digest.update(content)
-            ours = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, 3, width * height)
-            ours = ours[:max(0, len(train) - done)].transpose(0, 1).flatten(1)                     # (3, N H W)
-            counts += torch.stack([torch.bincount(channel, minlength=256) for channel in ours])
-        done += len(chunk)
-        _show(tree.name, done, len(files), start)
+    faults, modes, sizes, progress = {}, Counter[str](), dict[Size, list[str]](), _Progress(tree.name, len(files))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    step = max(1, min(512, AT_ONCE // (3 * width * height)))
+    with ThreadPoolExecutor(min(cores, 8)) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")         # PIL's, of odd notes in files that it reads all the same
+        for i in range(0, len(files), step):
+            chunk = [path for path, _ in files[i:i + step]]
+            look = partial(_read, tree.root, size, whole=len(sizes) < 2)    # of two sizes there is nothing to keep
+            pixels = []
+            for path, result in zip(chunk, pool.map(look, chunk), strict=True):
+                if isinstance(result, Exception): faults[path] = result
+                elif isinstance(result, Pixels):
+                    sizes.setdefault(size, []).append(path)
+                    modes[result.mode] += 1
+                    pixels.append(result.planes)
+                else: sizes.setdefault(result, []).append(path)
+            if pixels and not faults and len(sizes) == 1:
+                content = b"".join(pixels)
+                out.write(content)
+                digest.update(content)
+                planes = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, 3, width * height)
+                planes = planes[:max(0, len(train) - i)].transpose(0, 1).flatten(1)                     # (3, N H W)
+                counts += torch.stack([torch.bincount(channel, minlength=256) for channel in planes])
+            progress(i + len(chunk))
     troubles = [_unreadable(faults, len(files))] * bool(faults) + [_unequal(tree.name, sizes)] * (len(sizes) > 1)
     if troubles: raise InputError("\n".join(troubles))
     about = {"listing": tree.listing, "digest": digest.hexdigest(), "images": [len(train), len(files) - len(train)],
              "shape": [3, height, width], "counts": counts.tolist()}
     footer = json.dumps(about).encode()
     out.write(footer + f"{FORMAT} {len(footer):012} {hashlib.sha256(footer).hexdigest()}\n".encode())
-    other = ", ".join(f"{n:,} of mode {mode}" for mode, n in modes.most_common() if mode != "RGB")
+    by_count = sorted((-n, mode) for mode, n in modes.items() if mode != "RGB")
+    other = ", ".join(f"{-n:,} of mode {mode}" for n, mode in by_count)
     say(f"{tree.name}: decoded in {time.monotonic() - start:.1f} s" + f"; converted to RGB: {other}" * bool(other))
 
 
 # --- the image files ----------------------------------------------------------------------------------------------
 
-Result = tuple[bytes, str] | Size | Exception       # RGB planes and the mode of an image; only its size; a fault
+class Pixels(NamedTuple):
+    """The RGB planes of an image, and the mode that it had."""
+
+    planes: bytes
+    mode: str
 
 
-def _decoded(tree: Files, paths: Sequence[str], size: Size, sizes: dict[Size, list[str]],
-             ) -> Iterator[tuple[Sequence[str], list[Result]]]:
-    """Some files at a time, and what each gave; as soon as `sizes` has two, only the sizes of the others."""
-    step = max(1, min(512, AT_ONCE // (3 * size[0] * size[1])))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(min(cores, 8)) as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")         # PIL's, of odd notes in files that it reads all the same
-        for i in range(0, len(paths), step):
-            chunk, whole = paths[i:i + step], len(sizes) < 2
-            yield chunk, [*pool.map(lambda path, whole=whole: _read(tree.root / path, size, whole), chunk)]
-
-
-def _read(path: Path, size: Size, whole: bool = True) -> Result:
-    """An image of this size and its mode, or, not `whole`, its size alone; the size of another; what is wrong."""
+def _read(root: Path, size: Size, path: str, whole: bool = True) -> Pixels | Size | Exception:
+    """The pixels of an image of this size, of another (or not `whole`) its size alone, or what is wrong."""
     import numpy as np
     from PIL import Image
     try:
-        if not path.is_file(): raise OSError("no such file" if not path.exists() else "not a regular file")
-        with Image.open(path) as image:
-            if not whole or image.size != size: return image.size
+        if not (root / path).is_file(): raise OSError("no such file, or not a regular one")
+        with Image.open(root / path) as image:
+            its: Size = image.size
+            if not whole or its != size: return its
             if image.mode.split(";")[0] in DEEP:
                 raise OSError(f"mode {image.mode}, more than 8 bits a pixel; convert it to 8 bits")
             # A palette that has alpha goes by RGBA, for PIL warns of the short way; the colours are the same.
             rgb = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
-            return np.asarray(rgb.convert("RGB")).transpose(2, 0, 1).tobytes(), image.mode
+            return Pixels(np.asarray(rgb.convert("RGB")).transpose(2, 0, 1).tobytes(), image.mode)
     except Exception as e: return e         # of which PIL raises many kinds, of a damaged file
 
 
@@ -191,9 +195,9 @@ def _first_size(root: Path, paths: Sequence[str]) -> tuple[Size | None, dict[str
     """The size of the first image that can be opened, and the faults of those before."""
     faults: dict[str, Exception] = {}
     for path in paths:
-        result = _read(root / path, (0, 0))
-        if not isinstance(result, Exception): return result, faults     # type: ignore[return-value]    # no bytes
-        faults[path] = result
+        result = _read(root, (0, 0), path)
+        if isinstance(result, Exception): faults[path] = result
+        elif not isinstance(result, Pixels): return result, faults
     return None, faults
 
 
@@ -219,9 +223,20 @@ def _bytes(n: int) -> str:
     return f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:,.1f} MB"
 
 
-def _show(name: str, done: int, n: int, start: float) -> None:
-    """A bar where somebody looks; it is gone when all is done."""
-    if not is_terminal(): return
-    width = (columns() or 80) - 1
-    line = bar_line(name, f"{done / n:.0%} [{done}/{n} {time.monotonic() - start:.0f} s]", done / n, width)
-    print("\r" + (line if done < n else " " * width + "\r"), end="", flush=True)
+class _Progress:
+    """A bar where somebody looks, which is gone when all is done; elsewhere a line from time to time."""
+
+    def __init__(self, name: str, n: int) -> None:
+        self.name, self.n, self.live, self.start = name, n, is_terminal(), time.monotonic()
+        self.said = self.start
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if self.live:
+            width = (columns() or 80) - 1
+            line = bar_line(self.name, f"{done / self.n:.0%} [{done}/{self.n} {now - self.start:.0f} s]",
+                            done / self.n, width)
+            print("\r" + (line if done < self.n else " " * width + "\r"), end="", flush=True)
+        elif now - self.said > EVERY_SECONDS and done < self.n:
+            self.said = now
+            say(f"{self.name}: {done:,} of {self.n:,} images, {now - self.start:.0f} s")

@@ -12,7 +12,6 @@ import torch
 
 from experiments.data import NAMES, pick_data
 from experiments.errors import InputError, pick
-from experiments.folder import PREFIX
 from experiments.study.executors import BACKENDS
 from experiments.study.torchrun import processes
 from experiments.training import CONVOLUTIONS, convolutions_in_words
@@ -113,10 +112,7 @@ class ImageSettings(Settings):
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        self.data = pick_data(self.data)
-        if self.data.startswith(PREFIX) and not self.folders:
-            raise InputError(f"the data are {self.data!r}, and this experiment's networks are for grey images of 28x28 "
-                             f"in ten classes; use --data {' or '.join(n for n in NAMES if n != 'auto')}")
+        self.data = pick_data(self.data, self.folders)
         if self.limit is not None: positive("limit", self.limit)
         super().__post_init__()
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from experiments.data import pick_data
 from experiments.errors import InputError, pick
 from experiments.results import Row, Table, markdown_table, text_table, versions
 from experiments.run_folder import RunFolder
@@ -55,6 +56,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self.parts = tuple(dict.fromkeys(pick(p, PARTS, "part") for p in self.parts)) or tuple(PARTS)
+        self.data = pick_data(self.data, folders=False)
         if not isinstance(self.repetitions, int) or self.repetitions < 1:
             raise InputError(f"repetitions is {self.repetitions!r}; it must be a positive integer such as 15")
 
