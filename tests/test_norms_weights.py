@@ -66,8 +66,8 @@ def test_values_and_gradients_are_timm_s():
     timm, x = pytest.importorskip("timm.layers"), torch.randn(2, 4, 7, 6, dtype=torch.float64)
     ours = WSConv2d(4, 6, 3, eps=0, stride=2, padding=1, groups=2).double()
     theirs = timm.StdConv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=True, eps=1e-30).double()
-    # 18 is the fan-in.
-    scaled = timm.ScaledStdConv2d(4, 6, 3, stride=2, padding=1, groups=2, eps=1e-30, gain_init=18**0.5).double()
+    scaled = timm.ScaledStdConv2d(4, 6, 3, stride=2, padding=1, groups=2, eps=1e-30).double()
+    scaled.gain.data.fill_(18**0.5)                     # of the fan-in, by which it divides
     found = []
     for m in (theirs, scaled): m.load_state_dict(ours.state_dict(), strict=False)
     for m in (ours, theirs, scaled):

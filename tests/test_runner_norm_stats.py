@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from experiments.data import load_data
+from experiments.models import GeneralRelu
 from experiments.published.small_batch import build
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm, sync_norms
+from norms.rivals import EvoNormS0, FilterResponseNorm
 from runner import (
     Callback,
     DataBunch,
@@ -80,9 +82,18 @@ SIGNS = "fail: 2 values per statistic: outputs are about +-1 whatever the input"
     (LayerNorm(), (2, 4, 3, 3), "ok: 36 values per statistic"),
     (nn.LayerNorm(8), (2, 3, 8), "ok: 8 values per statistic"),
     (nn.LayerNorm((3, 8)), (2, 3, 8), "ok: 24 values per statistic"),
-    (nn.RMSNorm(1), (2, 1), "fail: 1 value per statistic: the output is +-weight whatever the size of the input"),
+    (nn.RMSNorm(1), (2, 1), "fail: 1 value per statistic: nothing but the input's sign passes, whatever its size"),
     (nn.RMSNorm(2), (2, 2), "warn: 2 values per statistic, of which the scale takes 1"),
     (nn.RMSNorm(4), (2, 4), "ok: 4 values per statistic"),
+    (FilterResponseNorm(4), (2, 4, 1, 1), "fail: 1 value per statistic: nothing but the input's sign passes, whatever "
+     "its size"),
+    (FilterResponseNorm(4), (1, 4), "fail: 1 value per statistic: nothing but the input's sign passes, whatever its "
+     "size"),
+    (FilterResponseNorm(4), (2, 4, 1, 3), "warn: 3 values per statistic, of which the scale takes 1"),
+    (FilterResponseNorm(4), (1, 4, 2, 2), "ok: 4 values per statistic"),
+    (EvoNormS0(4, 4), (2, 4, 1, 1), "fail: 1 value per statistic: the variance is 0, so all is divided by sqrt(eps)"),
+    (EvoNormS0(4, 2), (2, 4, 1, 1), "warn: 2 values per statistic, of which the scale takes 1"),
+    (EvoNormS0(4, 2), (1, 4, 1, 2), "ok: 4 values per statistic"),
 ])
 def test_few_values_and_what_follows(norm, shape, text): assert said(norm, shape) == text
 
@@ -96,6 +107,9 @@ def test_what_is_said_of_few_values_is_what_happens():
     assert torch.equal(InstanceNorm(4)(torch.randn(2, 4, 1, 1)), torch.zeros(2, 4, 1, 1))
     x = torch.randn(2, 1)
     torch.testing.assert_close(nn.RMSNorm(1)(x), x.sign(), rtol=0, atol=0.01)
+    x = torch.randn(2, 4, 1, 1)
+    torch.testing.assert_close(FilterResponseNorm(4, activation=False)(x), x.sign(), rtol=0, atol=0.01)
+    torch.testing.assert_close(EvoNormS0(4, 4)(x), F.silu(x) / math.sqrt(1e-5))
 
 
 def test_the_standard_error_is_that_of_a_variance():
@@ -128,6 +142,7 @@ def test_a_clamp_in_force_is_counted():
 
 
 @pytest.mark.parametrize(("norm", "text"), [
+    (FilterResponseNorm(4, 1.0), "; eps 1 is above the variance (median 0.0"),
     (InstanceNorm(4), "; eps 1 is above the variance (median 0.0"),
     (nn.LayerNorm(5, eps=0.5), "; eps 0.5 is above the variance (median 0.0"),
     (nn.InstanceNorm2d(4, track_running_stats=True),
@@ -143,6 +158,45 @@ def test_settings_that_have_consequences(norm, text):
     found = said(norm, (9, 4, 5, 5), shrink)
     assert found.startswith("warn: ")
     assert text in found
+
+
+def test_an_eps_above_one_value_s_square_lets_more_than_its_sign_through():
+    assert said(FilterResponseNorm(4, 100.0)).startswith(
+        "warn: 1 value per statistic, of which the scale takes 1; eps 100 is above the variance")
+
+
+def second(model, shape=(2, 4, 8, 8)):
+    """Where `preflight` says that an activation stands behind a norm that is one, and the levels of all findings."""
+    found = preflight(model, torch.randn(shape)).findings
+    said = [f.text.partition("it is an activation too, and ")[2] for f in found]
+    return [t.removesuffix(" a second one: take that out") for t in said], [f.level for f in found]
+
+
+class Sum(nn.Module):
+    """A residual block whose activation follows the sum."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(4, 4, 1), norm, nn.ReLU(inplace=True)
+
+    def forward(self, x): return self.relu(x + self.norm(self.conv(x)))
+
+
+class ReluBlock(nn.Sequential):
+    """Of layers, whatever its name."""
+
+
+def test_an_activation_behind_a_norm_that_is_one_is_named():
+    shared, both = FilterResponseNorm(4), nn.LeakyReLU(0.1)
+    for act in (nn.ReLU(), nn.ReLU(inplace=True), GeneralRelu(0.1), nn.SiLU(), both):
+        assert second(nn.Sequential(EvoNormS0(4, 2), act)) == ([f"1 {type(act).__name__}"], ["warn"])
+    assert second(nn.Sequential(FilterResponseNorm(4), nn.ReLU()), (2, 4, 1, 1)) == (["1 ReLU"], ["fail"])
+    assert second(nn.Sequential(shared, nn.ReLU(), shared, both)) == (["1 ReLU", "3 LeakyReLU"], ["warn", "warn"])
+    assert second(nn.Sequential(shared, nn.ReLU(), shared, nn.Conv2d(4, 4, 1), both))[0] == ["1 ReLU", ""]
+    for model in (Sum(EvoNormS0(4, 2)), nn.Sequential(FilterResponseNorm(4, activation=False), nn.ReLU()),
+                  nn.Sequential(GroupNorm(2, 4), nn.ReLU()), nn.Sequential(shared, nn.Conv2d(4, 4, 1), nn.ReLU()),
+                  nn.Sequential(shared, nn.Sigmoid()), nn.Sequential(shared, ReluBlock(nn.Conv2d(4, 4, 1)))):
+        assert second(model) == ([""], ["ok"])
 
 
 def test_eps_is_compared_with_channels_that_are_alive():
@@ -670,13 +724,14 @@ def test_norm_stats_of_running_batch_norm_by_hand_with_its_clamp():
 
 @pytest.mark.parametrize(("norm", "groups"), [
     (GroupNorm(2, 4), 2), (nn.GroupNorm(2, 4), 2), (InstanceNorm(4), 4), (GroupNorm(1, 4), 1),
-    (nn.InstanceNorm2d(4, affine=True), 4)])
+    (nn.InstanceNorm2d(4, affine=True), 4), (EvoNormS0(4, 2), 2), (FilterResponseNorm(4), 4)])
 def test_norm_stats_of_an_images_own_statistics_are_means_over_images(norm, groups):
     stats, weights = quiet(), []
     xbs, _ = fitted(norm, stats, cbs=[weights_of(norm, weights)])
     for row, x, w in zip(stats.rows, xbs, weights, strict=True):
         parts = x.view(len(x), groups, -1)                          # (N, G, values)
         mean, var = parts.mean(2), parts.var(2, unbiased=False)
+        if isinstance(norm, FilterResponseNorm): var = parts.square().mean(2)
         assert row["n"] == 36 // groups
         assert row["mean"] == pytest.approx(mean.mean(0).tolist(), abs=1e-6)
         assert row["var"] == pytest.approx(var.mean(0).tolist(), rel=1e-5)

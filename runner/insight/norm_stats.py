@@ -44,8 +44,8 @@ class NormStats(Probe):
                         layer multiplies by. As many as weights, or K if that is more; means over the images
         clamped         channels whose variance a clamp raised (if it normalises by running statistics in training)
 
-    `var` is biased (of RMSNorm: the mean of the squares); torch's and our BatchNorm average the unbiased one,
-    n / (n - 1) times as large: at n = 2 `running_var` hovers about twice `var`.
+    `var` is biased (of what divides by a root mean square: that mean); torch's and our BatchNorm average the unbiased
+    one, n / (n - 1) times as large: at n = 2 `running_var` hovers about twice `var`.
 
     Args:
         which, **kwargs: as for `Probe`; there is nothing to choose but norm layers.
