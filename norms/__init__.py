@@ -11,6 +11,7 @@ norm                  one mean and variance per              state kept for eval
 `InstanceNorm`        image and channel, over positions      none
 `GroupNorm`           image and group of channels            none
 `RunningBatchNorm`    channel, over the recent batches       the same running mean and variance it trains with
+`SteadyBatchNorm`     the same, then image                   averages of the running mean and variance
 ====================  =====================================  ==========================================
 """
 
@@ -21,7 +22,8 @@ from norms.instance import InstanceNorm
 from norms.layer import LayerNorm
 from norms.recalibration import recalibrate
 from norms.running import RunningBatchNorm
+from norms.steady import SteadyBatchNorm
 from norms.sync import sync_norms, unsync_norms
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RunningBatchNorm", "convert_norms", "recalibrate",
-           "sync_norms", "unsync_norms"]
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RunningBatchNorm", "SteadyBatchNorm", "convert_norms",
+           "recalibrate", "sync_norms", "unsync_norms"]

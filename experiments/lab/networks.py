@@ -18,7 +18,7 @@ from experiments.models import (
     init_alike,
     make_norm,
 )
-from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
+from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm, SteadyBatchNorm
 from norms.rivals import (
     MABN,
     BatchChannelNorm,
@@ -87,6 +87,7 @@ NORMS: dict[str, How] = {
     "GroupNorm": How(group_norm),
     "RunningBatchNorm": How(RunningBatchNorm),
     "RunningBatchNorm-averaged": How(partial(RunningBatchNorm, average_backward=True)),
+    "SteadyBatchNorm": How(SteadyBatchNorm),
     "GroupNorm-WS": How(group_norm, conv=WSConv2d),
     "BatchRenorm": How(batch_renorm, of_training=True),
     "MomentumBatchNorm": How(momentum_batch_norm, of_training=True),

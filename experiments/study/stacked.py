@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from experiments.models import AvgPool, GeneralRelu, Lambda, Residual, ResidualBlock, flatten
 from experiments.study.stacked_layers import GroupedConv2d, GroupedLayerNorm, GroupedLinear, KeepApart, PerImage
 from experiments.study.stacked_rivals import GroupedCentredConv2d, GroupedSkipInit, GroupedWSConv2d
-from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
+from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm, SteadyBatchNorm
 from norms.rivals import (
     BatchChannelNorm,
     CentredConv2d,
@@ -192,8 +192,16 @@ def _running_batch_norm(m: RunningBatchNorm, k: int) -> nn.Module:
 
 def _running_channel_norm(m: RunningChannelNorm, k: int) -> nn.Module:
     new = RunningChannelNorm(k * m.nf, k * m.num_groups, m.mom, m.eps, m.weight is not None, rule=m.rule,
-                             average_backward=m.average_backward, constant_statistics=m.constant_statistics)
+                             average_backward=m.average_backward, evaluation_memory=m.evaluation_memory,
+                             constant_statistics=m.constant_statistics)
     if m.average_backward: KeepApart(new, k)
+    return new
+
+
+def _steady_batch_norm(m: SteadyBatchNorm, k: int) -> nn.Module:
+    new = SteadyBatchNorm(k * m.nf, k * m.num_groups, m.mom, m.eps, m.weight is not None,
+                          evaluation_memory=m.evaluation_memory)
+    KeepApart(new, k)
     return new
 
 
@@ -240,6 +248,7 @@ register(RunningBatchNorm, _running_batch_norm)
 register(BatchChannelNorm, lambda m, k: BatchChannelNorm(k * m.nf, k * m.num_groups, m.mom, m.eps,
                                                          m.weight is not None))
 register(RunningChannelNorm, _running_channel_norm)
+register(SteadyBatchNorm, _steady_batch_norm)
 register(EvoNormS0, lambda m, k: EvoNormS0(k * m.nf, k * m.groups, m.eps, m.weight is not None))
 register(FilterResponseNorm, lambda m, k: FilterResponseNorm(k * m.nf, m.eps, m.weight is not None,
                                                              activation=m.activates))

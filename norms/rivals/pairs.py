@@ -93,6 +93,8 @@ class RunningChannelNorm(RunningBatchNorm):
         rule: how `mom` turns into a batch's weight, "lesson" or "per_image".
         average_backward: average the means in the first norm's gradient over steps. It keeps state in the backward
             pass, so second derivatives and `torch.func` are refused.
+        evaluation_memory: over how many images evaluation averages what the first norm trains by; None evaluates by
+            the same statistics.
         constant_statistics: whether the first norm's statistics are constants to the gradient, as in the paper; else it
             flows through the batch's share of them. The group's always carry it.
         device, dtype: of the parameters; the statistics are float32 or wider.
@@ -111,16 +113,18 @@ class RunningChannelNorm(RunningBatchNorm):
 
     def __init__(self, nf: int, num_groups: int = 4, mom: float = 0.1, eps: float = 1e-5, affine: bool = True, *,
                  rule: Literal["lesson", "per_image"] = "lesson", average_backward: bool = False,
-                 constant_statistics: bool = False, device: Device = None, dtype: torch.dtype | None = None) -> None:
-        check_groups("RunningChannelNorm", num_groups, nf)
+                 evaluation_memory: float | None = None, constant_statistics: bool = False, device: Device = None,
+                 dtype: torch.dtype | None = None) -> None:
+        check_groups(type(self).__name__, num_groups, nf)
         if average_backward and constant_statistics:
             raise ValueError("RunningChannelNorm got average_backward=True and constant_statistics=True; what is "
                              "averaged is the gradient through the statistics, which constants have none of: choose "
                              "one of the two")
-        super().__init__(nf, mom, eps, affine, rule=rule, average_backward=average_backward, device=device, dtype=dtype)
+        super().__init__(nf, mom, eps, affine, rule=rule, average_backward=average_backward,
+                         evaluation_memory=evaluation_memory, device=device, dtype=dtype)
         self.num_groups, self.constant_statistics = num_groups, constant_statistics
 
-    def forward(self, x: Tensor) -> Tensor:
+    def normalise(self, x: Tensor) -> Tensor:
         if (y := fast.step(self, x)) is not None: return y
         self.check_input(x, self.nf, no_images=not self.training or self.over_ranks())
         xs = wide(x)
