@@ -25,5 +25,5 @@ from norms.running import RunningBatchNorm
 from norms.steady import SteadyBatchNorm
 from norms.sync import sync_norms, unsync_norms
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RunningBatchNorm", "SteadyBatchNorm", "convert_norms",
-           "recalibrate", "sync_norms", "unsync_norms"]
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RunningBatchNorm", "SteadyBatchNorm",
+           "convert_norms", "recalibrate", "sync_norms", "unsync_norms"]
