@@ -23,8 +23,8 @@ def convert_norms(model: nn.Module, factory: Factory) -> Swapped:
     """Swap every norm of `model` that works per channel, in place, for the one that `factory` makes.
 
     Swapped are torch's BatchNorm1d/2d/3d, SyncBatchNorm, InstanceNorm1d/2d/3d and GroupNorm, torchvision's
-    FrozenBatchNorm2d, and this package's BatchNorm, RunningBatchNorm, InstanceNorm, GroupNorm, FilterResponseNorm and
-    EvoNormS0. All other layers are left as they are, and the result names those that are norms. So it is with every
+    FrozenBatchNorm2d, and this package's BatchNorm, RunningBatchNorm, InstanceNorm, GroupNorm and `norms.rivals`. All
+    other layers are left as they are, and the result names those that are norms. So it is with every
     LayerNorm and RMSNorm: the axes that they normalise are not one channel's (in a transformer it is the last axis, and
     a channel norm there would mix up positions and features), and neither is the shape of their weights.
 
@@ -45,6 +45,9 @@ def convert_norms(model: nn.Module, factory: Factory) -> Swapped:
       the reason stands). On the way back the variance is the clamped one if the clamp was in force, and
       `num_batches_tracked` is `seen`. Where the old layer kept none, the new one's are untrained: train or
       `recalibrate` before evaluation. The averages of `average_backward=True` go only to another such norm.
+      BatchRenorm and MomentumBatchNorm take them as a BatchNorm does, their schedules at step `num_batches_tracked`,
+      and the latter trains on from them. MABN, which takes no mean away, makes the second moment of them: there
+      evaluation is another function. The way back gives a mean of 0, and the same output.
     - `eps` along with running statistics and among norms of one formula (GroupNorm for `nn.GroupNorm`); otherwise
       the factory's holds.
     - `mom` from one batch norm to another, except torch's None. RunningBatchNorm's means something else (a batch's

@@ -10,19 +10,25 @@ from norms.instance import InstanceNorm
 from norms.layer import LayerNorm
 from norms.rivals.evonorm import EvoNormS0
 from norms.rivals.filter_response import FilterResponseNorm
+from norms.rivals.mabn import MABN
+from norms.rivals.momentum import MomentumBatchNorm
 from norms.rivals.pairs import BatchChannelNorm, RunningChannelNorm
+from norms.rivals.renorm import BatchRenorm
 from norms.running import RunningBatchNorm
+from norms.running_norm import RunningNorm
 
 # The norms with an affine map per channel of axis 1. Within a family the formula is the same, at equal eps. (The pairs
-# are batch norms with more behind.)
-BATCH = (_BatchNorm, BatchNorm, BatchChannelNorm, RunningBatchNorm, RunningChannelNorm)
-BatchKind = _BatchNorm | BatchNorm | RunningBatchNorm       # as a type
+# are batch norms with more behind; of the rivals the same holds in evaluation.)
+RIVALS = (BatchRenorm, MomentumBatchNorm, MABN)
+BATCH = (_BatchNorm, BatchNorm, BatchChannelNorm, RunningBatchNorm, RunningChannelNorm, *RIVALS)
+BatchKind = _BatchNorm | RunningNorm                        # as a type
 FAMILIES = (BATCH, (_InstanceNorm, InstanceNorm), (nn.GroupNorm, GroupNorm), (FilterResponseNorm,),
             (EvoNormS0,))
 CHANNEL_NORMS = tuple(cls for family in FAMILIES for cls in family)
 ACTIVATION = ("tau", "v")               # parameters of an activation that is part of a norm
 LAYER = (nn.LayerNorm, LayerNorm)       # over trailing axes, with an affine map per value of these
-ON_IMAGES = (nn.BatchNorm2d, nn.InstanceNorm2d, nn.SyncBatchNorm, BatchNorm, RunningBatchNorm)  # or may be
+ON_IMAGES = (nn.BatchNorm2d, nn.InstanceNorm2d, nn.SyncBatchNorm, BatchNorm, RunningBatchNorm,
+             *RIVALS)                   # or may be
 
 
 def frozen_class(module: nn.Module | None) -> type[nn.Module] | None:

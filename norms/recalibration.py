@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
+from norms.batch import BatchNorm
 from norms.kinds import BATCH, BatchKind
 from norms.moments import all_but_channels, merge_moments, moments, wide
 from norms.running import CARRIED_COUNT, CLAMP_IMAGES, RunningBatchNorm
@@ -43,7 +45,8 @@ def recalibrate(model: nn.Module, loader: Iterable[Tensor | tuple[Tensor, ...] |
     BatchNorm and torch's get the unbiased variance, as in training; their `num_batches_tracked` is the number of
     batches. RunningBatchNorm gets the biased one, as in training, and `seen` is the number of images (at least 20,
     so that nothing is clamped); its `count` stays, for it describes the batches of its training, and is at least
-    `CARRIED_COUNT`.
+    `CARRIED_COUNT`. The rivals with running statistics (`norms.rivals`) get the biased one, too, MABN the second
+    moment; what they train by follows, and their steps stay.
 
     A layer that runs several times in one evaluation gets a pass for each: statistics over its runs up to that one, of
     which the earlier ones use the statistics of the pass before. A layer that doesn't run is left as it is.
@@ -234,5 +237,7 @@ def set_statistics(norm: BatchKind, name: str, images: int, mean: Tensor, var: T
         norm.count.clamp_(min=CARRIED_COUNT)
         norm.seen.fill_(max(images, CLAMP_IMAGES))
     else:
-        norm.running_var.copy_(var * (n / (n - 1)))
-        if norm.num_batches_tracked is not None: norm.num_batches_tracked.fill_(runs)
+        unbiased = isinstance(norm, (_BatchNorm, BatchNorm))
+        norm.running_var.copy_(var * (n / (n - 1)) if unbiased else var)
+        if isinstance(norm, RunningNorm): norm.follow()
+        if unbiased and norm.num_batches_tracked is not None: norm.num_batches_tracked.fill_(runs)

@@ -66,6 +66,9 @@ class RunningNorm(Norm):
         """Set the running statistics and their counts to what they are before training, in place."""
         for name, value in self.fresh.items(): self._buffers[name].fill_(value)
 
+    def follow(self) -> None:
+        """Bring the norm's other statistics in line with `running_mean` and `running_var`, which came from outside."""
+
     def reset_parameters(self) -> None:
         """Set parameters and running statistics to what they are after construction, as torch's batch norms do."""
         self.reset_running_stats()

@@ -108,7 +108,7 @@ def carry_affine(layer: str, old: nn.Module, new: nn.Module, shape: tuple[int, .
 
 
 def translate_counts(old: nn.Module, new: nn.Module) -> None:
-    """Between a RunningBatchNorm and another norm: make `new` evaluate as `old` does, and average on from there."""
+    """Between norms of two kinds: make `new` evaluate as `old` does, as far as it can, and average on from there."""
     if isinstance(new, RunningBatchNorm) and new.evaluation_memory is not None and not hasattr(old, "recent_mean"):
         new.recent_mean.copy_(new.running_mean)
         new.recent_var.copy_(new.running_var)
@@ -122,3 +122,4 @@ def translate_counts(old: nn.Module, new: nn.Module) -> None:
         images = getattr(old, "num_batches_tracked", torch.tensor(0)).clamp_min(CLAMP_IMAGES)   # at least 1 in a batch
         new.seen.copy_(images * trained)
         new.count.copy_(CARRIED_COUNT * trained)
+    if isinstance(new, RunningNorm) and not isinstance(old, type(new)): new.follow()

@@ -88,7 +88,8 @@ def sync_norms(model: nn.Module, group: Any = None) -> Synced:
 
     With batch 1 on each of two processes a batch norm normalises by one image, twice; synchronised it does by both, as
     one process with batch 2 would: outputs, gradients and buffers are equal up to rounding, and all processes' buffers
-    equal to the last bit. Synchronised are BatchNorm, RunningBatchNorm and what derives from them. All other norms are
+    equal to the last bit. Synchronised are BatchNorm, RunningBatchNorm, what derives from them, and the
+    rivals with running statistics (`norms.rivals`). All other norms are
     left alone, and the result names them: GroupNorm, LayerNorm and InstanceNorm need nothing, for their statistics are
     an image's own; torch's BatchNorm1d/2d/3d are not ours, so take `convert_norms(model, norms.BatchNorm)` first, or
     nn.SyncBatchNorm, which runs on GPUs alone.

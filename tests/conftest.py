@@ -44,7 +44,7 @@ LONGEST = ("test_typing.py", "test_lessons.py", "test_readme.py", "test_experime
 
 
 # The names in the tests' lists of norms that have a definition and no kernels: they run once, and by that.
-NO_KERNELS = {"evonorm", "filter response"}
+NO_KERNELS = {"evonorm", "filter response", "mabn", "momentum", "renorm"}
 
 
 def pytest_collection_modifyitems(items):

@@ -17,10 +17,13 @@ from experiments.study.stacked_layers import GroupedConv2d, GroupedLinear, PerIm
 from experiments.study.stacked_sgd import StackedSGD
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
 from norms.rivals import (
+    MABN,
     BatchChannelNorm,
+    BatchRenorm,
     CentredConv2d,
     EvoNormS0,
     FilterResponseNorm,
+    MomentumBatchNorm,
     RunningChannelNorm,
     SkipInit,
     WSConv2d,
@@ -115,6 +118,10 @@ LAYERS = {
     "FilterResponseNorm": lambda: FilterResponseNorm(4), "FilterResponseNorm alone": lambda: FilterResponseNorm(
         4, affine=False, activation=False),
     "EvoNormS0": lambda: EvoNormS0(4, 2), "EvoNormS0 without weights": lambda: EvoNormS0(4, 1, affine=False),
+    "BatchRenorm": lambda: BatchRenorm(4, 0.1, 1e-3, affine=False, rmax=2, dmax=1, begin=2, rmax_at=9, dmax_at=7),
+    "MomentumBatchNorm": lambda: MomentumBatchNorm(4, 0.3, affine=False, m0=8, steps=15),
+    "MABN": lambda: nn.Sequential(CentredConv2d(4, 4, 3, groups=2), MABN(4, 0.3, 1e-3, window=3, warmup=5, r_from=7,
+                                                                         limit=2)),
     "nn.BatchNorm2d": lambda: nn.BatchNorm2d(4, momentum=None), "untracked": lambda: nn.BatchNorm2d(
         4, affine=False, track_running_stats=False), "nn.GroupNorm": lambda: nn.GroupNorm(2, 4, affine=False),
     "nn.LayerNorm": lambda: nn.LayerNorm((4, 6, 6)), "nn.LayerNorm of rows": lambda: nn.LayerNorm(6),

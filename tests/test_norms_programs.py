@@ -27,7 +27,15 @@ from torch.utils.checkpoint import checkpoint
 
 import norms.fast.kernels as kernels
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
-from norms.rivals import BatchChannelNorm, EvoNormS0, FilterResponseNorm, RunningChannelNorm
+from norms.fast import dispatch
+from norms.rivals import (
+    BatchChannelNorm,
+    BatchRenorm,
+    EvoNormS0,
+    FilterResponseNorm,
+    MomentumBatchNorm,
+    RunningChannelNorm,
+)
 
 C, SIDES = 3, (4, 3)
 LAYOUTS = {
@@ -67,7 +75,8 @@ def segment(norm, way, x):
 
 def centres(norm):
     """Whether what `norm` makes of a constant batch is its bias."""
-    return norm.statistics == "mean and variance" and not isinstance(norm, RunningBatchNorm)
+    return norm.statistics == "mean and variance" and not isinstance(norm, (BatchRenorm, MomentumBatchNorm,
+                                                                           RunningBatchNorm))
 
 
 def share_of(norm, x):
@@ -253,12 +262,14 @@ MAKES = {"batch": lambda: BatchNorm(C), "running": lambda: RunningBatchNorm(C), 
          "averaged": lambda: RunningBatchNorm(C, average_backward=True), "instance": lambda: InstanceNorm(C, eps=1e-5),
          "layer, trailing axes": lambda: LayerNorm((C, *SIDES)), "batch and group": lambda: BatchChannelNorm(C, 1),
          "running and group": lambda: RunningChannelNorm(C, 1),
+         "renorm": lambda: BatchRenorm(C, 0.3, begin=1, rmax_at=20, dmax_at=10),
+         "momentum": lambda: MomentumBatchNorm(C, steps=30),
          "filter response": lambda: FilterResponseNorm(C), "evonorm": lambda: EvoNormS0(C, 1)}
 
 
 @pytest.mark.parametrize("name", MAKES)
 def test_random_programs(name, monkeypatch):
-    examples = 16 if MAKES[name]().statistics == "mean and variance" else 4     # these others have one route, no state
+    examples = 16 if type(MAKES[name]()) in dispatch._LAUNCHERS else 4          # these others have one route
     monkeypatch.setattr(kernels, "GRAIN", 100)      # so that three threads change the route of the larger batches
     threads = torch.get_num_threads()
     machine = type("Of", (Program,), {"make": staticmethod(MAKES[name])})

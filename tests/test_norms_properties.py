@@ -1,6 +1,7 @@
 """Properties over random shapes, momenta, sequences of batches and extreme values, found by Hypothesis."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from reference import LiteralRunningBatchNorm
 from torch import nn
 
 from norms import BatchNorm, RunningBatchNorm
+from norms.rivals import MABN, BatchRenorm, MomentumBatchNorm
 
 # The same examples in every run; the first one pays for torch's start, so there is no deadline.
 fixed = settings(derandomize=True, deadline=None, max_examples=100, database=None)
@@ -20,7 +22,8 @@ spatial = st.lists(st.integers(1, 4), max_size=3)
 momenta = st.floats(1e-3, 1)
 rules = st.sampled_from(["lesson", "per_image"])
 seeds = st.integers(0, 2**32 - 1)
-norms = st.sampled_from([BatchNorm, RunningBatchNorm])
+norms = st.sampled_from([BatchNorm, RunningBatchNorm, partial(BatchRenorm, begin=0, rmax_at=3, dmax_at=3),
+                         partial(MomentumBatchNorm, steps=5), partial(MABN, window=2, warmup=0, r_from=3)])
 
 
 def batches(least):

@@ -19,18 +19,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
-from norms.rivals import EvoNormS0, FilterResponseNorm
+from norms.rivals import BatchRenorm, EvoNormS0, FilterResponseNorm, MomentumBatchNorm
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 RUNNING = {"batch": BatchNorm, "running": RunningBatchNorm,
            "per image": lambda nf: RunningBatchNorm(nf, rule="per_image"),
            "averaged": lambda nf: RunningBatchNorm(nf, average_backward=True),
-           "settled": lambda nf: RunningBatchNorm(nf, evaluation_memory=30)}
+           "settled": lambda nf: RunningBatchNorm(nf, evaluation_memory=30),
+           "renorm": lambda nf: BatchRenorm(nf, 0.3, begin=0, rmax_at=9, dmax_at=6),
+           "momentum": lambda nf: MomentumBatchNorm(nf, steps=9)}
 NORMS = {**RUNNING, "group": lambda nf: GroupNorm(2, nf), "instance": lambda nf: InstanceNorm(nf, eps=1e-5),
          "layer": lambda nf: LayerNorm(), "layer, trailing": lambda nf: LayerNorm((nf, 5, 3)),
          "filter response": FilterResponseNorm, "evonorm": lambda nf: EvoNormS0(nf, 2)}
-CENTRED = [name for name in NORMS if NORMS[name](4).statistics == "mean and variance"]
+CENTRED = [name for name in NORMS if NORMS[name](4).statistics == "mean and variance" and name != "renorm"]
 
 
 def draw(*shape, seed=0, dtype=torch.float64):

@@ -11,7 +11,15 @@ from torch import nn
 
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
 from norms.moments import HALF
-from norms.rivals import BatchChannelNorm, EvoNormS0, FilterResponseNorm, RunningChannelNorm
+from norms.rivals import (
+    MABN,
+    BatchChannelNorm,
+    BatchRenorm,
+    EvoNormS0,
+    FilterResponseNorm,
+    MomentumBatchNorm,
+    RunningChannelNorm,
+)
 from norms.testing import CHECKS, check_norm
 
 
@@ -53,6 +61,14 @@ NORMS = {
                                    {"numeric derivative", "deepcopy", "two forwards", "buffers as inputs",
                                     "buffers may change", "backward changes nothing"},
                                    {"the reference"}),
+    "momentum": (lambda nf: MomentumBatchNorm(nf, steps=4), {}, set(), {"the reference"}),
+    # its limits open, r and d are constants to the gradient, and a constant batch is moved
+    "renorm": (lambda nf: BatchRenorm(nf, 0.5, begin=1, rmax_at=4, dmax_at=3), {},
+               {"numeric derivative", "constant"}, {"the reference"}),
+    "mabn": (lambda nf: MABN(nf, window=3, warmup=0, r_from=0), {},
+             # its backward is no gradient, and has a state of its own
+             {"numeric derivative", "deepcopy", "two forwards", "buffers as inputs", "backward changes nothing"},
+             {"the reference", "constant"}),
     "batch and group": (lambda nf: BatchChannelNorm(nf, 2),
                         {"reference": lambda nf: nn.Sequential(BatchNorm(nf, affine=False), GroupNorm(2, nf))}, set(),
                         {"not finite stays"}),
@@ -93,7 +109,8 @@ def no_graphs(monkeypatch):
 
 @pytest.mark.parametrize("case", list(NORMS))
 def test_what_holds_for_this_norm(case, kernels, no_graphs):
-    if kernels == "definition": no_graphs()             # a graph has the definition by either route
+    # A graph has the definition by either route; some have no other.
+    if kernels == "definition" and case not in ("mabn", "momentum", "renorm"): no_graphs()
     factory, kwargs, failing, other = NORMS[case]
     report = check_norm(factory, **kwargs)
     assert names(report, "FAIL") == named(failing), report

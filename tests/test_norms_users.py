@@ -15,12 +15,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm, convert_norms
-from norms.rivals import EvoNormS0, FilterResponseNorm
+from norms.rivals import MABN, BatchRenorm, EvoNormS0, FilterResponseNorm, MomentumBatchNorm
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 RUNNING = {"batch": BatchNorm, "running": RunningBatchNorm,
-           "averaged": lambda nf, **kwargs: RunningBatchNorm(nf, average_backward=True, **kwargs)}
+           "averaged": lambda nf, **kwargs: RunningBatchNorm(nf, average_backward=True, **kwargs),
+           "renorm": BatchRenorm, "momentum": MomentumBatchNorm, "mabn": MABN}
+OF_NO_FUNCTION = "averaged", "mabn"         # in training their gradient is not that of what they compute
 NORMS = {**RUNNING, "group": lambda nf, **kwargs: GroupNorm(2, nf, **kwargs), "instance": InstanceNorm,
          "layer": lambda nf, **kwargs: LayerNorm(**kwargs),
          "layer, trailing": lambda nf, **kwargs: LayerNorm((nf, 3, 3), **kwargs),
@@ -173,7 +175,8 @@ def test_a_subclass_is_traced_too():
 
 
 @pytest.mark.one_route
-@pytest.mark.parametrize("name", [name for name in NORMS if name not in ("filter response", "evonorm")])   # slow
+@pytest.mark.parametrize("name", [name for name in NORMS if name not in (
+    "filter response", "evonorm", "renorm", "momentum", "mabn")])                                               # slow
 def test_onnx_of_the_evaluation_takes_any_batch(name):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -198,9 +201,9 @@ def test_onnx_of_the_evaluation_takes_any_batch(name):
 def test_a_map_over_any_of_its_inputs(name, training):
     """Over x, weight, bias, running mean and variance, in every combination, equals the loop."""
     norm = NORMS[name](4).double()
-    if name == "averaged": norm.eval()                      # in training it is no function of its inputs
+    if name in OF_NO_FUNCTION: norm.eval()
     norm(torch.randn(3, 4, 3, 3, dtype=torch.float64))
-    norm.train(training and name != "averaged")
+    norm.train(training and name not in OF_NO_FUNCTION)
     tensors = {"x": torch.randn(3, 4, 3, 3, dtype=torch.float64), **state(norm)}
     names = [k for k, t in tensors.items() if t.is_floating_point() and t.ndim]
     many = {k: torch.rand(5, *tensors[k].shape, dtype=torch.float64) + 0.5 for k in names}
@@ -211,10 +214,10 @@ def test_a_map_over_any_of_its_inputs(name, training):
         return functional_call(norm, {k: t for k, t in given.items() if k != "x"}, (given["x"],))
     for mapped in itertools.product((False, True), repeat=len(names)):
         if not any(mapped): continue
-        stateful = training and name in RUNNING and name != "averaged"
+        stateful = training and name in RUNNING and name not in OF_NO_FUNCTION
         if stateful and mapped[0] and not all(mapped[names.index(k)] for k in names if "running" in k or "var" in k):
             continue                                        # mapped statistics don't fit into a buffer that isn't
-        if stateful and name == "running": continue         # its counts, scalars, are not mapped
+        if stateful and name in ("running", "momentum"): continue         # its counts, scalars, are not mapped
         args = [many[k] if m else tensors[k] for k, m in zip(names, mapped, strict=True)]
         got = vmap(f, in_dims=tuple(0 if m else None for m in mapped))(*args)
         want = torch.stack([f(*(a[i] if m else a for a, m in zip(args, mapped, strict=True))) for i in range(5)])

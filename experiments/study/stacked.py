@@ -17,10 +17,13 @@ from experiments.study.stacked_layers import GroupedConv2d, GroupedLayerNorm, Gr
 from experiments.study.stacked_rivals import GroupedCentredConv2d, GroupedSkipInit, GroupedWSConv2d
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm, SteadyBatchNorm
 from norms.rivals import (
+    MABN,
     BatchChannelNorm,
+    BatchRenorm,
     CentredConv2d,
     EvoNormS0,
     FilterResponseNorm,
+    MomentumBatchNorm,
     RunningChannelNorm,
     SkipInit,
     WSConv2d,
@@ -249,6 +252,12 @@ register(BatchChannelNorm, lambda m, k: BatchChannelNorm(k * m.nf, k * m.num_gro
                                                          m.weight is not None))
 register(RunningChannelNorm, _running_channel_norm)
 register(SteadyBatchNorm, _steady_batch_norm)
+register(BatchRenorm, lambda m, k: BatchRenorm(k * m.nf, m.mom, m.eps, m.weight is not None, rmax=m.rmax, dmax=m.dmax,
+                                               begin=m.begin, rmax_at=m.rmax_at, dmax_at=m.dmax_at))
+register(MomentumBatchNorm, lambda m, k: MomentumBatchNorm(k * m.nf, m.mom, m.eps, m.weight is not None, m0=m.m0,
+                                                           steps=m.steps))
+register(MABN, lambda m, k: MABN(k * m.nf, m.mom, m.eps, m.weight is not None, window=m.window, warmup=m.warmup,
+                                 r_from=m.r_from, limit=m.limit))
 register(EvoNormS0, lambda m, k: EvoNormS0(k * m.nf, k * m.groups, m.eps, m.weight is not None))
 register(FilterResponseNorm, lambda m, k: FilterResponseNorm(k * m.nf, m.eps, m.weight is not None,
                                                              activation=m.activates))

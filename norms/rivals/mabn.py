@@ -71,6 +71,8 @@ class MABN(RunningNorm):
             and `torch.func`, for the gradient is that of no function.
     """
 
+    statistics = "mean square"
+
     num_batches_tracked: Tensor
     square_window: Tensor
     grad_window: Tensor

@@ -130,6 +130,11 @@ class MomentumBatchNorm(RunningNorm):
         lam = self.past(b, self.num_batches_tracked + 1, torch.float64).item()
         return self.train_mean, self.train_var, b * (1 + lam) / (1 - lam)
 
+    def follow(self) -> None:
+        """Train on from what `running_mean` and `running_var` now hold."""
+        self.train_mean.copy_(self.running_mean)
+        self.train_var.copy_(self.running_var)
+
     @property
     def unclamped_var(self) -> Tensor:
         """`train_var`: there is no clamp, and to whoever looks for one `running_var` is another average."""

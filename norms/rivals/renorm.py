@@ -72,6 +72,11 @@ class BatchRenorm(RunningNorm):
         self.mom, self.rmax, self.dmax = mom, rmax, dmax
         self.begin, self.rmax_at, self.dmax_at = begin, rmax_at, dmax_at
 
+    @property
+    def moved_from(self) -> int:
+        """The training step from which on the output is another than batch norm's."""
+        return self.begin + 1
+
     def limits(self, step: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """rmax and dmax in the training step number `step`, counted from 1: scalar tensors."""
         past = (step - self.begin).to(dtype)

@@ -161,7 +161,7 @@ def _outputs(model: nn.Module, norms: Collection[nn.Module], layers: Collection[
 def _input_figures(m: nn.Module, x: Tensor) -> dict[str, Any]:
     """What comes into the norm layer `m` in evaluation, beside what it evaluates by: numbers and `(C,)` tensors."""
     n, moments = statistic_groups(m, x).shape[1], running_moments(m, len(x))
-    running = running_statistics(m) if moments is None else moments[:2]
+    running = running_statistics(m) or (None if moments is None else moments[:2])
     if running is None or running[0].shape != x.shape[1:2]: return {"values": n}
     x, dims, (mean, var), eps = wide(x), (0, *range(2, x.ndim)), map(wide, running), eps_of(m, x)
     reach = (x.transpose(1, -1) - mean).flatten(0, -2).abs().amax(0) / (var + eps).sqrt()

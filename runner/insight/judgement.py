@@ -51,10 +51,14 @@ def judge(m: nn.Module, x: Tensor, before: tuple[Tensor, Tensor] | None, was_fro
     if running: var = running[1]
     live = var[var > 0]                                             # a ReLU leaves channels without any value
     median = live.median().item() if len(live) else 0.0
+    moved = getattr(m, "moved_from", None)
     if running: remarks = [_past_batches(n, images, running[2], of)]
-    else: remarks = [_one_batch(n, common, what, eps < median, of)]
+    else: remarks = [_one_batch(n, common, what, eps < median and moved is None, of)]
 
     def remark(level: str, text: str) -> None: remarks.append((level, text))
+    if moved is not None:
+        remark("ok", f"from step {moved} on the output is moved towards running statistics; the gradient rests on the "
+                     "batch alone")
     if running and after and (held := int((var > getattr(m, "unclamped_var", after[1])).sum())):
         remark("ok", f"a clamp holds the variance of {held} of {len(var)} channels")
     if (n > 1 or what == "mean square") and eps > median:

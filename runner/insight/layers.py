@@ -12,6 +12,8 @@ of `norms` have them and a norm of your own can, without an import from anywhere
                             values per channel they are of, `x` being this process's batch
     statistics              only where it is not the mean and the variance that a norm takes of these values: "variance"
                             or "mean square", by whose root it divides; the mean then stays
+    moved_from              only where training normalises by the batch and moves the result towards running statistics:
+                            from which training step on
     activates               only where an activation is part of the norm: true
     unclamped_var           only where the norm keeps that variance above a least one: a buffer `(C,)`, the variance
                             without it; where there is none, the buffer `running_var`
