@@ -9,6 +9,7 @@ from torch import nn
 
 from norms import BatchNorm
 from norms.rivals import BatchRenorm
+from runner import preflight
 
 
 class Literal(nn.Module):
@@ -154,3 +155,10 @@ def test_state_dicts_are_torch_s_both_ways():
     ({"begin": -1}, "begin is -1")])
 def test_settings_that_make_no_sense(settings, text):
     with pytest.raises(ValueError, match=f"BatchRenorm: {text}"): BatchRenorm(3, **settings)
+
+
+def test_preflight_says_from_when_on_it_is_more_than_batch_norm():
+    (found,) = preflight(BatchRenorm(3, begin=7), torch.randn(2, 3, 1, 1)).findings
+    assert found.level == "warn"
+    assert found.text == ("2 values per statistic: the variance has a standard error of 141 %; from step 8 on the "
+                          "output is moved towards running statistics; the gradient rests on the batch alone")
