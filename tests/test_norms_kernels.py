@@ -15,11 +15,15 @@ from torch.nn.utils import parametrize
 
 import norms.fast.kernels
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
+from norms.rivals import BatchChannelNorm, RunningChannelNorm
 
 ROOT = Path(__file__).parent.parent
 NORMS = {"batch": BatchNorm, "running": RunningBatchNorm,
          "per image": lambda nf: RunningBatchNorm(nf, rule="per_image"),
-         "layer": lambda nf: LayerNorm(), "instance": InstanceNorm, "group": lambda nf: GroupNorm(2 - nf % 2, nf)}
+         "layer": lambda nf: LayerNorm(), "instance": InstanceNorm, "group": lambda nf: GroupNorm(2 - nf % 2, nf),
+         "batch and group": lambda nf: BatchChannelNorm(nf, 2 - nf % 2),
+         "running and group": lambda nf: RunningChannelNorm(nf, 2 - nf % 2),
+         "constant statistics": lambda nf: RunningChannelNorm(nf, 2 - nf % 2, constant_statistics=True)}
 needs_kernels = pytest.mark.skipif(not norms.fast.kernels.AVAILABLE, reason="the norms' kernels are not built here")
 
 
@@ -29,7 +33,7 @@ def test_they_are_built_where_there_is_a_compiler():
     assert norms.fast.kernels.AVAILABLE, "pip install -e . builds them"
 
 
-def used(y): return type(y.grad_fn).__name__ in ("_StepBackward", "_GroupStepBackward")
+def used(y): return type(y.grad_fn).__name__ in ("_StepBackward", "_GroupStepBackward", "_PairStepBackward")
 
 
 def steps(norm, batches):

@@ -102,9 +102,10 @@ def test_it_is_the_published_formula(rule, size, spatial, program, seed):
         bn = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[len(spatial)]
         pair, first = BatchChannelNorm(nf, groups), bn(nf, affine=False)
     else: pair, first = RunningChannelNorm(nf, groups, rule=rule), LiteralRunningBatchNorm(nf, rule=rule)
-    # The running norm's definition cancels: some ten digits are left of it, and small batches make them fewer.
+    # A group of nearly equal values makes rounding 300 times as large, and batch norm of two values the same again. The
+    # running norm's definition cancels besides.
     same_over(program, pair.double(), Literal(nf, groups, first.double()).double(), spatial, seed,
-              1e-10 if rule == "batch" else 1e-7, buffers=False)
+              1e-8 if rule == "batch" else 1e-7, buffers=False)
 
 
 @pytest.mark.usefixtures("kernels")

@@ -12,7 +12,8 @@ from norms.fast.channels import batch_norm, running_batch_norm
 from norms.fast.compiled import owned, write
 from norms.fast.dispatch import refuse_many, register, step
 from norms.fast.images import group_norm
+from norms.fast.pairs import batch_pair, running_pair
 from norms.fast.repeats import first_result, repeating, state
 
-__all__ = ["batch_norm", "first_result", "group_norm", "owned", "refuse_many", "register", "repeating",
-           "running_batch_norm", "state", "step", "write"]
+__all__ = ["batch_norm", "batch_pair", "first_result", "group_norm", "owned", "refuse_many", "register", "repeating",
+           "running_batch_norm", "running_pair", "state", "step", "write"]

@@ -31,11 +31,8 @@ STATE = ("unclamped_var", "count", "seen")      # beside the mean and the varian
 def batch_norm(norm: RunningNorm, x: Tensor, kernels: Kernels) -> Tensor | None:
     """A step of `BatchNorm`, or None."""
     if not norm.training: return _evaluate(norm, x, kernels)
-    buffers = norm._buffers                                             # an attribute is 10 times as slow
-    written = [buffers[name] for name in ("running_mean", "running_var", "num_batches_tracked")]
-    if not (_fit(norm, x, written[:2]) and ordinary(written[2:], torch.int64, 1)): return None
-    if repeating(): written = [t.clone() for t in written]            # repeated: the batch is counted already
-    return _step(norm, x, kernels, "batch_norm", written, (norm.mom, norm.eps))
+    written = batch_state(norm, x)
+    return None if written is None else _step(norm, x, kernels, "batch_norm", written, (norm.mom, norm.eps))
 
 
 def running_batch_norm(norm: RunningNorm, x: Tensor, kernels: Kernels, rule: tuple[float, ...],
@@ -46,20 +43,35 @@ def running_batch_norm(norm: RunningNorm, x: Tensor, kernels: Kernels, rule: tup
     training normalises by.
     """
     if not norm.training: return _evaluate(norm, x, kernels)
+    found = running_state(norm, x, average_backward, trains_by)
+    return None if found is None else _step(norm, x, kernels, "running_batch_norm", found[0], rule, found[1])
+
+
+def batch_state(norm: RunningNorm, x: Tensor) -> list[Tensor] | None:
+    """What a training step of batch norm on `x` writes, or None where that isn't memory as the kernels take it."""
+    buffers = norm._buffers                                             # an attribute is 10 times as slow
+    written = [buffers[name] for name in ("running_mean", "running_var", "num_batches_tracked")]
+    if not (fit(norm, x, written[:2]) and ordinary(written[2:], torch.int64, 1)): return None
+    return [t.clone() for t in written] if repeating() else written     # repeated: the batch is counted already
+
+
+def running_state(norm: RunningNorm, x: Tensor, average_backward: bool,
+                  trains_by: tuple[str, str]) -> tuple[list[Tensor], tuple[Tensor, ...]] | None:
+    """What a training step of running batch norm on `x` writes, and what its backward pass does, or None as above."""
     buffers = norm._buffers
     names = *trains_by, *STATE
     mean, var, hidden, count, seen = (buffers[name] for name in names)
-    if not (_fit(norm, x, (mean, var, hidden)) and ordinary((count,), x.dtype, 1)
+    if not (fit(norm, x, (mean, var, hidden)) and ordinary((count,), x.dtype, 1)
             and ordinary((seen,), torch.int64, 1)): return None
     averages: tuple[Tensor, ...] = ()
     if average_backward:
         averages = buffers["grad_mean"], buffers["grad_dot"]
         if not ordinary(averages, x.dtype, norm.nf): return None
     now = state(norm)
-    return _step(norm, x, kernels, "running_batch_norm", [now[name] for name in names], rule, averages)
+    return [now[name] for name in names], averages
 
 
-def _fit(norm: RunningNorm, x: Tensor, statistics: Sequence[Tensor]) -> bool:
+def fit(norm: RunningNorm, x: Tensor, statistics: Sequence[Tensor]) -> bool:
     """Whether `x` is for this norm, and the parameters and `statistics` are memory as the kernels take it."""
     nf, dtype, parameters = norm.nf, x.dtype, norm._parameters
     affine = () if parameters["weight"] is None else (parameters["weight"], parameters["bias"])
@@ -68,15 +80,23 @@ def _fit(norm: RunningNorm, x: Tensor, statistics: Sequence[Tensor]) -> bool:
 
 def _evaluate(norm: RunningNorm, x: Tensor, kernels: Kernels) -> Tensor | None:
     """Evaluation where nobody asks for a gradient, else None."""
-    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
-    statistics = norm._buffers["running_mean"], norm._buffers["running_var"]
-    asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *statistics))
-    if asked or not _fit(norm, x, statistics): return None
-    now = state(norm)
-    mean, var = now["running_mean"], now["running_var"]
+    read = evaluated_by(norm, x)
+    if read is None: return None
+    weight, bias, mean, var = read
     y = torch.empty_like(x)
     kernels.evaluate(*pointers(x, weight, bias, y, mean, var), *_sizes(x), norm.eps)
     return y
+
+
+def evaluated_by(norm: RunningNorm, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor] | None:
+    """Weight, bias, running mean and variance for an evaluation; None where somebody asks for a gradient, or as above.
+    """
+    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+    statistics = norm._buffers["running_mean"], norm._buffers["running_var"]
+    asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *statistics))
+    if asked or not fit(norm, x, statistics): return None
+    now = state(norm)
+    return weight, bias, now["running_mean"], now["running_var"]
 
 
 def _step(norm: RunningNorm, x: Tensor, kernels: Kernels, name: str, written: list[Tensor], numbers: tuple[float, ...],

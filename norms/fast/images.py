@@ -69,7 +69,7 @@ class _GroupStep(torch.autograd.Function):
         # A gradient that will be differentiated in turn, many in one, or an x that came back as something else.
         if torch.is_grad_enabled() or not bare(g, x):
             def define(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-                return _define(x, weight, bias, sizes, eps)
+                return define_groups(x, weight, bias, sizes, eps)
             weight, bias = ctx.of
             return *differentiable(define, x, weight, bias, then, g), None, None, None
         # `x` has the layout of the forward, or comes from a hook in another one, which is as good: values that have one
@@ -83,7 +83,7 @@ class _GroupStep(torch.autograd.Function):
         return gx, gw, gb, None, None, None
 
 
-def _define(x: Tensor, weight: Tensor | None, bias: Tensor | None, sizes: Sizes, eps: float) -> Tensor:
+def define_groups(x: Tensor, weight: Tensor | None, bias: Tensor | None, sizes: Sizes, eps: float) -> Tensor:
     """The definition, on the groups' values in a row: `(N, G, values)` with an affine map of `(1, G, values)`."""
     images, groups, rows, row, of_row, each = sizes
     _, var, centred = moments(x.reshape(images, groups, rows * row), (2,))      # (N, G, 1) for var

@@ -312,4 +312,299 @@ KERNEL NAME(group_backward)(const REAL *g, const REAL *x, const REAL *weight, co
     }
 }
 
+/* --- statistics over the images, then an image's own: the pairs of `norms/rivals/pairs.py` --------------------------
+
+       z = (x - m) s per channel        y = (z - mu) rho weight + bias        mu, rho per image and group
+
+   s is 1 / sqrt(variance + eps), and so is rho. Both rest on the moments of rows, the P values of a channel in an image:
+   r their mean and q = sum (x - r)^2. Over N images, and over the C / G channels of a group,
+
+       m = mean(r)             var = sum(q + P (r - m)^2) / (N P)
+       mu = mean((r - m) s)    var = sum(s^2 q + P ((r - m) s - mu)^2) / (C / G P)
+
+   All terms are positive: nothing cancels. So x is read once for all statistics and once to be normalised, by
+
+       y = (x - k) s rho weight + bias        k = m + mu / s, the row's value that becomes the bias
+
+   As in the definition m is subtracted first: of the two together nothing but the digits of m is left where |m| s is
+   large.
+
+   x is (N, C, P), or where `last` (N, P, C). A step leaves in `kept`, which is of double precision, 6 C values, the first
+   five as above and s; the batch's share and the least variance; N G each of mu and rho; N C each of r and q. */
+
+/* k - m; 0 where the variance is infinite, for there z is 0 everywhere */
+static inline double NAME(offset)(double mu, double s) { return s > 0 ? mu / s : 0; }
+
+static inline void NAME(row_moments)(const REAL *x, int64_t N, int64_t C, int64_t P, int64_t last, double *r,
+                                     double *q) {
+    if (P == 1) for (int64_t k = 0; k < N * C; k++) {
+        r[k] = x[k];
+        q[k] = 0;
+    } else if (!last) for (int64_t k = 0; k < N * C; k++) {
+        const REAL *row = x + k * P;
+        r[k] = row[0] + NAME(sum)(row, P, row[0]) / (double)P;
+        q[k] = NAME(squares)(row, P, r[k]);
+    } else for (int64_t i = 0; i < N; i++) for (int64_t at = 0; at < C; at += BLOCK) {
+        int64_t b = C - at < BLOCK ? C - at : BLOCK;
+        const REAL *xi = x + i * P * C + at;
+        double first[BLOCK], m[BLOCK], s[BLOCK];
+        for (int64_t c = 0; c < b; c++) {
+            first[c] = xi[c];
+            m[c] = s[c] = 0;
+        }
+        for (int64_t j = 0; j < P; j++) for (int64_t c = 0; c < b; c++) m[c] += xi[j * C + c] - first[c];
+        for (int64_t c = 0; c < b; c++) m[c] = first[c] + m[c] / (double)P;
+        for (int64_t j = 0; j < P; j++) for (int64_t c = 0; c < b; c++) {
+            double d = xi[j * C + c] - m[c];
+            s[c] += d * d;
+        }
+        for (int64_t c = 0; c < b; c++) {
+            r[i * C + at + c] = m[c];
+            q[i * C + at + c] = s[c];
+        }
+    }
+}
+
+/* The mean and the variance of each channel, from its rows. */
+static inline void NAME(moments_of_rows)(const double *r, const double *q, int64_t N, int64_t C, int64_t P, double *mean,
+                                         double *var) {
+    for (int64_t c = 0; c < C; c++) mean[c] = var[c] = 0;
+    for (int64_t i = 0; i < N; i++) for (int64_t c = 0; c < C; c++) mean[c] += r[i * C + c] - r[c];
+    for (int64_t c = 0; c < C; c++) mean[c] = r[c] + mean[c] / (double)N;
+    for (int64_t i = 0; i < N; i++) for (int64_t c = 0; c < C; c++) {
+        double d = r[i * C + c] - mean[c];
+        var[c] += q[i * C + c] + (double)P * d * d;
+    }
+    for (int64_t c = 0; c < C; c++) var[c] /= (double)(N * P);
+}
+
+/* The groups' mu and rho from the rows, and y. */
+static inline void NAME(pair_normalise)(const REAL *x, const REAL *weight, const REAL *bias, REAL *y, int64_t N, int64_t C,
+                                        int64_t P, int64_t last, int64_t G, const double *m, const double *s,
+                                        const double *r, const double *q, double *mu, double *rho, double eps) {
+    int64_t D = C / G;
+    for (int64_t i = 0; i < N; i++, r += C, q += C, mu += G, rho += G, x += C * P, y += C * P) {
+        for (int64_t g = 0; g < G; g++) {
+            int64_t from = g * D, to = from + D;
+            double first = (r[from] - m[from]) * s[from], mean = 0, var = 0;
+            for (int64_t c = from; c < to; c++) mean += (r[c] - m[c]) * s[c] - first;
+            mean = first + mean / (double)D;
+            for (int64_t c = from; c < to; c++) {
+                double d = (r[c] - m[c]) * s[c] - mean;
+                var += s[c] * s[c] * q[c] + (double)P * d * d;
+            }
+            mu[g] = mean;
+            rho[g] = D * P == 1 ? 0 : 1 / sqrt(var / (double)(D * P) + eps);    /* a single value becomes the bias */
+        }
+        for (int64_t at = 0; at < C; at += BLOCK) {
+            int64_t b = C - at < BLOCK ? C - at : BLOCK;
+            double off[BLOCK], scale[BLOCK];
+            REAL mean[BLOCK], rest[BLOCK], slope[BLOCK], shift[BLOCK];
+            for (int64_t c = 0; c < b; c++) {
+                int64_t of = at + c, g = of / D;
+                off[c] = NAME(offset)(mu[g], s[of]);
+                scale[c] = s[of] * rho[g] * (weight ? weight[of] : 1);
+                mean[c] = (REAL)m[of];
+                rest[c] = (REAL)(m[of] - mean[c] + off[c]);
+                slope[c] = (REAL)scale[c];
+                shift[c] = bias ? bias[of] : 0;
+            }
+            if (P == 1) for (int64_t c = 0; c < b; c++)
+                y[at + c] = (REAL)((x[at + c] - m[at + c] - off[c]) * scale[c] + shift[c]);
+            else if (last) for (int64_t j = 0; j < P; j++) {
+                const REAL *xj = x + j * C + at;
+                REAL *yj = y + j * C + at;
+                for (int64_t c = 0; c < b; c++) yj[c] = (xj[c] - mean[c] - rest[c]) * slope[c] + shift[c];
+            } else for (int64_t c = 0; c < b; c++) {
+                const REAL *xc = x + (at + c) * P;
+                REAL *yc = y + (at + c) * P;
+                for (int64_t j = 0; j < P; j++) yc[j] = (xc[j] - mean[c] - rest[c]) * slope[c] + shift[c];
+            }
+        }
+    }
+}
+
+/* Evaluation; `kept` is of 3 C + 2 N (G + C) values, for what is needed on the way. */
+KERNEL NAME(pair_evaluate)(const REAL *x, const REAL *weight, const REAL *bias, REAL *y, double *kept, const REAL *mean,
+                           const REAL *var, int64_t N, int64_t C, int64_t P, int64_t last, int64_t G, double eps) {
+    double *m = kept, *s = kept + C, *mu = kept + 2 * C, *rho = mu + N * G, *r = rho + N * G, *q = r + N * C;
+    NAME(row_moments)(x, N, C, P, last, r, q);
+    for (int64_t c = 0; c < C; c++) {
+        m[c] = mean[c];
+        s[c] = 1 / sqrt(var[c] + eps);
+    }
+    NAME(pair_normalise)(x, weight, bias, y, N, C, P, last, G, m, s, r, q, mu, rho, eps);
+}
+
+KERNEL NAME(batch_pair)(const REAL *x, const REAL *weight, const REAL *bias, REAL *y, double *kept, REAL *running_mean,
+                        REAL *running_var, int64_t *batches, int64_t N, int64_t C, int64_t P, int64_t last, int64_t G,
+                        double mom, double eps) {
+    double *m = kept, *v = kept + C, *s = kept + 5 * C, *mu = kept + 6 * C + 2, *rho = mu + N * G, *r = rho + N * G;
+    double *q = r + N * C, n = (double)(N * P);
+    NAME(row_moments)(x, N, C, P, last, r, q);
+    NAME(moments_of_rows)(r, q, N, C, P, m, v);
+    for (int64_t c = 0; c < C; c++) {
+        running_mean[c] += (REAL)(mom * (m[c] - running_mean[c]));
+        if (n > 1) running_var[c] += (REAL)(mom * (v[c] * n / (n - 1) - running_var[c]));
+        kept[2 * C + c] = weight ? weight[c] : 1;
+        kept[3 * C + c] = kept[4 * C + c] = 0;
+        s[c] = 1 / sqrt(v[c] + eps);
+    }
+    kept[6 * C] = 1;
+    kept[6 * C + 1] = 0;
+    *batches += 1;
+    NAME(pair_normalise)(x, weight, bias, y, N, C, P, last, G, m, s, r, q, mu, rho, eps);
+}
+
+KERNEL NAME(running_pair)(const REAL *x, const REAL *weight, const REAL *bias, REAL *y, double *kept, REAL *running_mean,
+                          REAL *running_var, REAL *unclamped_var, REAL *count, int64_t *seen, int64_t N, int64_t C,
+                          int64_t P, int64_t last, int64_t G, double images, double alpha, double clamp_images,
+                          double clamp_var, double eps) {
+    double *m = kept, *v = kept + C, *s = kept + 5 * C, *mu = kept + 6 * C + 2, *rho = mu + N * G, *r = rho + N * G;
+    double *q = r + N * C, values = (1 - alpha) * *count + alpha * (double)(N * P), a = alpha * (double)(N * P) / values;
+    REAL before = (REAL)((double)*seen < clamp_images ? clamp_var : 0), floor;
+    *count = (REAL)values;
+    *seen += (int64_t)images;
+    floor = (REAL)((double)*seen < clamp_images ? clamp_var : 0);
+    NAME(row_moments)(x, N, C, P, last, r, q);
+    NAME(moments_of_rows)(r, q, N, C, P, m, v);
+    for (int64_t c = 0; c < C; c++) {
+        REAL old_mean = running_mean[c], used = running_var[c];
+        REAL old = before > 0 && used == before ? unclamped_var[c] : used;
+        double d = m[c] - old_mean;                                                         /* `merge_moments` */
+        kept[2 * C + c] = weight ? weight[c] : 1;
+        kept[3 * C + c] = old_mean;
+        kept[4 * C + c] = old;
+        m[c] = running_mean[c] = (REAL)(a < 1 ? old_mean + a * d : m[c]);
+        v[c] = unclamped_var[c] = (REAL)(a < 1 ? old + a * (v[c] - old) + a * (1 - a) * d * d : v[c]);
+        running_var[c] = v[c] < floor ? floor : unclamped_var[c];
+        s[c] = 1 / sqrt(running_var[c] + eps);
+    }
+    kept[6 * C] = a;
+    kept[6 * C + 1] = floor;
+    NAME(pair_normalise)(x, weight, bias, y, N, C, P, last, G, m, s, r, q, mu, rho, eps);
+}
+
+/* The sums over an image's rows of g and of g (x - k). */
+static inline void NAME(row_products)(const REAL *g, const REAL *x, const double *k, int64_t C, int64_t P, int64_t last,
+                                      double *total, double *dot) {
+    if (P == 1) for (int64_t c = 0; c < C; c++) {
+        total[c] = g[c];
+        dot[c] = g[c] * (x[c] - k[c]);
+    } else if (!last) for (int64_t c = 0; c < C; c++) {
+        const REAL *gc = g + c * P, *xc = x + c * P;
+        double t = 0, d = 0, kc = k[c];
+#pragma omp simd reduction(+ : t, d)
+        for (int64_t j = 0; j < P; j++) {
+            t += gc[j];
+            d += gc[j] * (xc[j] - kc);
+        }
+        total[c] = t;
+        dot[c] = d;
+    } else for (int64_t at = 0; at < C; at += BLOCK) {
+        int64_t b = C - at < BLOCK ? C - at : BLOCK;
+        double t[BLOCK] = {0}, d[BLOCK] = {0};
+        for (int64_t j = 0; j < P; j++) for (int64_t c = 0; c < b; c++) {
+            t[c] += g[j * C + at + c];
+            d[c] += g[j * C + at + c] * (x[j * C + at + c] - k[at + c]);
+        }
+        for (int64_t c = 0; c < b; c++) {
+            total[at + c] = t[c];
+            dot[at + c] = d[c];
+        }
+    }
+}
+
+/* Both backward. With h = g weight and xi = (x - k) s rho, what the group has made of x, means over the group, and then
+   over the channel's images and positions:
+
+       dL/dz = rho [h - mean(h) - xi mean(h xi)]        dL/dx = s [dL/dz - a mean(dL/dz) - a z mean(dL/dz z)]
+
+   The second means' sums follow from those over rows, so that g and x are read once for all sums, and once to be made gx.
+   `share` multiplies a: 0 where the channels' statistics are constants. `grad_mean` and `grad_dot` are as in
+   `channel_backward`. `work` is of 7 C + 2 N G values. */
+KERNEL NAME(pair_backward)(const REAL *g, const REAL *x, const double *kept, double *work, REAL *gx, REAL *gweight,
+                           REAL *gbias, REAL *grad_mean, REAL *grad_dot, int64_t N, int64_t C, int64_t P, int64_t last,
+                           int64_t G, double share) {
+    const double *m = kept, *var = kept + C, *weight = kept + 2 * C, *s = kept + 5 * C, *mu = kept + 6 * C + 2;
+    const double *rho = mu + N * G, *r = rho + N * G, *q = r + N * C;
+    double *k = work, *total = work + C, *dot = work + 2 * C, *sum = work + 3 * C, *product = work + 4 * C;
+    double *all_totals = work + 5 * C, *all_dots = work + 6 * C, *mean_h = work + 7 * C, *mean_h_xi = mean_h + N * G;
+    double a = share * kept[6 * C], floor = kept[6 * C + 1], n = (double)(N * P), of_row = (double)P;
+    double passes = a == 1 && n == 1 ? 0 : 1;               /* a single value is its mean: exactly nothing is left of it */
+    int64_t D = C / G;
+    int finite = 1;
+    for (int64_t c = 0; c < C; c++) sum[c] = product[c] = all_totals[c] = all_dots[c] = 0;
+    for (int64_t i = 0; i < N; i++) {
+        for (int64_t h = 0; h < G; h++) for (int64_t c = h * D; c < (h + 1) * D; c++) 
+            k[c] = m[c] + NAME(offset)(mu[i * G + h], s[c]);
+        NAME(row_products)(g + i * C * P, x + i * C * P, k, C, P, last, total, dot);
+        for (int64_t h = 0; h < G; h++) {
+            double scale = rho[i * G + h], mean = mu[i * G + h], by_mean = 0, by_xi = 0;
+            for (int64_t c = h * D; c < (h + 1) * D; c++) {
+                by_mean += weight[c] * total[c];
+                by_xi += weight[c] * s[c] * dot[c];
+            }
+            mean_h[i * G + h] = by_mean = by_mean / ((double)D * of_row);
+            mean_h_xi[i * G + h] = by_xi = by_xi * scale / ((double)D * of_row);
+            for (int64_t c = h * D; c < (h + 1) * D; c++) {
+                double d = r[i * C + c] - k[c], t = s[c] * scale * by_xi, w = weight[c];
+                double of_g = scale * (w * total[c] - of_row * (by_mean + t * d));      /* of dL/dz, and with x - k */
+                double of_gx = scale * (w * dot[c] - of_row * by_mean * d - t * (q[i * C + c] + of_row * d * d));
+                sum[c] += of_g;
+                product[c] += s[c] * of_gx + mean * of_g;
+                all_totals[c] += total[c];
+                all_dots[c] += s[c] * scale * dot[c];
+            }
+        }
+    }
+    for (int64_t c = 0; c < C; c++) {
+        if (gweight) gweight[c] = (REAL)all_dots[c];
+        if (gbias) gbias[c] = (REAL)all_totals[c];
+        finite &= sum[c] - sum[c] == 0 && product[c] - product[c] == 0;
+    }
+    for (int64_t c = 0; c < C; c++) {                               /* from here on what is taken away from dL/dz */
+        sum[c] *= a / n;
+        product[c] *= a / n;
+        if (grad_mean) {
+            sum[c] = (REAL)((1 - a) * grad_mean[c] + sum[c]);
+            product[c] = (REAL)((1 - a) * grad_dot[c] + product[c]);
+            if (finite) {
+                grad_mean[c] = (REAL)sum[c];
+                grad_dot[c] = (REAL)product[c];
+            }
+        }
+        product[c] = var[c] < floor ? 0 : product[c] * s[c];
+    }
+    for (int64_t i = 0; i < N; i++) for (int64_t at = 0; at < C; at += BLOCK) {
+        int64_t b = C - at < BLOCK ? C - at : BLOCK;
+        const REAL *gi = g + i * C * P, *xi = x + i * C * P;
+        double off[BLOCK], by_g[BLOCK], by_one[BLOCK], by_x[BLOCK];
+        REAL *to = gx + i * C * P, mean[BLOCK], rest[BLOCK], scale[BLOCK], shift[BLOCK], slope[BLOCK];
+        for (int64_t c = 0; c < b; c++) {
+            int64_t of = at + c, h = i * G + of / D;
+            off[c] = NAME(offset)(mu[h], s[of]);
+            by_g[c] = passes * s[of] * rho[h] * weight[of];
+            by_one[c] = passes * s[of] * (rho[h] * mean_h[h] + sum[of] + off[c] * product[of]);
+            by_x[c] = passes * s[of] * (s[of] * rho[h] * rho[h] * mean_h_xi[h] + product[of]);
+            mean[c] = (REAL)m[of];
+            rest[c] = (REAL)(m[of] - mean[c] + off[c]);
+            scale[c] = (REAL)by_g[c];
+            shift[c] = (REAL)by_one[c];
+            slope[c] = (REAL)by_x[c];
+        }
+        if (P == 1) for (int64_t c = 0; c < b; c++)
+            to[at + c] = (REAL)(gi[at + c] * by_g[c] - by_one[c] - (xi[at + c] - m[at + c] - off[c]) * by_x[c]);
+        else if (last) for (int64_t j = 0; j < P; j++) {
+            const REAL *gj = gi + j * C + at, *xj = xi + j * C + at;
+            REAL *tj = to + j * C + at;
+            for (int64_t c = 0; c < b; c++) tj[c] = gj[c] * scale[c] - shift[c] - (xj[c] - mean[c] - rest[c]) * slope[c];
+        } else for (int64_t c = 0; c < b; c++) {
+            const REAL *gc = gi + (at + c) * P, *xc = xi + (at + c) * P;
+            REAL *tc = to + (at + c) * P;
+            for (int64_t j = 0; j < P; j++) tc[j] = gc[j] * scale[c] - shift[c] - (xc[j] - mean[c] - rest[c]) * slope[c];
+        }
+    }
+}
+
 #endif

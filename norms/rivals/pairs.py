@@ -24,6 +24,7 @@ from torch.types import Device
 from norms import fast
 from norms.averaged import averaged_scale_shift
 from norms.batch import BatchNorm
+from norms.fast.kernels import Kernels
 from norms.group import check_groups
 from norms.moments import moments, per_channel, scale_shift, wide
 from norms.running import RunningBatchNorm
@@ -164,3 +165,14 @@ def by_groups(norm: ChannelNorm, z: Tensor) -> Tensor:
 def with_groups(settings: str, num_groups: int) -> str:
     nf, _, rest = settings.partition(", ")
     return f"{nf}, num_groups={num_groups}, {rest}"
+
+
+def _launch(norm: RunningChannelNorm, x: Tensor, kernels: Kernels) -> Tensor | None:
+    b = x.shape[0]
+    rule = b, norm.batch_weight(b), norm.clamp_images, norm.clamp_var, norm.eps
+    return fast.running_pair(norm, x, kernels, norm.num_groups, rule, norm.average_backward, norm.constant_statistics,
+                             norm.trains_by)
+
+
+fast.register(BatchChannelNorm, lambda norm, x, kernels: fast.batch_pair(norm, x, kernels, norm.num_groups))
+fast.register(RunningChannelNorm, _launch)
