@@ -3,7 +3,8 @@
 import torch
 from torch.types import Device
 
-from norms.rivals.pairs import RunningChannelNorm
+from norms import fast
+from norms.rivals.pairs import RunningChannelNorm, launch_running
 
 
 class SteadyBatchNorm(RunningChannelNorm):
@@ -63,3 +64,6 @@ class SteadyBatchNorm(RunningChannelNorm):
                  dtype: torch.dtype | None = None) -> None:
         super().__init__(nf, num_groups, mom, eps, affine, rule="per_image", average_backward=True,
                          evaluation_memory=evaluation_memory, device=device, dtype=dtype)
+
+
+fast.register(SteadyBatchNorm, launch_running)

@@ -167,7 +167,8 @@ def with_groups(settings: str, num_groups: int) -> str:
     return f"{nf}, num_groups={num_groups}, {rest}"
 
 
-def _launch(norm: RunningChannelNorm, x: Tensor, kernels: Kernels) -> Tensor | None:
+def launch_running(norm: RunningChannelNorm, x: Tensor, kernels: Kernels) -> Tensor | None:
+    """The step of a `RunningChannelNorm`, or of a subclass that adds nothing to its formula, by the kernels."""
     b = x.shape[0]
     rule = b, norm.batch_weight(b), norm.clamp_images, norm.clamp_var, norm.eps
     return fast.running_pair(norm, x, kernels, norm.num_groups, rule, norm.average_backward, norm.constant_statistics,
@@ -175,4 +176,4 @@ def _launch(norm: RunningChannelNorm, x: Tensor, kernels: Kernels) -> Tensor | N
 
 
 fast.register(BatchChannelNorm, lambda norm, x, kernels: fast.batch_pair(norm, x, kernels, norm.num_groups))
-fast.register(RunningChannelNorm, _launch)
+fast.register(RunningChannelNorm, launch_running)
