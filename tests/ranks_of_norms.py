@@ -35,15 +35,20 @@ from norms import (
     GroupNorm,
     LayerNorm,
     RunningBatchNorm,
+    SteadyBatchNorm,
     convert_norms,
     recalibrate,
     sync_norms,
     unsync_norms,
 )
+from norms.rivals import BatchChannelNorm, BatchRenorm, MomentumBatchNorm, RunningChannelNorm
 
 CHECKS = {}
 NORMS = [BatchNorm, RunningBatchNorm, lambda nf: RunningBatchNorm(nf, rule="per_image"),
          lambda nf: RunningBatchNorm(nf, average_backward=True)]
+FURTHER = [lambda nf: RunningBatchNorm(nf, evaluation_memory=15), lambda nf: SteadyBatchNorm(nf, evaluation_memory=15),
+           lambda nf: BatchChannelNorm(nf, 1), lambda nf: RunningChannelNorm(nf, 1),
+           lambda nf: BatchRenorm(nf, begin=1, rmax_at=3, dmax_at=3), lambda nf: MomentumBatchNorm(nf, steps=8)]
 
 
 def check(f):
@@ -445,7 +450,8 @@ def program(seed, rank, size):
     mix = {2: nn.Linear, 3: lambda a, b: nn.Conv1d(a, b, 1), 4: lambda a, b: nn.Conv2d(a, b, 1)}[ndim]
     layers = []
     for _ in range(rng.randint(1, 3)):
-        layers += [mix(3, 3), rng.choice([*NORMS, lambda nf: BatchNorm(nf, affine=False)])(3), nn.SiLU()]
+        layers += [mix(3, 3), rng.choice([*NORMS, *FURTHER, lambda nf: BatchNorm(nf, affine=False)])(3),
+                   nn.SiLU()]
     if rng.random() < 0.3: layers.append(Branches(*(rng.choice(NORMS)(3) for _ in range(2))))
     if rng.random() < 0.3: layers.insert(rng.randrange(len(layers)), layers[1])         # the same one twice
     if rng.random() < 0.4: layers.insert(rng.randrange(len(layers)), GroupNorm(3, 3) if ndim > 2 else nn.Identity())

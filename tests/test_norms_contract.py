@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
+from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm, SteadyBatchNorm
 from norms.rivals import (
     MABN,
     BatchChannelNorm,
@@ -27,6 +27,7 @@ NORMS = {"batch": lambda: BatchNorm(4), "layer": LayerNorm, "instance": lambda: 
          "group": lambda: GroupNorm(2, 4), "running": lambda: RunningBatchNorm(4),
          "running per image": lambda: RunningBatchNorm(4, rule="per_image"),
          "running, settled": lambda: RunningBatchNorm(4, evaluation_memory=50),
+         "steady": lambda: SteadyBatchNorm(4, 2),
          "batch and group": lambda: BatchChannelNorm(4, 2), "running and group": lambda: RunningChannelNorm(4, 2),
          "renorm": lambda: BatchRenorm(4, begin=2, rmax_at=9, dmax_at=6),
          "momentum": lambda: MomentumBatchNorm(4, steps=9), "mabn": lambda: MABN(4, window=3, warmup=4, r_from=7),
