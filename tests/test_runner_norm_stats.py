@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from experiments.data import load_data
+from experiments.lab import networks
 from experiments.models import GeneralRelu
 from experiments.published.small_batch import build
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm, sync_norms
@@ -287,6 +288,22 @@ def test_norms_are_known_by_class_or_by_protocol():
     f, = preflight(nn.Sequential(StrangeNorm()), torch.randn(2, 4, 3, 3)).findings
     assert str(f) == ("warn  0 StrangeNorm, batch 2, 3x3 map: unknown norm: give its class a method "
                       "statistic_groups(x) that returns x as (statistics, values)")
+
+
+@pytest.mark.parametrize(("net", "norm", "batch", "warns"), [
+    ("resnet", "RunningBatchNorm", 2, True), ("resnet", "RunningChannelNorm", 2, True),
+    ("resnet", "RunningBatchNorm", 32, False), ("resnet", "RunningBatchNorm-averaged", 2, False),
+    ("resnet", "SteadyBatchNorm", 2, False), ("resnet", "GroupNorm", 2, False),
+    ("five-layer", "RunningBatchNorm", 2, False)])
+def test_a_deep_network_of_norms_that_lack_most_of_their_gradient(net, norm, batch, warns):
+    model = networks.build(net, norm, 0, channels=3)
+    report = preflight(model, torch.randn(batch, 3, 64, 64))
+    said = [f for f in report.findings if "get the gradient through their statistics by this batch's share" in f.text]
+    assert len(said) == (12 if warns else 0)
+    for f in said:
+        assert f.level == "warn"
+        assert "12 such layers" in f.text
+        assert "take SteadyBatchNorm" in f.text
 
 
 def test_layers_come_in_the_order_of_the_forward_and_each_run_once():

@@ -26,6 +26,11 @@ NOISY = 0.25
 # Statistics of an image's own are the same in training and evaluation and not noise; but of n values mean and scale are
 # taken away for good. Above a quarter of them, which is below 8 values, there is a warning.
 LOST = 0.25
+# Norms that train by running statistics without averaging their gradient lack most of batch norm's gradient. Five of
+# them in a row do well; with twelve, in a residual network at batch size 2, they fall behind batch norm (the lab's
+# records). Where between the two it begins is not known.
+DEEP = 8
+LONG = 4        # batches' images in such a norm's memory, at least: below, the batch's share is a large one
 
 
 def _error(n: float) -> str:
@@ -35,11 +40,12 @@ def _error(n: float) -> str:
 
 
 def judge(m: nn.Module, x: Tensor, before: tuple[Tensor, Tensor] | None, was_frozen: bool,
-           biased: str | None, over: Pooled | None) -> tuple[str, str]:
+           biased: str | None, over: Pooled | None, lacking: int = 0) -> tuple[str, str]:
     """Level and text for the norm layer `m`, which has just run on `x` with running statistics `before` it.
 
-    `was_frozen`: whether it was in evaluation mode in a model in training mode; `biased`: the path of the layer that
-    added a bias to `x` last; `over`: the moments of the step, if they are of several processes, and their counts.
+    `lacking`: how many norms of the model have `lacks_gradient`. `was_frozen`: whether it was in evaluation mode in a
+    model in training mode; `biased`: the path of the layer that added a bias to `x` last; `over`: the moments of the
+    step, if they are of several processes, and their counts.
     """
     if not m.training and before: return "ok", "in evaluation mode in training too: its running statistics stay"
     groups, eps = wide(statistic_groups(m, x)), eps_of(m, x)
@@ -59,6 +65,10 @@ def judge(m: nn.Module, x: Tensor, before: tuple[Tensor, Tensor] | None, was_fro
     if moved is not None:
         remark("ok", f"from step {moved} on the output is moved towards running statistics; the gradient rests on the "
                      "batch alone")
+    if lacking >= DEEP and lacks_gradient(m) and running and (running[2] or 0) > LONG * images:
+        remark("warn", f"{lacking} such layers get the gradient through their statistics by this batch's share alone, "
+                       "and so deep a network learns less by that than with batch norm: take SteadyBatchNorm, or "
+                       "average_backward=True")
     if running and after and (held := int((var > getattr(m, "unclamped_var", after[1])).sum())):
         remark("ok", f"a clamp holds the variance of {held} of {len(var)} channels")
     if (n > 1 or what == "mean square") and eps > median:
@@ -84,6 +94,11 @@ def judge(m: nn.Module, x: Tensor, before: tuple[Tensor, Tensor] | None, was_fro
         remark("ok", f"the bias of {biased} before it is taken off again with the mean")
     levels, texts = zip(*remarks, strict=True)
     return max(levels, key=LEVELS.index), "; ".join(texts)
+
+
+def lacks_gradient(m: nn.Module) -> bool:
+    """Whether `m` says that it trains by running statistics and doesn't average the gradient through them."""
+    return m.training and getattr(m, "average_backward", None) is False
 
 
 def _past_batches(n: int, b: int, images: float | None, of: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.data import BatchSampler
 
 from runner.batches import part_of, size_of
-from runner.insight.judgement import LEVELS, Pooled, judge
+from runner.insight.judgement import LEVELS, Pooled, judge, lacks_gradient
 from runner.insight.layers import (
     PROTOCOL,
     hooked,
@@ -102,6 +102,7 @@ def preflight(model: nn.Module, xb: Tensor | Iterable[Any], *,
       25 % for 33. Where statistics are averaged over batches, n counts the images that they remember;
     - an `eps` above the variance; a clamp that holds it;
     - running statistics that are missing, do not move, or are not what training normalises by;
+    - many norms that train by running statistics and lack most of the gradient through them;
     - a bias of a convolution or linear layer that the norm's mean takes off again;
     - norms that are unknown or didn't run; a module of an activation behind a norm that has its own;
     - of several processes (`torchrun`), statistics of a process's own share. In a process group those of
@@ -167,6 +168,7 @@ def _survey(model: nn.Module, norms: dict[nn.Module, str], strange: dict[nn.Modu
     active: tuple[nn.Module, Any] | None = None
     images = size_of(x)
     paths = {m: path for path, m in model.named_modules()}
+    lacking = sum(map(lacks_gradient, norms))
 
     def enter(m: nn.Module, x: Any) -> None: inside.append((m, x, running_statistics(m)))
 
@@ -179,7 +181,8 @@ def _survey(model: nn.Module, norms: dict[nn.Module, str], strange: dict[nn.Modu
         if m in norms:
             over: Pooled | None = None
             if m.training and getattr(m, "ranks", 1) > 1: over = cast("Any", m).pooled_moments(x)
-            level, text = judge(m, x, before, m in frozen, paths.get(bias[0]) if bias and bias[1] is x else None, over)
+            added = paths.get(bias[0]) if bias and bias[1] is x else None
+            level, text = judge(m, x, before, m in frozen, added, over, lacking)
             f = replace(f, level=level, text=text, **_shape(m, x))
             if over is not None: f = replace(f, values=over[3])
         if f not in found: found.append(f)
