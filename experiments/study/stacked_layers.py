@@ -60,11 +60,13 @@ class GroupedConv2d(nn.Conv2d):
             x = x.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
         if not (self.by_rule and x.ndim == 4 and len(x) <= FEW_IMAGES and self.padding_mode == "zeros"
                 and type(self.padding) is tuple and torch.backends.mkldnn.enabled and plain(x)
-                and not torch.is_autocast_enabled("cpu")): return super()._conv_forward(x, weight, bias)
+                and not torch.is_autocast_enabled("cpu")):
+            y: Tensor = super()._conv_forward(x, weight, bias)
+            return y
         x = x.contiguous(memory_format=torch.channels_last)
         if x.shape[1] != self.in_channels or not by_patches(len(x), weight.shape[1]):
-            return super()._conv_forward(x, weight, bias)
-        y: Tensor = _ByPatches.apply(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+            y = super()._conv_forward(x, weight, bias)
+        else: y = _ByPatches.apply(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return y
 
 

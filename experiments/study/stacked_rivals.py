@@ -29,6 +29,7 @@ class GroupedSkipInit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         xs = x.unflatten(1, (self.groups, -1))                                              # (N, K, C, *)
-        return (xs * self.scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))).flatten(1, 2)
+        y: Tensor = xs * self.scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+        return y.flatten(1, 2)
 
     def extra_repr(self) -> str: return str(self.groups)

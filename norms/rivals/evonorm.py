@@ -62,8 +62,9 @@ class EvoNormS0(Norm):
         _, var, _ = moments(grouped, tuple(range(2, grouped.ndim)))                     # (N, G, 1, 1, 1)
         scale = torch.rsqrt(var + self.eps).expand(-1, -1, self.nf // self.groups, *[1] * (x.ndim - 2)).flatten(1, 2)
         # Copies of the parameters: the graph keeps them, and an optimizer's step may come before the backward.
-        weight, bias, v = (per_channel(t, x.ndim) for t in (self.weight, self.bias, self.v))    # (1, C, 1, 1)
-        swish = xs * torch.sigmoid(wide(v).clone() * xs)                                # (N, C, H, W)
+        weight, bias = (per_channel(t, x.ndim) for t in (self.weight, self.bias))       # (1, C, 1, 1)
+        v = wide(per_channel(self.v, x.ndim)).clone()                                   # (1, C, 1, 1)
+        swish = xs * torch.sigmoid(v * xs)                                              # (N, C, H, W)
         if weight is None or bias is None: return (swish * scale).to(x.dtype)
         return torch.addcmul(wide(bias), swish, scale * wide(weight).clone()).to(x.dtype)
 

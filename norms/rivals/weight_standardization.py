@@ -1,6 +1,7 @@
 """Weight standardization (S. Qiao, H. Wang, C. Liu, W. Shen, A. Yuille, 2019, https://arxiv.org/abs/1903.10520)."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ def standardized(weight: Tensor, eps: float = 1e-5) -> Tensor:
     centred = w - w.mean(dims, keepdim=True)                                        # (out, in / groups, h, w)
     # Not the root of a mean of squares, whose derivative is infinite at 0; a norm's is taken to be 0 there.
     std = torch.linalg.vector_norm(centred, dim=dims, keepdim=True) / math.sqrt(centred[0].numel())     # (out, 1, 1, 1)
-    return (centred / (std + eps)).to(weight.dtype)
+    out: Tensor = centred / (std + eps)
+    return out.to(weight.dtype)
 
 
 class WSConv2d(nn.Conv2d):
@@ -53,8 +55,8 @@ class WSConv2d(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
                  padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
-                 padding_mode: str = "zeros", *, eps: float = 1e-5, device: Device = None,
-                 dtype: torch.dtype | None = None) -> None:
+                 padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros", *, eps: float = 1e-5,
+                 device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
                          device, dtype)
         if not isinstance(eps, (int, float)) or isinstance(eps, bool) or not eps >= 0:
@@ -66,6 +68,8 @@ class WSConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if (y := fast.step(self, x)) is not None: return y                          # symbolic tracing: one node
-        return self._conv_forward(x, standardized(self.weight, self.eps), self.bias)
+        out: Tensor = self._conv_forward(x, standardized(self.weight, self.eps), self.bias)
+        return out
 
-    def extra_repr(self) -> str: return f"{super().extra_repr()}, eps={self.eps}"
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, eps={self.eps}"    # type: ignore[no-untyped-call]  # torch's has no types
