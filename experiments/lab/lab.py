@@ -140,7 +140,7 @@ def train_arm(config: Config, name: str, seed: int, checkpoint: Path) -> Trained
 def finished(images: ImageData, arm: Arm, model: nn.Module, trained: Trained[list[float]], k: int) -> Trained[Windows]:
     """What training an arm gave, with the cost of a step and, unless it was for the tuning, the test figures."""
     epochs, row, losses = trained
-    row |= {"together": k, "step_ms": 1000 * row["seconds"] / max(1, row["steps"])}
+    row |= {"together": k, "chance": 1 / images.c, "step_ms": 1000 * row["seconds"] / max(1, row["steps"])}
     if not arm.tuning:
         if row["status"] == "failed": row |= {"test_loss": math.nan, "test_accuracy": math.nan}
         else: row["test_loss"], row["test_accuracy"] = measured_on(model, images.test, images.tfm)
@@ -226,8 +226,8 @@ def figures(arm: Sequence[Row]) -> list[str]:
 
 
 def collapsed(row: Row) -> bool:
-    """Whether a run is at chance, which is 1 in 10 for ten classes, or has no figure."""
-    return finite(row["test_accuracy"]) <= pictures.COLLAPSED
+    """Whether a run is at chance, up to 1.5 times one in as many as there are classes, or has no figure."""
+    return finite(row["test_accuracy"]) <= 1.5 * float(row.get("chance", 0.1))
 
 
 # --- the command line ---------------------------------------------------------------------------------------------

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.figures import CHANCE, by_arm, finite, plural
+from experiments.figures import by_arm, finite, plural
 from experiments.results import Row
 from experiments.study.statistics import interval
 
 if TYPE_CHECKING:
     from runner.insight.plots import Axes
 
-COLLAPSED = CHANCE      # a test accuracy up to this is a collapsed run's
 GAP = 0.035             # of the axis, between two labels at the least
 
 
