@@ -41,14 +41,15 @@ from norms import (
     sync_norms,
     unsync_norms,
 )
-from norms.rivals import BatchChannelNorm, BatchRenorm, MomentumBatchNorm, RunningChannelNorm
+from norms.rivals import MABN, BatchChannelNorm, BatchRenorm, MomentumBatchNorm, RunningChannelNorm
 
 CHECKS = {}
 NORMS = [BatchNorm, RunningBatchNorm, lambda nf: RunningBatchNorm(nf, rule="per_image"),
          lambda nf: RunningBatchNorm(nf, average_backward=True)]
 FURTHER = [lambda nf: RunningBatchNorm(nf, evaluation_memory=15), lambda nf: SteadyBatchNorm(nf, evaluation_memory=15),
            lambda nf: BatchChannelNorm(nf, 1), lambda nf: RunningChannelNorm(nf, 1),
-           lambda nf: BatchRenorm(nf, begin=1, rmax_at=3, dmax_at=3), lambda nf: MomentumBatchNorm(nf, steps=8)]
+           lambda nf: BatchRenorm(nf, begin=1, rmax_at=3, dmax_at=3), lambda nf: MomentumBatchNorm(nf, steps=8),
+           lambda nf: MABN(nf, window=2, warmup=0, r_from=0)]
 
 
 def check(f):
@@ -456,7 +457,7 @@ def program(seed, rank, size):
     if rng.random() < 0.3: layers.insert(rng.randrange(len(layers)), layers[1])         # the same one twice
     if rng.random() < 0.4: layers.insert(rng.randrange(len(layers)), GroupNorm(3, 3) if ndim > 2 else nn.Identity())
     one = nn.Sequential(*layers).double()
-    averaged = any(getattr(m, "average_backward", False) for m in one.modules())
+    averaged = any(isinstance(m, MABN) or getattr(m, "average_backward", False) for m in one.modules())
     many = mark(one)
     for n in range(rng.randint(3, 6)):
         kinds = ["plain", "accumulate", "checkpoint", "eval", "no_grad", "write"] + ["double"] * (not averaged)
