@@ -131,6 +131,8 @@ class Norm(nn.Module):
         ranks                   only where a batch's statistics may be taken over several processes: how many these are
         pooled_moments(x)       with `ranks`: of all these, the mean and the variance, `(C,)` each, and how many images
                                 and values per channel they are of, `x` being this process's batch
+        image_groups(x)         only where a norm by each image's own statistics follows behind these in the same layer:
+                                `x` as `(statistics, values)` of that one
         statistics              what of these values it takes: their "mean and variance", or only the "variance" or the
                                 "mean square", by whose root it divides; then their mean stays
         activates               whether an activation is part of it, so that none is due beside it

@@ -16,7 +16,7 @@ from experiments.lab import networks
 from experiments.models import GeneralRelu
 from experiments.published.small_batch import build
 from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm, sync_norms
-from norms.rivals import EvoNormS0, FilterResponseNorm
+from norms.rivals import BatchChannelNorm, EvoNormS0, FilterResponseNorm, RunningChannelNorm
 from runner import (
     Callback,
     DataBunch,
@@ -125,6 +125,12 @@ def test_the_standard_error_is_that_of_a_variance():
     (RunningBatchNorm(4), (4, 4, 1, 1), "warn: 4 values of this batch, averaged with about 13 images: the variance has "
      "a standard error of 41 %"),
     (RunningBatchNorm(4, rule="per_image"), (4, 4, 1, 1), "ok: 4 values of this batch, averaged with about 38 images"),
+    (RunningChannelNorm(4, 2), (2, 4, 1, 1), "fail: 2 values of this batch, averaged with about 38 images; behind it 2 "
+                                             "values of an image per statistic: outputs are about +-1 whatever the "
+                                             "input"),
+    (BatchChannelNorm(4), (9, 4, 2, 2), "warn: 36 values per statistic; behind it 4 values of an image per statistic, "
+                                        "of which mean and scale take 2"),
+    (BatchChannelNorm(4, 2), (9, 4, 2, 2), "ok: 36 values per statistic"),
     (RunningBatchNorm(4), (4, 4, 2, 2), "ok: 16 values of this batch, averaged with about 13 images"),
 ])
 def test_statistics_over_past_batches(norm, shape, text):

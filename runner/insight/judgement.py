@@ -62,6 +62,9 @@ def judge(m: nn.Module, x: Tensor, before: tuple[Tensor, Tensor] | None, was_fro
     else: remarks = [_one_batch(n, common, what, eps < median and moved is None, of)]
 
     def remark(level: str, text: str) -> None: remarks.append((level, text))
+    if (behind := getattr(m, "image_groups", None)) is not None:
+        level, text = _one_batch(behind(x).shape[1], False, "mean and variance", True, " of an image")
+        if level != "ok": remark(level, f"behind it {text}")
     if moved is not None:
         remark("ok", f"from step {moved} on the output is moved towards running statistics; the gradient rests on the "
                      "batch alone")

@@ -15,6 +15,8 @@ of `norms` have them and a norm of your own can, without an import from anywhere
     moved_from              only where training normalises by the batch and moves the result towards running statistics:
                             from which training step on
     activates               only where an activation is part of the norm: true
+    image_groups(x)         only where a norm by each image's own statistics follows behind these in the same layer: `x`
+                            as `(statistics, values)` of that one
     unclamped_var           only where the norm keeps that variance above a least one: a buffer `(C,)`, the variance
                             without it; where there is none, the buffer `running_var`
 
