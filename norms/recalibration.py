@@ -82,6 +82,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Tensor | tuple[Tensor, ...] |
     """
     if not isinstance(n_images, int) or isinstance(n_images, bool) or n_images < 1:
         raise ValueError(f"recalibrate got n_images={n_images!r}; it needs a positive integer, such as 5000")
+    names: dict[BatchKind, str]
     names = {m: name for name, m in model.named_modules() if isinstance(m, BATCH) and m.running_mean is not None}
     if not names:
         raise ValueError(f"recalibrate found no norm with running statistics in {type(model).__name__}; only BatchNorm "
@@ -236,8 +237,9 @@ def set_statistics(norm: BatchKind, name: str, images: int, mean: Tensor, var: T
         norm.unclamped_var.copy_(var)
         norm.count.clamp_(min=CARRIED_COUNT)
         norm.seen.fill_(max(images, CLAMP_IMAGES))
+    elif isinstance(norm, (_BatchNorm, BatchNorm)):
+        norm.running_var.copy_(var * (n / (n - 1)))
+        if norm.num_batches_tracked is not None: norm.num_batches_tracked.fill_(runs)
     else:
-        unbiased = isinstance(norm, (_BatchNorm, BatchNorm))
-        norm.running_var.copy_(var * (n / (n - 1)) if unbiased else var)
-        if isinstance(norm, RunningNorm): norm.follow()
-        if unbiased and norm.num_batches_tracked is not None: norm.num_batches_tracked.fill_(runs)
+        norm.running_var.copy_(var)
+        norm.follow()

@@ -21,7 +21,8 @@ class CentredConv2d(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+        y: Tensor = self._conv_forward(input, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+        return y
 
 
 class MABN(RunningNorm):
@@ -107,7 +108,7 @@ class MABN(RunningNorm):
         else: square, over = xs.square().mean(all_but_channels(x), keepdim=True), None
         args = x, weight, bias, *self.track(square), self.grad_window, *(over or (None, None))
         # What is compiled or exported needs an operator, whose gradient goes with it; to call one takes longer.
-        y = _operator(*args) if torch.compiler.is_compiling() else _Step.apply(*args)
+        y: Tensor = _operator(*args) if torch.compiler.is_compiling() else _Step.apply(*args)
         return y
 
     @torch.no_grad()
