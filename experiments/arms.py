@@ -180,10 +180,11 @@ def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid | 
             names = ", ".join(f"{row[key]} (seed {row['seed']}) {_how(row)}" for row in lost)
             verdict = Verdict(untested=f"Not complete: {len(rows)} of {len(arms)} arms have finished"
                               f"{'; ' * bool(lost)}{names}")
+        said_of = verdict.record()
         summary: Summary = {
             "experiment": experiment, "data": data.name, "train_images": len(data.train),
-            "valid_images": len(data.valid), "complete": len(rows) == len(arms), **verdict.record(),
-            "published": published, "rows": rows}
+            "valid_images": len(data.valid), "complete": len(rows) == len(arms), "reproduced": said_of["reproduced"],
+            "verdict": said_of["verdict"], "claims": said_of["claims"], "published": published, "rows": rows}
         if before: summary["before"] = before
         folder.write_metrics([epoch for epochs, _, _ in found for epoch in epochs])
         folder.write_json("summary.json", summary)
