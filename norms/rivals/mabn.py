@@ -108,8 +108,8 @@ class MABN(RunningNorm):
         else: square, over = xs.square().mean(all_but_channels(x), keepdim=True), None
         args = x, weight, bias, *self.track(square), self.grad_window, *(over or (None, None))
         # What is compiled or exported needs an operator, whose gradient goes with it; to call one takes longer.
-        y: Tensor = _operator(*args) if torch.compiler.is_compiling() else _Step.apply(*args)
-        return y
+        out: Tensor = _operator(*args) if torch.compiler.is_compiling() else _Step.apply(*args)
+        return out
 
     @torch.no_grad()
     def track(self, square: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
