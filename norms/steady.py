@@ -59,7 +59,7 @@ class SteadyBatchNorm(RunningChannelNorm):
         RuntimeError: a training forward inside a backward pass that is no repetition of one before.
     """
 
-    def __init__(self, nf: int, num_groups: int = 1, mom: float = 0.1, eps: float = 1e-5, affine: bool = True, *,
+    def __init__(self, nf: int, num_groups: int = 4, mom: float = 0.1, eps: float = 1e-5, affine: bool = True, *,
                  evaluation_memory: float | None = 1000, device: Device = None,
                  dtype: torch.dtype | None = None) -> None:
         super().__init__(nf, num_groups, mom, eps, affine, rule="per_image", average_backward=True,

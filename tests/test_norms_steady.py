@@ -75,7 +75,7 @@ def test_an_error_that_channels_share_cancels_and_outputs_are_bounded():
 
 
 def test_it_keeps_what_norms_keep_but_for_what_an_averaged_gradient_can_not():
-    failed = check_norm(lambda nf: SteadyBatchNorm(nf, evaluation_memory=20)).failed
+    failed = check_norm(lambda nf: SteadyBatchNorm(nf, 1, evaluation_memory=20)).failed
     averaged = check_norm(lambda nf: RunningBatchNorm(nf, average_backward=True, rule="per_image")).failed
     assert set(failed) <= set(averaged)
 
@@ -85,7 +85,7 @@ def test_it_takes_a_batch_norms_place_and_evaluates_by_its_statistics():
     for i in range(5): model(draw(4, 3, 8, 8, seed=i, dtype=torch.float32))
     old, x = model[1], draw(4, 3, 8, 8, seed=9, dtype=torch.float32)
     weight, mean = old.weight, old.running_mean.clone()
-    assert convert_norms(model, SteadyBatchNorm) == {"BatchNorm2d": 1}
+    assert convert_norms(model, lambda nf: SteadyBatchNorm(nf, 1)) == {"BatchNorm2d": 1}
     new = model[1]
     assert new.weight is weight and new.eps == old.eps          # noqa: PT018
     torch.testing.assert_close([new.running_mean, new.recent_mean], [mean, mean])
@@ -99,6 +99,6 @@ def test_it_takes_a_batch_norms_place_and_evaluates_by_its_statistics():
 def test_wrong_settings_are_refused_in_its_own_name():
     with pytest.raises(ValueError, match="SteadyBatchNorm got 4 groups for 6 channels"): SteadyBatchNorm(6, 4)
     with pytest.raises(ValueError, match="evaluation_memory is -1; it is a number of images"):
-        SteadyBatchNorm(6, evaluation_memory=-1)
-    with pytest.raises(ValueError, match="mom is 2; it weighs the new batch"): SteadyBatchNorm(6, mom=2)
-    assert repr(SteadyBatchNorm(6)).startswith("SteadyBatchNorm(6, num_groups=1, mom=0.1")
+        SteadyBatchNorm(6, 3, evaluation_memory=-1)
+    with pytest.raises(ValueError, match="mom is 2; it weighs the new batch"): SteadyBatchNorm(6, 3, mom=2)
+    assert repr(SteadyBatchNorm(8)).startswith("SteadyBatchNorm(8, num_groups=4, mom=0.1")
