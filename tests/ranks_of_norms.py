@@ -46,7 +46,8 @@ from norms.rivals import MABN, BatchChannelNorm, BatchRenorm, MomentumBatchNorm,
 CHECKS = {}
 NORMS = [BatchNorm, RunningBatchNorm, lambda nf: RunningBatchNorm(nf, rule="per_image"),
          lambda nf: RunningBatchNorm(nf, average_backward=True)]
-FURTHER = [lambda nf: RunningBatchNorm(nf, evaluation_memory=15), lambda nf: SteadyBatchNorm(nf, 1, evaluation_memory=15),
+FURTHER = [lambda nf: RunningBatchNorm(nf, evaluation_memory=15),
+           lambda nf: SteadyBatchNorm(nf, 1, evaluation_memory=15),
            lambda nf: BatchChannelNorm(nf, 1), lambda nf: RunningChannelNorm(nf, 1),
            lambda nf: BatchRenorm(nf, begin=1, rmax_at=3, dmax_at=3), lambda nf: MomentumBatchNorm(nf, steps=8),
            lambda nf: MABN(nf, window=2, warmup=0, r_from=0)]

@@ -17,18 +17,23 @@ from experiments.results import read_summary
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {name: ROOT / name for name in ("README.md", "experiments/lab/README.md")}
+TABLES = [(page, name) for page, file in PAGES.items()
+          for name in re.findall(r"^<!-- results: (.*) -->$", file.read_text(), re.MULTILINE)]
 # mark in the README: its records, where they are more than one or go by another name
 SEVERAL = {"best": ["best_running", "best_group"],
-           "best-tuning": ["best_tuning_running", "best_tuning_running_more", "best_tuning_group"]}
-WHOLE = {"MNIST": 50_000, "Fashion-MNIST": 50_000, "breast cancer": 455}
+           "best-tuning": ["best_tuning_running", "best_tuning_running_more", "best_tuning_group"],
+           "lab-resnet-imagenette": (LAB := ["lab_resnet_bn32"]), "lab": LAB}
+WHOLE = {"MNIST": 50_000, "Fashion-MNIST": 50_000, "breast cancer": 455, "imagenette64": 8522}
 
 
-@pytest.mark.parametrize("name", re.findall(r"^<!-- results: (.*) -->$", README, re.MULTILINE))
-def test_readme_tables_are_generated_from_the_committed_records(name):
+@pytest.mark.parametrize(("page", "name"), TABLES)
+def test_readme_tables_are_generated_from_the_committed_records(page, name):
+    text = PAGES[page].read_text()
     files = [f"experiments/results/{f}.json" for f in SEVERAL.get(name, [name.replace("-", "_")])]
     records = [read_summary(ROOT / f) for f in files]
-    assert table.insert(README, table.markdown(records), name) == README, (
-        f"run: python -m experiments table {' '.join(files)} --into README.md --name {name}")
+    assert table.insert(text, table.markdown(records), name) == text, (
+        f"run: python -m experiments table {' '.join(files)} --into {page} --name {name}")
     for r in records: assert r.get("machine") or (r["complete"] and r["train_images"] == WHOLE[r["data"]])
 
 

@@ -222,7 +222,7 @@ def figures(arm: Sequence[Row]) -> list[str]:
     return [f"{statistics.mean(accs):.4f}", f"{low:.3f} to {high:.3f}" if several else "-",
             f"{statistics.median(accs):.4f}", f"{min(accs):.3f} to {max(accs):.3f}" if several else "-",
             f"{gone} of {len(arm)}", str(len(arm)),
-            f"{statistics.mean(r['step_ms'] for r in arm):.2g}", statuses(arm)]
+            f"{statistics.mean(r['step_ms'] for r in arm):.3g}", statuses(arm)]
 
 
 def collapsed(row: Row) -> bool:
