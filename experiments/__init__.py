@@ -16,6 +16,8 @@ EXPERIMENTS = {
              "4 min, of 20 seeds half an hour"),
     "lab": ("experiments.lab.lab", "every norm at every batch size, rates tuned alike, on two networks and any images",
             "hours; see --help for a smaller one"),
+    "dying": ("experiments.lab.dying", "why one run in a hundred of the small-batch network dies, and what prevents it",
+              "an hour and a half"),
 }
 TOOLS = {
     "inside": ("experiments.inside", "look inside a short training: all pictures on one page", "20 s"),

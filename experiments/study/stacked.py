@@ -189,6 +189,7 @@ def _norm_per_channel(m: Any, k: int) -> nn.Module:
 def _running_batch_norm(m: RunningBatchNorm, k: int) -> nn.Module:
     new = RunningBatchNorm(k * m.nf, m.mom, m.eps, m.weight is not None, rule=m.rule,
                            average_backward=m.average_backward, evaluation_memory=m.evaluation_memory)
+    new.clamp_images, new.clamp_var = m.clamp_images, m.clamp_var       # a network may have its own
     if m.average_backward: KeepApart(new, k)
     return new
 

@@ -156,6 +156,29 @@ def p_value(differences: Sequence[float], test: str) -> tuple[float, str]:
     return float(far.mean() if n <= 13 else (far.sum() + 1) / (RESAMPLES + 1)), "random signs"
 
 
+def share_interval(found: int, of: int) -> tuple[float, float]:
+    """The 95 % interval of Clopper and Pearson (1934) of a share: `found` of `of` runs; (0, 1) of none.
+
+    It is exact: whatever the share is, 95 % at least of such intervals contain it. Of no failures in n runs it reaches
+    up to about 3.7 / n.
+    """
+    if not 0 <= found <= of: raise InputError(f"share_interval got {found} of {of}; give 0 <= found <= of")
+    from scipy.stats import beta
+    low = float(beta.ppf(0.025, found, of - found + 1)) if found else 0.0
+    return low, float(beta.ppf(0.975, found + 1, of - found)) if found < of else 1.0
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """How likely so uneven a split is by chance, two-sided: McNemar's exact test of pairs that differ (1947).
+
+    Of the pairs in which one alone has failed, `only_a` are those where it was a, `only_b` where it was b. If it were
+    chance, either would be as likely. 1 if there are none.
+    """
+    if min(only_a, only_b) < 0: raise InputError(f"mcnemar got {only_a} and {only_b}; give two counts of at least 0")
+    n, few = only_a + only_b, min(only_a, only_b)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(few + 1)) / 2**n)
+
+
 def holm(ps: Sequence[float]) -> list[float]:
     """`ps` after Holm's correction for their number: all below 0.05 are so at once with a chance of 5 % at most."""
     real = sorted((p, i) for i, p in enumerate(ps) if not math.isnan(p))
