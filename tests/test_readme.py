@@ -11,7 +11,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 def test_python_examples_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(examples) == 9
+    assert len(examples) == 10
     names = {}
     for example in examples: exec(compile(example, "README.md", "exec"), names)
     assert names["run"].n_iter == 599               # of the fit under observation
