@@ -23,7 +23,8 @@ TABLES = [(page, name) for page, file in PAGES.items()
 # mark in the README: its records, where they are more than one or go by another name
 SEVERAL = {"best": ["best_running", "best_group"],
            "best-tuning": ["best_tuning_running", "best_tuning_running_more", "best_tuning_group"],
-           "lab-resnet-imagenette": (LAB := ["lab_resnet_bn32", "lab_resnet_gnws2", "lab_resnet_steadyws2"]), "lab": LAB}
+           "lab-resnet-imagenette": (LAB := ["lab_resnet_bn32", "lab_resnet_gnws2", "lab_resnet_steadyws2"]),
+           "lab": LAB}
 WHOLE = {"MNIST": 50_000, "Fashion-MNIST": 50_000, "breast cancer": 455, "imagenette64": 8522}
 
 
