@@ -49,6 +49,12 @@ def uses(file, name, tree=None):
     return False
 
 
+def test_every_package_is_installed():
+    listed, = re.findall(r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)[:1]
+    folders = {".".join(f.parent.relative_to(ROOT).parts) for p in PACKAGES for f in (ROOT / p).rglob("__init__.py")}
+    assert set(re.findall(r'"([\w.]+)"', listed)) == folders
+
+
 @pytest.mark.parametrize(("package", "home"), [("norms", "norms/sync.py"), ("runner", "runner/distributed.py")])
 def test_other_processes_are_asked_for_in_one_file(package, home):
     for file in (ROOT / package).rglob("*.py"):
