@@ -74,6 +74,7 @@ def test_an_error_that_channels_share_cancels_and_outputs_are_bounded():
     assert m.train()(1e4 * x).abs().max() <= (C // 2 * 4) ** 0.5
 
 
+@pytest.mark.one_route
 def test_it_keeps_what_norms_keep_but_for_what_an_averaged_gradient_can_not():
     failed = check_norm(lambda nf: SteadyBatchNorm(nf, 1, evaluation_memory=20)).failed
     averaged = check_norm(lambda nf: RunningBatchNorm(nf, average_backward=True, rule="per_image")).failed
