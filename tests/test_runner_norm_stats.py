@@ -134,7 +134,7 @@ def test_the_standard_error_is_that_of_a_variance():
     (RunningBatchNorm(4), (4, 4, 2, 2), "ok: 16 values of this batch, averaged with about 13 images"),
 ])
 def test_statistics_over_past_batches(norm, shape, text):
-    norm.seen.fill_(20)                                             # past the clamp
+    if hasattr(norm, "seen"): norm.seen.fill_(20)                   # past the clamp
     assert said(norm, shape) == text
 
 

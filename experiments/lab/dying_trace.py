@@ -165,7 +165,7 @@ def inside(images: ImageData, arm: str, seeds: Sequence[int], dead: int, lr: flo
     moved = [{"seed": seed, "step": 20 + int(at), "ratio": _short(float(r))}
              for seed, r, at in zip(seeds, *most.max(1), strict=True)]
     j = list(seeds).index(dead)
-    burst = moved[j]["step"]
+    burst = int(moved[j]["step"])
     before, after = burst // EVERY * EVERY, burst // EVERY * EVERY + EVERY
     others = [10_000 + i for i in range(OTHERS)]
     went_on = []

@@ -176,7 +176,8 @@ def mcnemar(only_a: int, only_b: int) -> float:
     """
     if min(only_a, only_b) < 0: raise InputError(f"mcnemar got {only_a} and {only_b}; give two counts of at least 0")
     n, few = only_a + only_b, min(only_a, only_b)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(few + 1)) / 2**n)
+    p: float = 2 * sum(math.comb(n, i) for i in range(few + 1)) / 2**n
+    return min(1.0, p)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
