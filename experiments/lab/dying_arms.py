@@ -37,7 +37,9 @@ class Arm:
         """The five-layer network from `seed`: `(N, channels, 28, 28)` to `(N, c)`."""
         model = five_layer(How(self.norm), self.norm, c, channels)
         if self.norm_first:
-            for layer in model[:5]: layer[1], layer[2] = layer[2], layer[1]
+            for layer in model[:5]:
+                assert isinstance(layer, nn.Sequential)
+                layer[1], layer[2] = layer[2], layer[1]
         init_alike(model, seed)
         if self.change is not None: self.change(model)
         return model

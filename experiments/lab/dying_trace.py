@@ -106,12 +106,12 @@ def watch(images: ImageData, arm: str, seeds: Sequence[int], lr: float, steps: i
         layers.append({"silent": (mean == 0).float().mean(2), "least_var": var.amin(2), "batch_var": batch_var.median(
             2).values, "scale": scale.abs().amax(2), "gradient": gradient, "ratio": lr * gradient / weight,
             "mean": out[0], "std": out[1]})
-    traces = [{"arm": arm, "seed": seed, "loss": losses, **{
+    traces: list[Row] = [{"arm": arm, "seed": seed, "loss": losses, **{
         name: [layer[name][:, j].tolist() for layer in layers] for name in SEEN}}
         for j, (seed, (_, _, losses)) in enumerate(zip(seeds, found, strict=True))]
-    kept = {}
+    kept: dict[int, list[nn.Module]] = {}
     for step, values in rest.kept.items():
-        networks = copy.deepcopy(models)
+        networks: list[nn.Module] = [*copy.deepcopy(models)]
         for name, t in values.items():
             for j, network in enumerate(networks):
                 own = network.state_dict()[name]
