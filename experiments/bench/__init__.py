@@ -34,6 +34,7 @@ PARTS = {
     "checkpoint": ("experiments.bench.checkpoint", "the Runner with a checkpoint every 30 s, against without"),
     "growth": ("experiments.bench.growth", "a step at batch sizes 1 to 512, against the network without a norm"),
     "stacked": ("experiments.bench.stacked", "20 networks trained as one, against one alone and torch.func.vmap"),
+    "lab": ("experiments.bench.lab", "the lab's loop on the residual network, against one by hand; each norm's cost"),
     "distributed": ("experiments.bench.distributed", "a step over two processes, against one process"),
     "peers": ("experiments.bench.peers",
               "a training step in our loop and in other libraries', against a hand-written loop"),
