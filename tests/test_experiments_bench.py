@@ -131,7 +131,7 @@ def test_bad_input_is_refused():
 def test_the_committed_records_have_every_part():
     records = [read_summary(ROOT / f"experiments/results/{name}.json")["rows"] for name in
                ("bench", "bench_earlier", "bench_whole", "bench_checkpoint", "bench_stacked",
-                "bench_distributed")]
+                "bench_distributed", "bench_lab")]
     assert {r["part"] for record in records for r in record} == set(PARTS)
 
 
