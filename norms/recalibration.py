@@ -231,9 +231,7 @@ def set_statistics(norm: BatchKind, name: str, images: int, mean: Tensor, var: T
     norm.running_mean.copy_(mean)
     if isinstance(norm, RunningBatchNorm):
         norm.running_var.copy_(var)
-        if norm.evaluation_memory is not None:
-            norm.recent_mean.copy_(mean)
-            norm.recent_var.copy_(var)
+        norm.follow(norm.fresh)
         norm.unclamped_var.copy_(var)
         norm.count.clamp_(min=CARRIED_COUNT)
         norm.seen.fill_(max(images, CLAMP_IMAGES))
@@ -242,4 +240,4 @@ def set_statistics(norm: BatchKind, name: str, images: int, mean: Tensor, var: T
         if norm.num_batches_tracked is not None: norm.num_batches_tracked.fill_(runs)
     else:
         norm.running_var.copy_(var)
-        norm.follow()
+        norm.follow(norm.fresh)

@@ -1,6 +1,7 @@
 """Running batch normalization (fastai, "Deep Learning from the Foundations", 2019, part 2 v3, notebook 07)."""
 
 import math
+from collections.abc import Collection
 from typing import Any, Literal, overload
 
 import torch
@@ -225,6 +226,13 @@ class RunningBatchNorm(RunningNorm):
         beta = torch.maximum(2 * b / (self.evaluation_memory + b), b / seen.clamp_min(1)).clamp_max(1)
         new = merge_moments(mean, var, self.recent_mean, self.recent_var, beta)
         for old, t in zip((mean, var), new, strict=True): old.copy_(t)
+
+    @torch.no_grad()
+    def follow(self, missing: Collection[str]) -> None:
+        """Let training go on from `running_mean` and `running_var`, which came from outside, where the others didn't.
+        """
+        for name, t in zip(self.trains_by, (self.running_mean, self.running_var), strict=True):
+            if name in missing and self._buffers[name] is not t: self._buffers[name].copy_(t)
 
     @torch.no_grad()
     def rescale_(self, factor: float) -> None:

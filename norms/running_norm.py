@@ -1,6 +1,6 @@
 """The base of the norms with running statistics, which a training step may take over several processes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -66,8 +66,8 @@ class RunningNorm(Norm):
         """Set the running statistics and their counts to what they are before training, in place."""
         for name, value in self.fresh.items(): self._buffers[name].fill_(value)
 
-    def follow(self) -> None:
-        """Bring the norm's other statistics in line with `running_mean` and `running_var`, which came from outside."""
+    def follow(self, missing: Collection[str]) -> None:
+        """Bring the buffers called `missing` in line with `running_mean` and `running_var`, which came from outside."""
 
     def reset_parameters(self) -> None:
         """Set parameters and running statistics to what they are after construction, as torch's batch norms do."""

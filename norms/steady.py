@@ -26,7 +26,7 @@ class SteadyBatchNorm(RunningChannelNorm):
 
     3. *Image to image*: each image's groups of channels are normalised behind it, as in Batch-Channel Normalization,
        with one affine map for both. An error of the running statistics that the channels of a group share, a scale or
-       a shift, cancels, and no image's outputs are larger than the square root of its number of values:
+       a shift, cancels; before the affine map no value is larger than the square root of how many a group has:
 
            y = (z - m) / sqrt(v + eps) weight + bias               m, v of z, per image and group
 

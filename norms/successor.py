@@ -109,9 +109,6 @@ def carry_affine(layer: str, old: nn.Module, new: nn.Module, shape: tuple[int, .
 
 def translate_counts(old: nn.Module, new: nn.Module) -> None:
     """Between norms of two kinds: make `new` evaluate as `old` does, as far as it can, and average on from there."""
-    if isinstance(new, RunningBatchNorm) and new.evaluation_memory is not None and not hasattr(old, "recent_mean"):
-        new.recent_mean.copy_(new.running_mean)
-        new.recent_var.copy_(new.running_var)
     if isinstance(old, RunningBatchNorm):
         if not isinstance(new, RunningBatchNorm) and hasattr(new, "num_batches_tracked"):
             new.get_buffer("num_batches_tracked").copy_(old.seen)
@@ -122,4 +119,5 @@ def translate_counts(old: nn.Module, new: nn.Module) -> None:
         images = getattr(old, "num_batches_tracked", torch.tensor(0)).clamp_min(CLAMP_IMAGES)   # at least 1 in a batch
         new.seen.copy_(images * trained)
         new.count.copy_(CARRIED_COUNT * trained)
-    if isinstance(new, RunningNorm) and not isinstance(old, type(new)): new.follow()
+    if isinstance(new, RunningNorm) and (missing := [name for name in new.fresh if not hasattr(old, name)]):
+        new.follow(missing)

@@ -1,10 +1,14 @@
 """SteadyBatchNorm against the norms that it is made of, and by the formulas of its four steps."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+from experiments.study.stacked import stack
 from norms import BatchNorm, GroupNorm, RunningBatchNorm, SteadyBatchNorm, convert_norms, recalibrate
+from norms.rivals import RunningChannelNorm
 from norms.testing import check_norm
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -103,3 +107,31 @@ def test_wrong_settings_are_refused_in_its_own_name():
         SteadyBatchNorm(6, 3, evaluation_memory=-1)
     with pytest.raises(ValueError, match="mom is 2; it weighs the new batch"): SteadyBatchNorm(6, 3, mom=2)
     assert repr(SteadyBatchNorm(8)).startswith("SteadyBatchNorm(8, num_groups=4, mom=0.1")
+
+
+def test_what_training_goes_by_stays_where_the_old_norm_has_it_and_follows_where_it_has_not():
+    def with_memory(nf): return RunningBatchNorm(nf, evaluation_memory=50)
+    for make_old in (RunningBatchNorm, with_memory, lambda nf: SteadyBatchNorm(nf, 1), BatchNorm):
+        for make in (with_memory, lambda nf: SteadyBatchNorm(nf, 2)):
+            model = nn.Sequential(make_old(C))
+            for i in range(30): model(draw(2, C, 3, seed=i, dtype=torch.float32) + i)
+            old = model[0]
+            convert_norms(model, make)
+            wanted = getattr(old, "recent_mean", old.running_mean)
+            assert torch.equal(model[0].running_mean, old.running_mean)
+            assert torch.equal(model[0].recent_mean, wanted)
+            recalibrate(model, [draw(4, C, 3, seed=9, dtype=torch.float32)], 4)
+            assert torch.equal(model[0].recent_mean, model[0].running_mean)
+            assert torch.equal(model[0].recent_var, model[0].running_var)
+
+
+@pytest.mark.parametrize("make", [lambda: RunningBatchNorm(4), lambda: RunningChannelNorm(4, 2),
+                                  lambda: SteadyBatchNorm(4, 2)])
+def test_side_by_side_a_norm_keeps_a_clamp_of_its_own(make):
+    models = [nn.Sequential(make()), nn.Sequential(make())]
+    for m in models: m[0].clamp_images, m[0].clamp_var = 2000, 0.5
+    together = stack([copy.deepcopy(m) for m in models])
+    x = 0.1 * draw(2, 8, 3, seed=3, dtype=torch.float32)
+    for _ in range(15): alone = torch.cat([m(t) for m, t in zip(models, x.chunk(2, 1), strict=True)], 1)
+    for _ in range(15): beside = together(x)
+    torch.testing.assert_close(beside, alone)

@@ -189,6 +189,11 @@ def _norm_per_channel(m: Any, k: int) -> nn.Module:
 def _running_batch_norm(m: RunningBatchNorm, k: int) -> nn.Module:
     new = RunningBatchNorm(k * m.nf, m.mom, m.eps, m.weight is not None, rule=m.rule,
                            average_backward=m.average_backward, evaluation_memory=m.evaluation_memory)
+    return _as(m, new, k)
+
+
+def _as(m: RunningBatchNorm, new: RunningBatchNorm, k: int) -> nn.Module:
+    """`new`, for `k` networks, with what is not in the constructor's arguments of `m`."""
     new.clamp_images, new.clamp_var = m.clamp_images, m.clamp_var       # a network may have its own
     if m.average_backward: KeepApart(new, k)
     return new
@@ -198,15 +203,13 @@ def _running_channel_norm(m: RunningChannelNorm, k: int) -> nn.Module:
     new = RunningChannelNorm(k * m.nf, k * m.num_groups, m.mom, m.eps, m.weight is not None, rule=m.rule,
                              average_backward=m.average_backward, evaluation_memory=m.evaluation_memory,
                              constant_statistics=m.constant_statistics)
-    if m.average_backward: KeepApart(new, k)
-    return new
+    return _as(m, new, k)
 
 
 def _steady_batch_norm(m: SteadyBatchNorm, k: int) -> nn.Module:
     new = SteadyBatchNorm(k * m.nf, k * m.num_groups, m.mom, m.eps, m.weight is not None,
                           evaluation_memory=m.evaluation_memory)
-    KeepApart(new, k)
-    return new
+    return _as(m, new, k)
 
 
 def _flatten(m: nn.Flatten, k: int) -> nn.Module:

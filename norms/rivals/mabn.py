@@ -1,6 +1,7 @@
 """Moving average batch normalization (J. Yan, R. Wan, X. Zhang, W. Zhang, Y. Wei, J. Sun, "Towards stabilizing batch
 statistics in backward propagation of batch normalization", ICLR 2020, https://arxiv.org/abs/2001.06838)."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -141,7 +142,7 @@ class MABN(RunningNorm):
         """
         self.grad_window.mul_(factor)
 
-    def follow(self) -> None:
+    def follow(self, missing: Collection[str]) -> None:
         """Make second moments of the mean and variance that `running_mean` and `running_var` now hold."""
         self.running_var.add_(self.running_mean.square())
         self.running_mean.zero_()

@@ -1,6 +1,7 @@
 """Momentum batch normalization (H. Yong, J. Huang, D. Meng, X. Hua, L. Zhang, "Momentum batch normalization for deep
 learning with small batch size", ECCV 2020)."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ class MomentumBatchNorm(RunningNorm):
         lam = self.past(b, self.num_batches_tracked + 1, torch.float64).item()
         return self.train_mean, self.train_var, b * (1 + lam) / (1 - lam)
 
-    def follow(self) -> None:
+    def follow(self, missing: Collection[str]) -> None:
         """Train on from what `running_mean` and `running_var` now hold."""
         self.train_mean.copy_(self.running_mean)
         self.train_var.copy_(self.running_var)
