@@ -58,7 +58,8 @@ class Config(ImageStudySettings):
     batch size 2, None for the usual ones of the network (`arms.rates` says how they grow with the batch size); `seeds`,
     `epochs` and `tune_epochs`, of the runs that choose the rate, None for the usual ones of the network. `tune_seeds`
     are these runs' own. `flips` says whether training images are flipped left to right at random, None where they are a
-    folder's. Up to `together` networks are trained as one where small batches make that the faster way.
+    folder's. Up to `together` networks are trained as one where that is the faster way: small batches on a CPU, all on
+    a GPU.
 
     Raises:
         InputError: a value that makes no sense.
@@ -155,7 +156,8 @@ def run(config: Config) -> Result:
     for b in config.batch_sizes: check_batch_size(b, images)
 
     def together(batch_size: int) -> int:
-        return 1 if config.device != "cpu" or onednn_is_faster(batch_size) else config.together
+        # A GPU waits for the kernels of one such network to be launched, at any of these batch sizes.
+        return 1 if config.device == "cpu" and onednn_is_faster(batch_size) else config.together
 
     def choose_rates(run: Any) -> Grid:
         rows = run(points(tried(config.net, config.cells, config.rates), config.tune_seeds, together))
@@ -250,7 +252,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tune-seeds", nargs="+", type=int, default=[TUNE_SEED], metavar="N",
                         help=f"their seeds (default: {TUNE_SEED})")
     parser.add_argument("--together", type=int, default=TOGETHER, metavar="N", help="networks that are trained as one "
-                        f"at small batch sizes, at most (default: {TOGETHER})")
+                        f"at small batch sizes, or on a GPU, at most (default: {TOGETHER})")
     parser.add_argument("--flips", action=argparse.BooleanOptionalAction, help="whether training images are flipped "
                         "left to right at random (default: those of a folder are)")
     add_image_arguments(parser, "lab", seeds=per_net(SEEDS), folders=True)

@@ -47,6 +47,7 @@ class StackedSGD(Optimizer):
         """One step of all parameters that have a gradient."""
         for group in self.param_groups:
             momentum, decay, rates = group["momentum"], group["weight_decay"], group["lr"]
+            k, found = len(rates), {}       # the rates, carried once to where the parameters are
             for p in group["params"]:
                 if p.grad is None: continue
                 d = p.grad.add(p, alpha=decay) if decay else p.grad
@@ -55,6 +56,7 @@ class StackedSGD(Optimizer):
                     if b is None: b = self.state[p]["momentum_buffer"] = d.clone()
                     else: b.mul_(momentum).add_(d)
                     d = d.add(b, alpha=momentum) if group["nesterov"] else b
-                k = len(rates)
-                lr = rates.to(p).view(k, *[1] * p.ndim)
+                kind = p.device, p.dtype
+                if kind not in found: found[kind] = rates.to(*kind)
+                lr = found[kind].view(k, *[1] * p.ndim)
                 p.unflatten(0, (k, -1)).addcmul_(d.unflatten(0, (k, -1)), lr, value=-1)
