@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 
+import norms.fast.kernels
 from norms import GroupNorm, convert_norms
 from norms.rivals import CentredConv2d, SkipInit, WSConv2d, convert_convs
 from norms.rivals.weight_standardization import standardized
@@ -246,3 +248,102 @@ def test_skip_init_multiplies_in_the_input_s_type():
     assert scale.scale.tolist() == [0.5]
     assert SkipInit(dtype=torch.float64, device="meta").scale.is_meta
     with pytest.raises(TypeError, match=r"got init='a'; it needs the number"): SkipInit("a")
+
+
+# --- by the kernels -----------------------------------------------------------------------------------------------
+
+needs_kernels = pytest.mark.skipif(not hasattr(norms.fast.kernels.KERNELS.get(torch.float64), "standardize"),
+                                   reason="the norms' kernels are not built here")
+SHAPES = [(5, 3, 3, 3), (70, 2, 1, 1), (1, 4, 2, 3), (4, 1, 3, 1)]
+
+
+def by_definition(f):
+    """`f()` without the kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(norms.fast.kernels, "KERNELS", {})
+        return f()
+
+
+def gradients(weight, g, eps, twice=False):
+    """The standardized weight of a convolution that has this one, and the gradient for `g`; or that one's own."""
+    conv = WSConv2d(weight.shape[1], len(weight), weight.shape[2:], bias=False, eps=eps, dtype=weight.dtype)
+    conv.weight = nn.Parameter(weight.clone(memory_format=torch.preserve_format))
+    g = g.clone().requires_grad_()
+    taken = []
+    conv._conv_forward = lambda x, w, b: taken.append(w) or w
+    w = conv(torch.zeros(1, weight.shape[1], 8, 8, dtype=weight.dtype))
+    found, = torch.autograd.grad(w, conv.weight, g, create_graph=twice)
+    if not twice: return w.detach(), found
+    return torch.autograd.grad(found.square().sum(), (conv.weight, g))
+
+
+@needs_kernels
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("eps", [1e-5, 0.3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_kernels_give_what_the_definition_gives(shape, eps, last):
+    rng = torch.Generator().manual_seed(0)
+    weight, g = (torch.randn(shape, generator=rng, dtype=torch.float64) for _ in range(2))
+    if last: weight = weight.contiguous(memory_format=torch.channels_last)
+    for twice in (True, False):
+        if not twice: weight[0] = 0.7               # a filter without a spread, which has no second derivative
+        ours = gradients(weight, g, eps, twice)
+        for a, b in zip(ours, by_definition(lambda: gradients(weight, g, eps, twice)), strict=True):  # noqa: B023
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert "_Standardize" in str(WSConv2d(3, 4, 3, dtype=torch.float64)(torch.randn(1, 3, 4, 4).double()).grad_fn
+                                 .next_functions)
+
+
+@needs_kernels
+def test_the_kernels_take_float32_and_leave_half_precision_to_the_definition():
+    weight = torch.randn(6, 4, 3, 3) * 0.05 + 3
+    ours = gradients(weight, torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)), 1e-5)
+    exact = by_definition(lambda: gradients(weight.double(), torch.randn(
+        weight.shape, generator=torch.Generator().manual_seed(1)).double(), 1e-5))
+    for a, b in zip(ours, exact, strict=True): torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+    conv = WSConv2d(4, 6, 3, dtype=torch.bfloat16)
+    assert conv(torch.randn(1, 4, 5, 5, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@needs_kernels
+def test_the_weight_may_be_written_before_the_backward_pass_as_by_the_definition():
+    def go(twice):
+        torch.manual_seed(0)
+        conv = WSConv2d(3, 4, 3, dtype=torch.float64)
+        y = conv(torch.randn(2, 3, 6, 6, dtype=torch.float64))
+        with torch.no_grad(): conv.weight.normal_(generator=torch.Generator().manual_seed(2))
+        found, = torch.autograd.grad(y.square().sum(), conv.weight, create_graph=twice)
+        return torch.autograd.grad(found.square().sum(), conv.weight)[0] if twice else found
+    for twice in (False, True): torch.testing.assert_close(go(twice), by_definition(lambda: go(twice)))  # noqa: B023
+
+
+@needs_kernels
+def test_many_gradients_in_one_vmap_and_forward_mode_are_the_definitions():
+    torch.manual_seed(0)
+    conv, x = WSConv2d(3, 4, 3, dtype=torch.float64), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+
+    def go():
+        y = conv(x)
+        many, = torch.autograd.grad(y, conv.weight, torch.eye(3, dtype=torch.float64)[:, :2, None, None, None].expand(
+            3, 2, 4, 4, 4), is_grads_batched=True)
+        params = {name: p.detach() for name, p in conv.named_parameters()}
+        each = torch.func.vmap(torch.func.grad(lambda p, xi: torch.func.functional_call(
+            conv, p, (xi[None],)).square().sum()), (None, 0))(params, x)
+        _, forward = torch.func.jvp(lambda w: torch.func.functional_call(conv, {"weight": w}, (x,)),
+                                    (params["weight"],), (torch.ones_like(params["weight"]) * x[0, 0, 0, 0],))
+        return many, each["weight"], forward
+    for a, b in zip(go(), by_definition(go), strict=True): torch.testing.assert_close(a, b)
+
+
+@needs_kernels
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_convolution_takes_the_same_way_again(reentrant, monkeypatch):
+    torch.manual_seed(0)
+    conv = WSConv2d(3, 4, 3, dtype=torch.float64)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    expected, = torch.autograd.grad(conv(x).square().sum(), conv.weight)
+    y = checkpoint(conv, x, use_reentrant=reentrant)
+    monkeypatch.setattr(norms.fast.kernels, "GRAIN", 1)                     # now the kernels would not be taken
+    monkeypatch.setattr(norms.fast.kernels, "THREADS", 0)
+    y.square().sum().backward()
+    torch.testing.assert_close(conv.weight.grad, expected)

@@ -14,6 +14,7 @@ from norms.fast.dispatch import refuse_many, register, step
 from norms.fast.images import group_norm
 from norms.fast.pairs import batch_pair, running_pair
 from norms.fast.repeats import first_result, repeating, state
+from norms.fast.weights import standardized
 
 __all__ = ["batch_norm", "batch_pair", "first_result", "group_norm", "owned", "refuse_many", "register", "repeating",
-           "running_batch_norm", "running_pair", "state", "step", "write"]
+           "running_batch_norm", "running_pair", "standardized", "state", "step", "write"]

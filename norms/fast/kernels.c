@@ -2,9 +2,9 @@
 
    At batch size 2 the time of a norm is that of the calls it makes, some twenty of torch's for running batch norm.
    Here it is one each way. The formulas are those of the norms' definitions one folder up, and of their derivatives in
-   `channels.py` and `images.py`; the tests hold them together. Everything is contiguous; sums are of double precision,
-   and means are taken about a first value, so that they are exact where all are equal. The file includes itself, once
-   for each of the two types, and needs no header but C's own. */
+   `channels.py`, `images.py`, `pairs.py` and `weights.py`; the tests hold them together. Everything is contiguous; sums
+   are of double precision, and means are taken about a first value, so that they are exact where all are equal. The file
+   includes itself, once for each of the two types, and needs no header but C's own. */
 
 #ifndef REAL
 
@@ -54,6 +54,29 @@ static inline double NAME(product)(const REAL *g, const REAL *x, int64_t p, doub
 #pragma omp simd reduction(+ : s)
     for (int64_t j = 0; j < p; j++) s += g[j] * (x[j] - m);
     return s;
+}
+
+/* --- weights: N filters of P values each; kept is (3, N): s, 1 / (s + eps), and 1 / s, or 0 where s is 0 ------------- */
+
+/* y = (w - m) / (s + eps) */
+KERNEL NAME(standardize)(const REAL *w, REAL *y, REAL *kept, int64_t N, int64_t P, double eps) {
+    for (int64_t k = 0; k < N; k++, w += P, y += P) {
+        double m = w[0] + NAME(sum)(w, P, w[0]) / (double)P, s = sqrt(NAME(squares)(w, P, m) / (double)P);
+        REAL mean = (REAL)m, r = (REAL)(1 / (s + eps));
+        kept[k] = (REAL)s;
+        kept[N + k] = r;
+        kept[2 * N + k] = s == 0 ? 0 : (REAL)(1 / s);
+        for (int64_t j = 0; j < P; j++) y[j] = (w[j] - mean) * r;
+    }
+}
+
+/* gw = [g - mean(g)] / (s + eps) - y mean(g y) / s */
+KERNEL NAME(standardize_backward)(const REAL *g, const REAL *y, const REAL *kept, REAL *gw, int64_t N, int64_t P) {
+    for (int64_t k = 0; k < N; k++, g += P, y += P, gw += P) {
+        REAL mean = (REAL)(NAME(sum)(g, P, 0) / (double)P), r = kept[N + k];
+        REAL slope = (REAL)(NAME(product)(g, y, P, 0) / (double)P * kept[2 * N + k]);
+        for (int64_t j = 0; j < P; j++) gw[j] = (g[j] - mean) * r - y[j] * slope;
+    }
 }
 
 /* --- statistics over the images: x is (N, C, P), row (i, c) begins at x + (i C + c) P -----------------------------

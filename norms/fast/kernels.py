@@ -30,7 +30,7 @@ _ORDINARY = (nn.Parameter, torch.Tensor)
 _POINTERS_INTS_FLOATS = {"evaluate": (6, 3, 1), "batch_norm": (8, 3, 2), "running_batch_norm": (10, 3, 5),
                          "channel_backward": (8, 3, 1), "group_norm": (5, 6, 1), "group_backward": (7, 6, 0),
                          "pair_evaluate": (7, 5, 1), "batch_pair": (8, 5, 2), "running_pair": (10, 5, 5),
-                         "pair_backward": (9, 5, 1)}
+                         "pair_backward": (9, 5, 1), "standardize": (3, 2, 1), "standardize_backward": (4, 2, 0)}
 
 
 def load(folder: Path = Path(__file__).parent) -> dict[torch.dtype, Kernels]:

@@ -68,7 +68,9 @@ class WSConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if (y := fast.step(self, x)) is not None: return y                          # symbolic tracing: one node
-        out: Tensor = self._conv_forward(x, standardized(self.weight, self.eps), self.bias)
+        weight = fast.standardized(self, self.weight, self.eps, standardized)
+        if weight is None: weight = standardized(self.weight, self.eps)
+        out: Tensor = self._conv_forward(x, weight, self.bias)
         return out
 
     def extra_repr(self) -> str:
