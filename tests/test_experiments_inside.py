@@ -134,9 +134,9 @@ def test_settings_that_make_no_sense_are_refused(options, text):
     with pytest.raises(InputError, match=text): inside.Config(**options)
 
 
-def test_the_readme_says_what_the_committed_record_says():
+def test_the_page_says_what_the_committed_record_says():
     record = json.loads((ROOT / "experiments" / "results" / "inside.json").read_text())
-    readme = " ".join((ROOT / "README.md").read_text().replace("\n> ", "\n").split())
+    readme = " ".join((ROOT / "experiments" / "README.md").read_text().replace("\n> ", "\n").split())
     assert record["gap"] in readme
     powers = {path: round(math.log10(ratio)) for path, ratio in record["updates"].items()}
     assert {powers.pop("4.2.weight"), powers.pop("7.weight")} == {-1}

@@ -1,4 +1,4 @@
-"""Committed records: the README's tables come from them, and each says of itself what the present code says of it."""
+"""Committed records: the pages' tables come from them, and each says of itself what the present code says of it."""
 
 import importlib
 import re
@@ -16,11 +16,12 @@ from experiments.figures import by_arm
 from experiments.results import read_summary
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-PAGES = {name: ROOT / name for name in ("README.md", "experiments/lab/README.md")}
+PAGES = {name: ROOT / name for name in ("experiments/README.md", "experiments/lab/README.md",
+                                        "experiments/bench/README.md")}
+SPEED = " ".join((ROOT / "experiments" / "bench" / "README.md").read_text().split())
 TABLES = [(page, name) for page, file in PAGES.items()
           for name in re.findall(r"^<!-- results: (.*) -->$", file.read_text(), re.MULTILINE)]
-# mark in the README: its records, where they are more than one or go by another name
+# mark in a page: its records, where they are more than one or go by another name
 SEVERAL = {"best": ["best_running", "best_group"],
            "best-tuning": ["best_tuning_running", "best_tuning_running_more", "best_tuning_group"],
            "lab-resnet-imagenette": (LAB := ["lab_resnet_bn32", "lab_resnet_gnws2", "lab_resnet_steadyws2"]),
@@ -29,7 +30,7 @@ WHOLE = {"MNIST": 50_000, "Fashion-MNIST": 50_000, "breast cancer": 455, "imagen
 
 
 @pytest.mark.parametrize(("page", "name"), TABLES)
-def test_readme_tables_are_generated_from_the_committed_records(page, name):
+def test_the_pages_tables_are_generated_from_the_committed_records(page, name):
     text = PAGES[page].read_text()
     files = [f"experiments/results/{f}.json" for f in SEVERAL.get(name, [name.replace("-", "_")])]
     records = [read_summary(ROOT / f) for f in files]
@@ -48,25 +49,23 @@ def test_the_verdict_in_a_record_is_the_present_criterion_s(name):
         assert {name: record[name] for name in said} == said
 
 
-def test_what_the_readme_says_of_whole_epochs_is_in_their_records():
+def test_what_the_page_says_of_whole_epochs_is_in_their_records():
     now, before = ({r["arm"]: r for r in read_summary(ROOT / f"experiments/results/{name}.json")["rows"]}
                    for name in ("bench_whole", "bench_whole_earlier"))
     lesson, ours = "lesson's way, RunningBatchNorm", "ours, RunningBatchNorm"
     seconds = [runs[lesson]["ms"] * 25 for runs in (now, before)]
     fastest = now[ours]["ms_range"][0] * 25
-    words = " ".join(README.split())
     assert (f"({seconds[0]:.0f} s for the whole epoch; on the quiet day of the other parts it had been "
-            f"{seconds[1]:.0f} s, of which the fastest of our three epochs, {fastest:.0f} s, would be ") in words
-    assert f"would be {fastest / seconds[1]:.2f})".replace("0.", ".") in words
+            f"{seconds[1]:.0f} s, of which the fastest of our three epochs, {fastest:.0f} s, would be ") in SPEED
+    assert f"would be {fastest / seconds[1]:.2f})".replace("0.", ".") in SPEED
 
 
-def test_what_the_readme_says_of_a_checkpoint_is_in_its_record():
+def test_what_the_page_says_of_a_checkpoint_is_in_its_record():
     rows = read_summary(ROOT / "experiments/results/bench_checkpoint.json")["rows"]
     few, many = (r for r in rows if r["arm"] == "a write")
     assert few["setting"] == "1,000 steps of history"
     assert (f"One write takes {few['ms']:.0f} ms with 1,000 steps of history behind it and {many['ms']:.0f} ms with "
-            f"25,000, {few['share']:.2%} and {many['share']:.2%} of the 30 seconds".replace("%", " %")) in " ".join(
-                README.split())
+            f"25,000, {few['share']:.2%} and {many['share']:.2%} of the 30 seconds".replace("%", " %")) in SPEED
     assert max(few["share"], many["share"]) < 0.01
 
 

@@ -440,7 +440,7 @@ def test_spread_of_the_criterion_is_that_of_the_committed_records():
         found[when] = list(by_seed.values())
         assert statistics.median(found[when]) >= criterion.least_median(12)
     assert round(statistics.stdev(found["earlier"] + found["seeds"]), 3) == criterion.EXPECTED_STD
-    readme = " ".join((ROOT / "README.md").read_text().split())
+    readme = " ".join((ROOT / "experiments" / "README.md").read_text().split())
     for when, before in (("earlier", "gave a mean of"), ("seeds", "the last bits of a step")):
         figures = [f"{f(found[when]):.3f}"[1:] for f in (statistics.mean, min, max)]
         assert "{} {} ({} to {})".format(before, *figures) in readme
@@ -460,7 +460,8 @@ def test_what_the_readme_says_of_24_seeds_is_in_the_record():
     assert {norm: sorted(r["seed"] for r in rows if r["norm"] == norm) for norm in NORMS} == {
         norm: list(range(24)) for norm in NORMS}
     found = {norm: sorted(r["valid_accuracy"] for r in rows if r["norm"] == norm) for norm in NORMS}
-    axes, words = {"norm": list(NORMS), "seed": list(range(24))}, " ".join((ROOT / "README.md").read_text().split())
+    axes = {"norm": list(NORMS), "seed": list(range(24))}
+    words = " ".join((ROOT / "experiments" / "README.md").read_text().split())
     line, = statistics_of_studies.compare(rows, axes, "valid_accuracy", "norm", ("RunningBatchNorm", "GroupNorm"),
                                           "seed")
     running, group = found["RunningBatchNorm"], found["GroupNorm"]
