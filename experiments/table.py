@@ -70,6 +70,19 @@ def experiment(summaries: Sequence[dict[str, Any]]) -> str:
     return pick(names[0], [*EXPERIMENTS, "bench"], "experiment")
 
 
+def picture(summaries: Sequence[dict[str, Any]], file: Path) -> None:
+    """Draw the rows of `summaries` as one picture, into `file`.
+
+    Raises:
+        InputError: an experiment whose picture is of one run; a file that can't be written.
+    """
+    name = experiment(summaries)
+    draw = getattr(importlib.import_module((EXPERIMENTS | TOOLS)[name][0]), "draw", None)
+    if draw is None: raise InputError(f"a picture of {name} is drawn of one run, by that run; --picture is for lab")
+    try: draw([row for s in summaries for row in s["rows"]], file)
+    except (OSError, ValueError) as e: raise InputError(f"can't draw into {str(file)!r}: {e}") from e
+
+
 def insert(text: str, table: str, name: str) -> str:
     """`text` with `table` between the mark of the results called `name` and the next end mark.
 
@@ -88,12 +101,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="+", help="run folders, or summary.json files; their rows come into one table")
     parser.add_argument("--into", metavar="FILE", help=f"write it into FILE, between <!-- results: NAME --> and {END}")
     parser.add_argument("--name", metavar="NAME", help="the mark's NAME (default: the experiment's)")
+    parser.add_argument("--picture", metavar="FILE", help="draw the rows of all runs as one picture, into FILE (of lab)")
 
 
 def main(args: argparse.Namespace) -> int:
     """Print or insert the table; the exit status."""
     summaries = [read_summary(run) for run in args.run]
     table = markdown(summaries)
+    if args.picture is not None: picture(summaries, Path(args.picture))
     if args.into is None:
         print(table)
         return 0

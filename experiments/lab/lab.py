@@ -22,9 +22,9 @@ from experiments.figures import by_arm, finite, heading, plural, seeds_and_devic
 from experiments.folder import PREFIX
 from experiments.image_data import ImageData
 from experiments.images import images_of, load_images
-from experiments.lab import pictures
 from experiments.lab.arms import RATES, SCHEDULES, WARM_UP, Arm, chosen, points, rates, tried
 from experiments.lab.networks import NETS, NORMS, build
+from experiments.lab.pictures import draw
 from experiments.results import Row, Summary, Table, Trained
 from experiments.settings import (
     ImageStudySettings,
@@ -167,7 +167,7 @@ def run(config: Config) -> Result:
         return points([[arm] for arm in arms], config.seeds, together)
     return run_arms("lab", config, images, choose_rates, train_arm, train_arms=train_arms,
                     header=header(config, images), judge=judge, table=table, published=None,
-                    draw=lambda rows, curves, path: pictures.draw(rows, path))
+                    draw=lambda rows, curves, path: draw(rows, path))
 
 
 def header(config: Config, images: ImageData) -> str:
