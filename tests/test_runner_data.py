@@ -26,6 +26,9 @@ def test_dataset_takes_ints_slices_and_lists():
     assert ds[3] == (3.0, 6)
     assert [t.tolist() for t in ds[2:4]] == [[2.0, 3.0], [4, 6]]
     assert [t.tolist() for t in ds[[5, 1]]] == [[5.0, 1.0], [10, 2]]
+    assert [t.tolist() for t in ds[[-1, 1]]] == [[9.0, 1.0], [18, 2]]
+    for outside in (10, -11):
+        with pytest.raises(IndexError, match="out of bounds"): ds[[0, outside]]
     assert len(ds) == 10
 
 
