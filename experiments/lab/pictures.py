@@ -38,10 +38,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def against_batch_size(rows: Sequence[Row], ax: "Axes") -> None:
     """The mean test accuracy of each norm against the batch size, with a band that is its 95 % interval.
 
-    The axis is that of the means above chance; what lies below is drawn at its lower end as an open marker.
+    The axis is that of the means above chance; what lies below is drawn at its lower end as an open marker. A norm that
+    was trained at one batch size only is no line, and is left to the table, unless all were.
     """
     from runner import plots
     arms = by_arm(rows, "norm")
+    several = {norm: arm for norm, arm in arms.items() if len({r["batch_size"] for r in arm}) > 1}
+    arms = several or arms
     lines = {}
     for norm, arm in arms.items():
         sizes = sorted({r["batch_size"] for r in arm})
@@ -62,7 +65,7 @@ def against_batch_size(rows: Sequence[Row], ax: "Axes") -> None:
                     clip_on=False)
         ends.append([max(ms[-1], bottom), norm, style["color"]])
     ax.set_xscale("log", base=2)
-    sizes = sorted({r["batch_size"] for r in rows})
+    sizes = sorted({r["batch_size"] for arm in arms.values() for r in arm})
     ax.set_xticks(sizes, [str(b) for b in sizes])
     ax.set_ylim(bottom, top)
     ax.set(xlabel="batch size", ylabel="test accuracy, mean and 95 % interval")
