@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="+", help="run folders, or summary.json files; their rows come into one table")
     parser.add_argument("--into", metavar="FILE", help=f"write it into FILE, between <!-- results: NAME --> and {END}")
     parser.add_argument("--name", metavar="NAME", help="the mark's NAME (default: the experiment's)")
-    parser.add_argument("--picture", metavar="FILE", help="draw the rows of all runs as one picture, into FILE (of lab)")
+    parser.add_argument("--picture", metavar="FILE", help="of lab: draw the rows of all runs as one picture, into FILE")
 
 
 def main(args: argparse.Namespace) -> int:
