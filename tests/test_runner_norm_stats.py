@@ -309,7 +309,7 @@ def test_a_deep_network_of_norms_that_lack_most_of_their_gradient(net, norm, bat
     for f in said:
         assert f.level == "warn"
         assert "12 such layers" in f.text
-        assert "take GroupNorm and WSConv2d, or SteadyBatchNorm" in f.text
+        assert "take SteadyBatchNorm or GroupNorm, with WSConv2d" in f.text
 
 
 def test_layers_come_in_the_order_of_the_forward_and_each_run_once():

@@ -70,8 +70,8 @@ def judge(m: nn.Module, x: Tensor, before: tuple[Tensor, Tensor] | None, was_fro
                      "batch alone")
     if lacking >= DEEP and lacks_gradient(m) and running and (running[2] or 0) > LONG * images:
         remark("warn", f"{lacking} such layers get the gradient through their statistics by this batch's share alone, "
-                       "and so deep a network learns less by that than with batch norm: take GroupNorm and WSConv2d, "
-                       "or SteadyBatchNorm")
+                       "and so deep a network learns less by that than with batch norm: take SteadyBatchNorm or "
+                       "GroupNorm, with WSConv2d")
     if running and after and (held := int((var > getattr(m, "unclamped_var", after[1])).sum())):
         remark("ok", f"a clamp holds the variance of {held} of {len(var)} channels")
     if (n > 1 or what == "mean square") and eps > median:
