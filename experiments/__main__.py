@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from experiments import EXPERIMENTS, TOOLS
 from experiments.errors import InputError, pick
+from experiments.launch import command, in_the_way
 
 
 def listing() -> str:
@@ -16,14 +17,17 @@ def listing() -> str:
 
     def lines(entries: Mapping[str, tuple[str, str, str]]) -> list[str]:
         return [f"  {name:{width}}  {what} ({time})" for name, (_, what, time) in entries.items()]
-    return "\n".join(["usage: python -m experiments NAME [options]", "", "experiments (usual time on two cores):",
+    return "\n".join([f"usage: {command()} NAME [options]", "", "experiments (usual time on two cores):",
                       *lines(EXPERIMENTS), "", "tools:", *lines(TOOLS), "",
-                      "python -m experiments NAME --help lists the options of one."])
+                      f"{command()} NAME --help lists the options of one."])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`; the exit status: 0, 1 (outside its tolerance), 2 (bad input), 130 (Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else argv
+    if problem := in_the_way("norms", "runner"):        # before anything imports them
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     if "TORCHELASTIC_RUN_ID" not in os.environ: return run(argv)
     from experiments.study.torchrun import ended, help_out, is_helper
     if is_helper(): return help_out()       # to rank 0's studies
@@ -40,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
         known = EXPERIMENTS | TOOLS
         name = pick(argv[0], known, "experiment")
         module = importlib.import_module(known[name][0])
-        parser = argparse.ArgumentParser(f"python -m experiments {name}", description=module.__doc__,
+        parser = argparse.ArgumentParser(f"{command()} {name}", description=module.__doc__,
                                          formatter_class=argparse.RawDescriptionHelpFormatter)
         module.add_arguments(parser)
         status: int = module.main(parser.parse_args(argv[1:]))

@@ -27,3 +27,5 @@ from norms.sync import sync_norms, unsync_norms
 
 __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RunningBatchNorm", "SteadyBatchNorm",
            "convert_norms", "recalibrate", "sync_norms", "unsync_norms"]
+
+__version__ = "0.1.0"   # of the whole project; pyproject.toml and CITATION.cff go by it

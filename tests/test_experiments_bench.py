@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,11 +141,14 @@ def test_whole_epochs_share_a_compiler_s_cache_that_the_first_finds_empty(monkey
     seen = []
 
     def child(args, env, **kwargs):
-        assert args[1:3] == ["-m", "experiments.bench.whole"]
-        assert args[4:] == ["digits", ""]
-        seen.append((args[3], env["TORCHINDUCTOR_CACHE_DIR"], os.listdir(env["TORCHINDUCTOR_CACHE_DIR"])))
-        (Path(env["TORCHINDUCTOR_CACHE_DIR"]) / args[3].replace("'", "")).write_text("")
-        return subprocess.CompletedProcess(args, 0, "epoch 1/1\n" + json.dumps(["digits", 1000, seconds[args[3]]]))
+        assert args[1] == "-c"
+        start, name, *rest = args[2:]
+        assert rest == ["digits", ""]
+        compile(start, "start", "exec")
+        assert repr(sys.path) in start                  # so the current folder's own `experiments` isn't in the way
+        seen.append((name, env["TORCHINDUCTOR_CACHE_DIR"], os.listdir(env["TORCHINDUCTOR_CACHE_DIR"])))
+        (Path(env["TORCHINDUCTOR_CACHE_DIR"]) / name.replace("'", "")).write_text("")
+        return subprocess.CompletedProcess(args, 0, "epoch 1/1\n" + json.dumps(["digits", 1000, seconds[name]]))
     monkeypatch.setattr(whole.subprocess, "run", child)
     rows = {r["arm"]: r for r in whole.rows(Config(repetitions=10, data="digits"))}
     assert [name for name, _, _ in seen] == [whole.FIRST, whole.COMPILED, whole.OURS, whole.LESSON] * 2
