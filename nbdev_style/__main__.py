@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-IN_PLACE = (HERE.parent / "pyproject.toml").is_file()      # else these are the files that pip has installed
+HOME = HERE.parent                                  # the folder that holds the packages
+IN_PLACE = (HOME / "pyproject.toml").is_file()      # else these are the files that pip has installed
 NBDEV = "nbdev>=3.3,<4"     # as in pyproject.toml
 
 # One thread, so that sums don't depend on the machine's cores; small pictures, which keep a notebook under 1 MB.
@@ -43,7 +44,7 @@ def execute(path, into):
 
 def problem(into):
     """Why the lessons can't be executed, in words with the mend; None if they can."""
-    in_the_way = runpy.run_path(str(HERE.parent / "experiments" / "launch.py"))["in_the_way"]
+    in_the_way = runpy.run_path(str(HOME / "experiments" / "launch.py"))["in_the_way"]
     if text := in_the_way("experiments", "norms", "runner", script=None): return text
     try:
         import nbdev.export  # noqa: F401

@@ -3,16 +3,14 @@
 Every norm takes `(N, C)` or `(N, C, *spatial)` input, computes its statistics in float32 or wider and returns
 the input's dtype. They differ in the axes that share a mean and a variance:
 
-====================  =====================================  ==========================================
-norm                  one mean and variance per              state kept for evaluation
-====================  =====================================  ==========================================
-`BatchNorm`           channel, over images and positions     running mean and variance
-`LayerNorm`           image, over channels and positions     none
-`InstanceNorm`        image and channel, over positions      none
-`GroupNorm`           image and group of channels            none
-`RunningBatchNorm`    channel, over the recent batches       the same running mean and variance it trains with
-`SteadyBatchNorm`     the same, then image                   averages of the running mean and variance
-====================  =====================================  ==========================================
+| norm               | one mean and variance per          | state kept for evaluation                         |
+| ------------------ | ---------------------------------- | ------------------------------------------------- |
+| `BatchNorm`        | channel, over images and positions | running mean and variance                         |
+| `LayerNorm`        | image, over channels and positions | none                                              |
+| `InstanceNorm`     | image and channel, over positions  | none                                              |
+| `GroupNorm`        | image and group of channels        | none                                              |
+| `RunningBatchNorm` | channel, over the recent batches   | the same running mean and variance it trains with |
+| `SteadyBatchNorm`  | the same, then image               | averages of the running mean and variance         |
 """
 
 from norms.batch import BatchNorm

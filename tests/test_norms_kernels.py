@@ -274,20 +274,17 @@ def test_without_them_the_norms_work_the_same(tmp_path, forks):
     assert norms.fast.kernels.load(tmp_path / "nowhere") == {}
 
 
-@pytest.mark.parametrize("compiler", ["cc", "false"])
-def test_the_installation_goes_on_without_a_compiler(compiler, tmp_path):
-    """As pip does it: `build_ext` of what pyproject.toml says, here in a copy."""
-    if not shutil.which(compiler): pytest.skip(f"there is no {compiler}")
+def test_the_installation_goes_on_without_a_compiler(tmp_path):
+    """As pip does it: `build_ext` of what pyproject.toml says, here in a copy. test_package.py has it with a compiler."""
+    if not shutil.which("false"): pytest.skip("there is no `false` for a compiler that fails")
     for name in ("pyproject.toml", "README.md", "LICENSE"): shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "norms" / "fast").mkdir(parents=True)
-    shutil.copy(ROOT / "norms" / "fast" / "kernels.c", tmp_path / "norms" / "fast")
-    for folder in ("norms", "norms/fast"): (tmp_path / folder / "__init__.py").touch()
+    for name in ("norms/__init__.py", "norms/fast/kernels.c"): shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "norms" / "fast" / "__init__.py").touch()
     pytest.importorskip("setuptools", minversion="77")
     code = "from setuptools import setup; setup(packages=['norms', 'norms.fast'])"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, "build_ext", "--inplace"], cwd=tmp_path,
-                          env=os.environ | {"CC": compiler}, capture_output=True, text=True)
+                          env=os.environ | {"CC": "false"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = norms.fast.kernels.load(tmp_path / "norms" / "fast")
-    assert set(found) == (set() if compiler == "false" or os.environ.get("NORMS_KERNELS") == "0"
-                          else {torch.float32, torch.float64})
-    if compiler == "false": assert "failed" in done.stdout + done.stderr
+    assert "failed" in done.stdout + done.stderr
+    assert norms.fast.kernels.load(tmp_path / "norms" / "fast") == {}
