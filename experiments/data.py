@@ -61,7 +61,7 @@ def load_data(name: str = "auto", data_dir: str | Path | None = None, limit: int
         auto: data sets, keys of `FILES`.
 
     Raises:
-        InputError: an unknown name, a folder without the files, a damaged file, a data set asked for and not to be had.
+        InputError: an unknown name, a folder without the files, a damaged file, a data set that is unavailable.
     """
     check_limit(limit)
     name = pick_data(name)
@@ -78,9 +78,9 @@ def load_data(name: str = "auto", data_dir: str | Path | None = None, limit: int
         if root is not None: return _mnist(kind, root, limit, notice and f"{notice}In its place: {TITLES[kind]}.")
         why = "\n".join(f"  - {reason}" for reason in reasons)
         if name != "auto":
-            raise InputError(f"{TITLES[kind]} is not to be had:\n{why}\nPut its four files into FOLDER/{kind}/raw and "
+            raise InputError(f"{TITLES[kind]} is unavailable:\n{why}\nPut its four files into FOLDER/{kind}/raw and "
                              "name FOLDER by --data-dir, or use --data digits")
-        notice += f"THIS IS NOT {TITLES[kind]}. {TITLES[kind]} is not to be had:\n{why}\n"
+        notice += f"THIS IS NOT {TITLES[kind]}. {TITLES[kind]} is unavailable:\n{why}\n"
     return _digits(limit, notice=f"{notice}In its place: scikit-learn's built-in digits (1,797 images of 8x8 pixels, "
                    f"resized to 28x28).\nFor {TITLES[auto[0]]} put its four files into FOLDER/{auto[0]}/raw and name "
                    "FOLDER by --data-dir.")

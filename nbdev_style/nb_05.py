@@ -90,7 +90,7 @@ def test_near_zero(a, tol=1e-3):
 def get_data():
     """`x_train, y_train, x_valid, y_valid`: flat images `(N, 784)` as floats from 0 to 1, and their labels `(N,)`.
 
-    MNIST's 50,000 and 10,000, or scikit-learn's digits where MNIST is not to be had. NORMS_LESSON_IMAGES=n in the
+    MNIST's 50,000 and 10,000, or scikit-learn's digits where MNIST is unavailable. NORMS_LESSON_IMAGES=n in the
     environment takes the first n training images and at most as many for validation. Of an odd number the last training
     image is left out: the course's RunningBatchNorm divides by zero on a batch of one.
     """

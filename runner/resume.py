@@ -132,7 +132,7 @@ class Resume(Callback):
                                   "they were, or take another folder to begin anew")
         if perhaps and self.strict:
             raise CheckpointError(f"{self.path} is of a run that isn't quite this one: {'; '.join(perhaps)}; make them "
-                                  "alike, or go on all the same, and not to the bit, by fit(..., strict=False)")
+                                  "alike, or continue anyway, without the same bits, by fit(..., strict=False)")
         if perhaps:
             warnings.warn(f"{self.path} is of a run that isn't quite this one: {'; '.join(perhaps)}", RuntimeWarning,
                           stacklevel=2)
@@ -168,7 +168,7 @@ class Resume(Callback):
 
     def _tell(self, text: str) -> None:
         """An error, or where the user wants to go on all the same a warning."""
-        if self.strict: raise CheckpointError(f"{text}, or go on all the same, and not to the bit, by fit(..., "
+        if self.strict: raise CheckpointError(f"{text}, or continue anyway, without the same bits, by fit(..., "
                                               "strict=False)")
         warnings.warn(text, RuntimeWarning, stacklevel=3)
 

@@ -111,7 +111,7 @@ def test_the_first_of_several_that_can_be_had(tiny, tmp_path):
     both = ("FashionMNIST", "MNIST")
     d = data.load_data("auto", put(tiny, tmp_path), auto=both)
     assert d.name == "MNIST"
-    assert d.notice.startswith("THIS IS NOT Fashion-MNIST. Fashion-MNIST is not to be had:\n  - --data-dir: ")
+    assert d.notice.startswith("THIS IS NOT Fashion-MNIST. Fashion-MNIST is unavailable:\n  - --data-dir: ")
     assert d.notice.endswith("In its place: MNIST.")
     with pytest.raises(InputError, match=r"FashionMNIST/raw' lacks .* must hold FashionMNIST/raw/"):
         data.load_data("fashion-mnist", tmp_path, auto=both)
@@ -139,7 +139,7 @@ def test_environment_without_mnist_goes_on_and_says_so(tmp_path, monkeypatch):
 
 
 def test_mnist_asked_for_and_not_to_be_had():
-    with pytest.raises(InputError, match=r"(?s)MNIST is not to be had.*no network.*or use --data digits"):
+    with pytest.raises(InputError, match=r"(?s)MNIST is unavailable.*no network.*or use --data digits"):
         data.load_data("mnist")
 
 

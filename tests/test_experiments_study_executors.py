@@ -354,6 +354,6 @@ def test_any_fault_of_a_trial_is_its_own(tmp_path):
     same = [c for c in first if c != "x"]       # of the same fault, but for its random numbers
     assert first[same].equals(second[same].reset_index(drop=True))
     assert {"Own: of my own", "SystemExit: 3", "GeneratorExit: ", "MemoryError: ", "KeyError: '" + "\\n" * 50 + "'",
-            "Unprintable: (its text can't be had: ValueError)"} <= set(first.error.dropna())
+            "Unprintable: (its text is unavailable: ValueError)"} <= set(first.error.dropna())
     assert (first.status == "failed").sum() == 12
     assert {type(e) for e in first.error.dropna()} == {str}

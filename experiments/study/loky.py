@@ -109,7 +109,7 @@ def _end(workers: Sequence[_Worker], patience: float) -> None:
     shutdowns = [threading.Thread(target=worker.pool.shutdown, kwargs={"kill_workers": not patience}, daemon=True)
                  for worker in workers if worker.pool]
     for thread in shutdowns: thread.start()
-    for seconds in (patience, 1.0):     # after that they are killed, and no more is to be had
+    for seconds in (patience, 1.0):     # after that they are killed, and there is no more
         until = time.monotonic() + seconds
         for thread in shutdowns: thread.join(max(0, until - time.monotonic()))
         _kill(workers)

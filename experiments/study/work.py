@@ -156,9 +156,9 @@ def _texts(e: BaseException) -> tuple[str, str]:
     """The exception in a line, and its traceback from the trial on; also of one that can't be printed."""
     e.__traceback__ = e.__traceback__ and e.__traceback__.tb_next
     try: text = str(e)
-    except BaseException as why: text = f"(its text can't be had: {type(why).__name__})"
+    except BaseException as why: text = f"(its text is unavailable: {type(why).__name__})"
     try: trace = "".join(traceback.format_exception(e))
-    except BaseException as why: trace = f"(its traceback can't be had: {type(why).__name__})"
+    except BaseException as why: trace = f"(its traceback is unavailable: {type(why).__name__})"
     return f"{type(e).__name__}: {text}", trace
 
 
