@@ -9,6 +9,7 @@ from typing import Any, TypedDict, TypeVar
 
 import torch
 
+import norms
 from experiments.errors import InputError
 from runner.rows import text_table as text_table  # the plain table beside `markdown_table`
 
@@ -50,9 +51,9 @@ def versions() -> dict[str, str]:
     def of(name: str) -> str:
         try: return metadata.version(name)
         except metadata.PackageNotFoundError: return "not installed"
-    packages = ("runnernorms", "torchvision", "scikit-learn", "matplotlib")
     return {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}",
-            "torch": str(torch.__version__), **{name: of(name) for name in packages}}
+            "torch": str(torch.__version__), "runnernorms": norms.__version__,
+            **{name: of(name) for name in ("torchvision", "scikit-learn", "matplotlib")}}
 
 
 def read_summary(path: str | Path) -> dict[str, Any]:

@@ -275,7 +275,7 @@ def test_without_them_the_norms_work_the_same(tmp_path, forks):
 
 
 def test_the_installation_goes_on_without_a_compiler(tmp_path):
-    """As pip does it: `build_ext` of what pyproject.toml says, here in a copy. test_package.py has it with a compiler."""
+    """As pip does it: `build_ext` of what pyproject.toml says, here in a copy. With one: see test_package.py."""
     if not shutil.which("false"): pytest.skip("there is no `false` for a compiler that fails")
     for name in ("pyproject.toml", "README.md", "LICENSE"): shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "norms" / "fast").mkdir(parents=True)
