@@ -5,16 +5,18 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.errors import InputError
+from experiments import spoken
+from experiments.errors import REPORTED, InputError, WriteError
 from experiments.figures import Data
 from experiments.image_data import ImageData
 from experiments.images import keep_loaded
-from experiments.results import Row, Summary, Table, Trained, text_table
+from experiments.results import Row, Summary, Table, Trained
 from experiments.run_folder import BEFORE, CHECKPOINTS, FREE, STUDY, RunFolder, checkpoint_folder
 from experiments.settings import ImageSettings, ImageStudySettings, Settings, StudySettings
 from experiments.study import Grid, Study
@@ -103,9 +105,20 @@ def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid | 
     An arm that raised or was killed is named and has no row; then nothing is judged, and `--resume` runs it again.
     After Ctrl-C the finished arms are written and drawn, and KeyboardInterrupt goes on.
     """
-    facts = {"data": str(data), "published": published, "threads": 1}
+    facts: dict[str, object] = {"data": str(data), "published": published, "threads": 1}
     if isinstance(config, ImageStudySettings): facts["convolutions"] = convolutions_in_words(config.convolutions)
     folder = RunFolder(config.out, experiment, config, facts, resume=config.resume)
+    with folder.reporting():
+        return _run_in(folder, experiment, config, data, points, train_arm, header, judge, table, draw, published,
+                       train_arms, said, complete, facts)
+
+
+def _run_in(folder: RunFolder, experiment: str, config: StudySettings, data: Data, points: Grid | Before,
+            train_arm: TrainArm, header: str, judge: Callable[[list[Row], str, int], Verdict],
+            table: Callable[[Summary], Table], draw: Callable[[list[Row], dict[str, Any], Path], None],
+            published: object, train_arms: TrainArms | None, said: Callable[[Row], str],
+            complete: Callable[[list[Trained[Any]]], None], facts: Mapping[str, object]) -> Result:
+    """`run_arms` in its folder."""
     picture = folder.path / f"{experiment.replace('-', '_')}.png"
     given = replace(config, out=None, resume=False)
     if isinstance(given, ImageSettings) and isinstance(data, ImageData):
@@ -118,51 +131,48 @@ def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid | 
     here = config.device.startswith("cuda") or os.environ.get("OMP_NUM_THREADS") == "1"
     backend = "sequential" if config.backend == "loky" and jobs == 1 and here else config.backend
     at_once = "as many at once as the cluster has workers" if jobs is None else f"{jobs} at once"
-    print(f"{header}\nruns:    {at_once} ({backend}), on one thread each" + (
-        f"; convolutions: {facts['convolutions']}" if "convolutions" in facts else ""), flush=True)
+    print(spoken.fits(f"{header}\nruns:    {at_once} ({backend}), on one thread each" + (
+        f"; convolutions: {facts['convolutions']}" if "convolutions" in facts else "")), flush=True)
     before: list[Row] = []
 
     def study_of(points: Grid, where: str) -> Study:
-        study = Study(experiment, trial, points, out=folder.path / where, version=_settings_of(config))
-        study.go_on = folder.go_on
+        with _of_options(folder):
+            study = Study(experiment, trial, points, out=folder.path / where, version=_settings_of(config))
+        study.go_on = spoken.in_options("run() goes on", folder.go_on)
         return study
 
     def go(study: Study, each: Callable[[list[dict[str, Any]]], str]) -> None:
-        study.run(jobs=jobs, backend=backend, scheduler=config.scheduler, again=config.resume, each=each)
-
-    def refused(study: Study) -> list[Row]:
-        """The rows of the arms that were lost; bad input is an error of this process."""
-        lost = [row for row in study.rows() if row["status"] != "ok"]
-        for row in lost:
-            if str(row["error"]).startswith("InputError: "):
-                raise InputError(str(row["error"]).removeprefix("InputError: "))
-        return lost
+        with _of_options(folder):
+            study.run(jobs=jobs, backend=backend, scheduler=config.scheduler, again=config.resume, each=each)
 
     def ended(key: str, rows: list[dict[str, Any]]) -> str:
+        for row in rows: _refuse(row, folder)       # now, and not after all others
         if any(row["status"] == "ok" for row in rows):
             names = dict.fromkeys(row[key] for row in rows)
             shutil.rmtree(checkpoint_folder(trial.checkpoints, "+".join(names), [row["seed"] for row in rows]),
                           ignore_errors=True)
-        return "\n".join(_line(key, row, said) for row in rows)
+        return "\n".join(spoken.line(key, row, from_trial(row)[1] if row["status"] == "ok" else {}, said)
+                         for row in rows)
 
     def run_before(points: Grid) -> list[Row]:
         study, key = study_of(points, BEFORE), _arm_axis(points)
         if folder.resumed:
-            print(f"resumed: {len(study.rows())} of {len(points)} arms had finished that choose the others", flush=True)
+            print(spoken.fits(f"resumed: {len(study.rows())} of {len(points)} arms had finished that choose the "
+                              "others"), flush=True)
         try: go(study, lambda rows: ended(key, rows))
         except KeyboardInterrupt:
-            print(f"\nInterrupted before the arms were chosen. {folder.go_on}", flush=True)
-            raise KeyboardInterrupt("reported") from None
-        if lost := refused(study): raise _Lost([(key, row) for row in lost])
+            print(spoken.fits(f"\nInterrupted before the arms were chosen. {folder.go_on}"), flush=True)
+            raise KeyboardInterrupt(REPORTED) from None
+        if lost := [row for row in study.rows() if row["status"] != "ok"]: raise _Lost([(key, row) for row in lost])
         before.extend(from_trial(row)[1] for row in study.rows())
         return before
 
     if not isinstance(points, Grid):
         try: points = points(run_before)
         except _Lost as e:
-            names = ", ".join(f"{row[key]} (seed {row['seed']}) {_how(row)}" for key, row in e.args[0])
+            names = ", ".join(f"{row[key]} (seed {row['seed']}) {spoken.how(row)}" for key, row in e.args[0])
             verdict = f"Not complete: the arms were not chosen; {names}"
-            print(f"\n{verdict}\nTracebacks are in {folder.path / BEFORE}. {folder.go_on}", flush=True)
+            print(spoken.fits(f"\n{verdict}\nTracebacks are in {folder.path / BEFORE}. {folder.go_on}"), flush=True)
             return Result([], None, verdict, folder.path, lost=len(e.args[0]))
     arms: Grid = points         # chosen, from here on
     key, study = _arm_axis(arms), study_of(arms, STUDY)
@@ -177,7 +187,7 @@ def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid | 
         lost = [row for row in study.rows() if row["status"] != "ok"]
         if len(rows) == len(arms): verdict = judge(rows, data.name, len(data.train))
         else:
-            names = ", ".join(f"{row[key]} (seed {row['seed']}) {_how(row)}" for row in lost)
+            names = ", ".join(f"{row[key]} (seed {row['seed']}) {spoken.how(row)}" for row in lost)
             verdict = Verdict(untested=f"Not complete: {len(rows)} of {len(arms)} arms have finished"
                               f"{'; ' * bool(lost)}{names}")
         said_of = verdict.record()
@@ -186,38 +196,66 @@ def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid | 
             "valid_images": len(data.valid), "complete": len(rows) == len(arms), "reproduced": said_of["reproduced"],
             "verdict": said_of["verdict"], "claims": said_of["claims"], "published": published, "rows": rows}
         if before: summary["before"] = before
-        folder.write_metrics([epoch for epochs, _, _ in found for epoch in epochs])
-        folder.write_json("summary.json", summary)
-        if rows: folder.write_json("curves.json", curves)
         return summary, curves
 
-    def each(rows: list[dict[str, Any]]) -> str:
-        if len(found := trained()) < len(arms): record(found)         # or it is judged below
-        return ended(key, rows)
+    def write(found: list[Trained[Any]], summary: Summary, curves: dict[str, Any]) -> None:
+        folder.write_metrics([epoch for epochs, _, _ in found for epoch in epochs])
+        folder.write_json("summary.json", summary)
+        if summary["rows"]: folder.write_json("curves.json", curves)
 
-    if folder.resumed: print(f"resumed: {len(trained())} of {len(arms)} arms had finished", flush=True)
-    interrupted = False
+    def each(rows: list[dict[str, Any]]) -> str:
+        text = ended(key, rows)
+        if len(found := trained()) < len(arms): write(found, *record(found))         # or it is judged below
+        return text
+
+    if folder.resumed: print(spoken.fits(f"resumed: {len(trained())} of {len(arms)} arms had finished"), flush=True)
+    interrupted, trouble = False, None
     try: go(study, each)
     except KeyboardInterrupt: interrupted = True
-    refused(study)
+    except InputError as e: trouble = e         # a full disk, say: what has finished is shown all the same
     found = trained()
     if len(found) == len(arms):
         shutil.rmtree(trial.checkpoints, ignore_errors=True)
         complete(found)
     summary, curves = record(found)
-    if summary["rows"]:
-        draw(summary["rows"], curves, picture)
-        print("\n" + text_table(*table(summary)))
+    if found: print("\n" + spoken.table_text(*table(summary)), flush=True)
+    try:
+        write(found, summary, curves)
+        if found:
+            with folder.new_files() as new: draw(summary["rows"], curves, new / picture.name)
+    except WriteError as e: trouble = trouble or e
+    kept = f"; their rows are in {folder.path / ('summary.json' if trouble is None else STUDY)}" if found else ""
+    if trouble is not None:
+        print(spoken.fits(f"\nStopped: {len(found)} of {len(arms)} arms had finished{kept}."), flush=True)
+        raise trouble
     if interrupted:
-        kept = f"; their rows are in {folder.path / 'summary.json'}" if found else ""
-        print(f"\nInterrupted: {len(found)} of {len(arms)} arms had finished{kept}. {folder.go_on}", flush=True)
-        raise KeyboardInterrupt("reported")
+        print(spoken.fits(f"\nInterrupted: {len(found)} of {len(arms)} arms had finished{kept}. {folder.go_on}"),
+              flush=True)
+        raise KeyboardInterrupt(REPORTED)
     what = f"{picture} and summary.json lie" if found else "summary.json lies"
-    print(f"\n{what} in the run folder; it took {format_time(time.perf_counter() - start)}.\n{summary['verdict']}",
-          flush=True)
-    if len(found) < len(arms): print(f"Tracebacks are in {folder.path / STUDY}. {folder.go_on}", flush=True)
+    print(spoken.fits(f"\n{what} in the run folder; it took {format_time(time.perf_counter() - start)}.\n"
+                      f"{summary['verdict']}"), flush=True)
+    if len(found) < len(arms):
+        print(spoken.fits(f"Tracebacks are in {folder.path / STUDY}. {folder.go_on}"), flush=True)
     return Result(summary["rows"], summary["reproduced"], summary["verdict"], folder.path,
                   lost=len(arms) - len(found))
+
+
+@contextmanager
+def _of_options(folder: RunFolder) -> Iterator[None]:
+    """What a study finds fault with, in the words of the command line's options."""
+    try: yield
+    except InputError as e: raise type(e)(spoken.in_options(str(e), folder.go_on)) from e
+
+
+def _refuse(row: Mapping[str, Any], folder: RunFolder) -> None:
+    """Raise if an arm was lost to bad input or a full disk, which are errors of the command and no arm's."""
+    kind, _, text = str(row["error"]).partition(": ")
+    if row["status"] == "ok" or kind not in ("InputError", "WriteError", "OSError", "PermissionError"): return
+    if kind == "InputError": raise InputError(text)
+    if kind == "WriteError": raise WriteError(text)
+    raise WriteError(f"an arm stopped, for a file can't be read or written: {text}; make room for it, or make it "
+                     f"writable. {folder.go_on}")
 
 
 def _arm_axis(points: Grid) -> str: return next(name for name in points.axes if name != "seed")
@@ -228,20 +266,3 @@ def _settings_of(config: Settings) -> str:
     free = (*FREE, "seeds", "arms", "norms")
     settings = {k: v for k, v in asdict(config).items() if k not in free}
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def _line(key: str, row: Mapping[str, Any], said: Callable[[Row], str]) -> str:
-    """What is printed when an arm has ended."""
-    name = f"  {row[key]}, seed {row['seed']}"
-    if row["status"] != "ok": return f"{name}: {_how(row)}"
-    figures, (_, plain, _) = [], from_trial(row)
-    for k in ("train_loss", "valid_loss", "valid_accuracy", "test_accuracy"):
-        if isinstance(row.get(k), float): figures.append(f"{k.replace('_', ' ')} {row[k]:.4g}")
-    text = f"{name}: {', '.join([*figures, plain['status']])}, {plain['seconds']:.1f} s"
-    if "error" in plain: text += f"\n  {row[key]} failed: {plain['error']}"
-    return text + "".join(f"\n  {line}" for line in said(plain).splitlines())
-
-
-def _how(row: Mapping[str, Any]) -> str:
-    """How an arm was lost."""
-    return f"{'was killed' if row['status'] == 'killed' else 'raised'}: {row['error']}"

@@ -17,9 +17,11 @@ from experiments.errors import InputError
 from experiments.models import channels_last_
 from experiments.published.small_batch import build
 from experiments.results import text_table
+from experiments.settings import positive, positive_number
 from experiments.training import SMALL_BATCH, onednn_is_faster
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 250, 512)
+LARGEST = 10_000    # images at once
 SECONDS = 1.0       # of each kind at each size
 
 
@@ -67,8 +69,8 @@ def main(args: argparse.Namespace) -> int:
     """Print the table; the exit status is 1 where the rule takes the slower kind by more than a tenth."""
     if not torch.backends.mkldnn.is_available():
         raise InputError("this torch has no oneDNN, so there is nothing to choose from")
-    for n in args.sizes:
-        if n < 1: raise InputError(f"a batch size is {n}; give positive integers")
+    for n in args.sizes: positive("a batch size", n, 16, LARGEST)
+    positive_number("seconds", args.seconds, SECONDS)
     found = measure(tuple(args.sizes), args.seconds)
     lines, wrong = [], []
     for n, own, onednn in found:

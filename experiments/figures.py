@@ -2,13 +2,15 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
+from itertools import zip_longest
 from statistics import median
 from typing import Protocol
 
 from experiments.results import Row
 from experiments.settings import Settings
 from experiments.study.statistics import interval
+from runner.console import columns
 
 MEASURED = ["valid accuracy", "95 % interval", "median", "range", "at chance", "valid loss", "seeds", "seconds",
             "status"]                           # the columns of `measured`
@@ -33,7 +35,8 @@ class Data(Protocol):
 
 def heading(data: Data, what: str, *lines: str) -> str:
     """The lines above the first arm: a notice if there is one, the data, the network `what`, and further lines."""
-    notice = [f"{'*' * 79}\n{data.notice}\n{'*' * 79}"] if data.notice else []
+    stars = "*" * min(79, columns() or 79)
+    notice = [f"{stars}\n{data.notice}\n{stars}"] if data.notice else []
     return "\n".join([*notice, f"data:    {data}", f"network: {what}", *lines])
 
 
@@ -58,10 +61,12 @@ def mean(accuracies: Sequence[float | None]) -> float:
     return sum(map(finite, accuracies)) / len(accuracies)
 
 
-def course(rows: Sequence[Row]) -> list[float]:
-    """The validation accuracy after each epoch, the mean over one arm's `rows`, one per seed."""
-    # not strict: a run that a norm refused has no epochs, and then there is no mean
-    return [mean(accs) for accs in zip(*(r["valid_accuracies"] for r in rows), strict=False)]
+def course(rows: Sequence[Row], average: Callable[[Sequence[float | None]], float] = mean) -> list[float]:
+    """The validation accuracy after each epoch, the `average` over one arm's `rows`, one per seed.
+
+    An epoch that a run has not come to, because a norm refused its input, counts as 0 correct.
+    """
+    return [average(accs) for accs in zip_longest(*(map(finite, r["valid_accuracies"]) for r in rows), fillvalue=0.0)]
 
 
 def measured(rows: Sequence[Row]) -> list[str]:

@@ -25,6 +25,7 @@ from experiments.published.small_batch import NORMS, build
 from experiments.report import Report
 from experiments.results import Row, versions
 from experiments.run_folder import RunFolder
+from experiments.spoken import fits
 from experiments.training import check_batch_size, train
 from experiments.verdict import Result
 from runner import (
@@ -81,7 +82,7 @@ class Config(settings.ImageSettings):
 def run(config: Config) -> Result:
     """Look before, during and after the training, write the run folder and its report: a `Result`."""
     images = load_data(config.data, config.data_dir, config.limit)
-    check_batch_size(config.batch_size, images)
+    check_batch_size(config.batch_size, images, "--batch-size")
     epochs = math.ceil(config.steps * config.batch_size / len(images.train))
     images.train = Dataset(*images.train[:max(config.batch_size, config.steps * config.batch_size // epochs)])
     images.valid = Dataset(*images.valid[:VALID_IMAGES])
@@ -90,18 +91,21 @@ def run(config: Config) -> Result:
         images, f"conv layers {CHANNELS}, pool, linear, norm {config.norm}",
         f"run:     batch size {config.batch_size}, lr {config.lr}, {plural(epochs, 'epoch')} of "
         f"{len(images.train) // config.batch_size:,} steps, {seeds_and_device(config)}")
-    print(header, flush=True)
-    done = folder.path / "summary.json"
-    if folder.resumed and done.exists(): summary = json.loads(done.read_text())
-    else:
-        try: summary = look(config, images, epochs, folder)
-        except KeyboardInterrupt:
-            print(f"\nInterrupted. {folder.go_on}", flush=True)
-            raise KeyboardInterrupt("reported") from None
-    pictures = plural(len([*folder.path.glob("*.png")]), "picture")
-    print(f"\n{summary['words']}\n{folder.path / 'report.html'} lays out {pictures}; they and the figures lie beside "
-          "it.")
+    print(fits(header), flush=True)
+    summary = _looked(folder) if folder.resumed else None
+    if summary is None:
+        with folder.reporting(): summary = look(config, images, epochs, folder)
+    n = len([*folder.path.glob("*.png")])
+    lays_out = f"lays out {plural(n, 'picture')}; they and the figures lie beside it" if n else "has it all"
+    print(fits(f"\n{summary['words']}\n{folder.path / 'report.html'} {lays_out}."), flush=True)
     return Result(summary["rows"], None, summary["words"], folder.path)
+
+
+def _looked(folder: RunFolder) -> dict[str, Any] | None:
+    """What `summary.json` holds of a look that has ended; None if it is not there, or not whole: then all is anew."""
+    try: summary: dict[str, Any] = json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError): return None
+    return summary if isinstance(summary, dict) and {"rows", "words"} <= set(summary) else None
 
 
 def look(config: Config, images: ImageData, epochs: int, folder: RunFolder) -> dict[str, Any]:
@@ -114,7 +118,7 @@ def look(config: Config, images: ImageData, epochs: int, folder: RunFolder) -> d
     look.inside()
     look.after()
     look.loop()
-    report.write(folder.path / "report.html")
+    with folder.new_files() as new: report.write(new / "report.html")
     summary = {"experiment": "inside", "data": images.name, "rows": look.rows, "updates": look.updates,
                "gap": look.gap, "words": look.words}
     folder.write_json("summary.json", summary)
@@ -135,9 +139,13 @@ class Look:
     def picture(self, name: str, drawn: "Axes | list[Axes]", caption: str) -> None:
         """Save the figure of the axes `drawn` as `name`.png and show it."""
         from runner import plots
-        path = self.folder.path / f"{name}.png"
-        plots.save((drawn[0] if isinstance(drawn, list) else drawn).figure, path)
-        self.report.picture(path, caption)
+        with self.folder.new_files() as new:
+            plots.save((drawn[0] if isinstance(drawn, list) else drawn).figure, new / f"{name}.png")
+        self.report.picture(self.folder.path / f"{name}.png", caption)
+
+    def csv(self, rows: Rows, name: str) -> None:
+        """Write `rows` as `name`.csv."""
+        with self.folder.new_files() as new: rows.to_csv(new / f"{name}.csv")
 
     def data(self) -> DataBunch:
         """New loaders, of one order for every seed."""
@@ -161,13 +169,16 @@ class Look:
                 warn=[i for i, f in enumerate(found.findings) if f.level != "ok"])
         else: self.report.text("The network has no norm layer.")
 
-        finder = LR_Find(min(SEARCH_STEPS, self.config.steps))
+        finder = LR_Find(max(2, min(SEARCH_STEPS, self.config.steps)))
         learn, runner = get_runner(model.to(self.config.device), data, self.config.lr,
                                    [CudaCallback(self.config.device), BatchTransformXCallback(self.view)])
-        runner.fit(self.epochs, learn, cbs=finder)
+        self.report.section("Rate finder")
+        try: runner.fit(self.epochs, learn, cbs=finder)
+        except ValueError as e:                     # a norm that refuses its input, which the preflight has said
+            self.report.text(f"There was nothing to search in: {e}", warn=True)
+            return
         try: said = f"Its suggestion is {finder.suggestion:.2g}."
         except RuntimeError: said = "The loss did not fall clearly enough for a suggestion."
-        self.report.section("Rate finder")
         self.picture("lr_find", finder.plot(), "The training loss while the rate grows exponentially, each batch and "
                      f"smoothed. {said} This training takes {self.config.lr}.")
 
@@ -195,16 +206,20 @@ class Look:
             curves[f"seed {seed}"] = range(len(losses)), losses
             if seed == self.seed: self.model, self.history = model, epochs
         self.run = self.activations.run
-        self.run.recorder.rows.to_csv(self.folder.path / "losses.csv")
+        self.csv(self.run.recorder.rows, "losses")
         first = self.rows[0]
         self.words = (f"Training loss {first['train_loss']:.3g}, validation loss {first['valid_loss']:.3g}, validation "
                       f"accuracy {first['valid_accuracy']:.3f} (seed {self.seed}).")
-        if first["status"] == "failed": self.words = f"The training failed: {first['error']}"
+        if first["status"] == "failed":
+            self.words = (f"{config.norm} can't be trained at batch size {config.batch_size}: {first['error']}. Take a "
+                          "larger --batch-size, or a --norm that needs no second image, such as RunningBatchNorm or "
+                          "GroupNorm.")
         if self.guard.record: self.words = self.guard.record["report"]
         self.report.section("Training").text(self.words, warn=first["status"] != "ok")
 
         from runner import plots
         recorder = self.run.recorder
+        if not recorder.losses: return
         _, (left, right) = plots.figure(2, width=5.5, height=3.6)
         plots.plot_losses(recorder.losses, ax=left, valid=[r["valid_loss"] for r in self.history])
         plots.plot_rates(recorder.lrs, ax=right)
@@ -217,6 +232,10 @@ class Look:
 
     def inside(self) -> None:
         """Activations, gradients, updates, norms."""
+        if not self.run.recorder.losses:
+            self.report.section("Activations, gradients, updates").text(
+                "No step was taken, so there is nothing to see. Before training above says which layer is why.")
+            return
         near = f"{self.activations.near:g}"
         self.report.section("Activations")
         self.picture("activations", self.activations.plot(),
@@ -241,7 +260,7 @@ class Look:
         for name, probe in stats.items():
             rows = probe.rows
             for r in rows: del r["hist"]
-            rows.to_csv(self.folder.path / f"{name}.csv")
+            self.csv(rows, name)
 
     def norm_layers(self, norms: NormStats) -> None:
         """What the norms normalise by, against what they keep."""
@@ -266,7 +285,7 @@ class Look:
             said = [f"{path} up to step {steps[-1]}" for path, steps in hits.items() if steps]
             self.report.text("The clamp raised a variance in " + ("; ".join(said) or "no layer") + ".")
         rows = [{k: v for k, v in r.items() if not isinstance(v, list)} for r in norms.rows]
-        Rows(rows).to_csv(self.folder.path / "norms.csv")
+        self.csv(Rows(rows), "norms")
 
     def after(self) -> None:
         """How far training and evaluation part."""

@@ -64,13 +64,14 @@ def read_summary(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     file = path / "summary.json" if path.is_dir() else path
-    try: summary = json.loads(file.read_text())
+    try: summary = json.loads(file.read_text(encoding="utf-8"))
     except OSError as e:
         raise InputError(f"can't read {str(file)!r}: {e.strerror}; name a run folder, or a summary.json") from e
     except ValueError as e:
         raise InputError(f"{str(file)!r} is no JSON ({e}); name a run folder, or a summary.json") from e
     kinds = ({"rows", "verdict", "train_images"}, {"rows", "machine"})      # an experiment's, a bench's
-    if not isinstance(summary, dict) or not any(kind <= set(summary) for kind in kinds):
+    if not isinstance(summary, dict) or not any(kind <= set(summary) for kind in kinds) or not (
+            isinstance(summary["rows"], list) and all(isinstance(row, dict) for row in summary["rows"])):
         raise InputError(f"{str(file)!r} is no summary of a run; name a run folder, or a summary.json")
     return summary
 

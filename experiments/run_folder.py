@@ -9,14 +9,14 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from experiments.errors import InputError
+from experiments.errors import REPORTED, InputError, WriteError
 from experiments.results import Row, versions
 from runner.files import replacing, writer_is_gone
 
@@ -60,26 +60,69 @@ class RunFolder:
                    "threads": torch.get_num_threads(), **facts, "versions": versions(),
                    "started": f"{now:%Y-%m-%d %H:%M:%S}", "argv": [_shareable(a) for a in sys.argv[1:]]}
         if out == "": raise InputError("the run folder has no name; give --out one")
-        with self._writing("name another by --out"):
+        self.can_resume = hasattr(config, "resume")
+        with self._writing("make room for it, or name another by --out"):
             self.resumed = resume and (self.path / "config.json").exists()
             if self.resumed:
                 before = self._same_run(content)
                 content = {**before, "resumed": [*before.get("resumed", []), content["started"]]}
                 for part in self.path.glob("*.part"):       # of a killed process
-                    if writer_is_gone(part): part.unlink()
+                    if not writer_is_gone(part): continue
+                    if part.is_dir(): shutil.rmtree(part, ignore_errors=True)
+                    else: part.unlink()
             elif any((self.path / f).exists() for f in ("config.json", "metrics.jsonl", "summary.json")):
                 raise InputError(f"the run folder {str(self.path)!r} holds a run already and results are not "
                                  "overwritten; name another by --out, or delete it")
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.write_json("config.json", content)
-            if not self.resumed: self.write_metrics([])
+            with self._whole_or_absent() if not self.resumed else nullcontext():
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_whole(self.path / "config.json", _json(content))
+                if not self.resumed: write_whole(self.path / "metrics.jsonl", "")
+
+    @contextmanager
+    def _whole_or_absent(self) -> Iterator[None]:
+        """Take a folder that was just begun away again if that fails: what is left of it would look like a run."""
+        above = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        try: yield
+        except BaseException:
+            for name in ("config.json", "metrics.jsonl"):
+                with suppress(OSError): (self.path / name).unlink()
+            for folder in above:
+                with suppress(OSError): folder.rmdir()
+            raise
 
     @contextmanager
     def _writing(self, mend: str = "") -> Iterator[None]:
         try: yield
+        except BrokenPipeError: raise       # of the output
         except OSError as e:
             mend = mend or f"make room for it, or make it writable. {self.go_on}"
-            raise InputError(f"the run folder {str(self.path)!r} can't be written: {e.strerror}; {mend}") from e
+            raise WriteError(f"the run folder {str(self.path)!r} can't be written: {e.strerror or e}; {mend}") from e
+
+    @contextmanager
+    def new_files(self) -> Iterator[Path]:
+        """A folder beside the run's files; when the block ends without an error, what was written there is among them.
+
+        So a file that could not be written whole is not there.
+
+        Raises:
+            WriteError: the disk is full.
+        """
+        part = self.path / f"new.{os.getpid()}.part"
+        with self._writing():
+            try:
+                part.mkdir(exist_ok=True)
+                yield part
+                for file in sorted(part.iterdir()): os.replace(file, self.path / file.name)
+            finally: shutil.rmtree(part, ignore_errors=True)
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Ctrl-C that nobody has spoken of yet: say that the folder stays, and how to go on."""
+        try: yield
+        except KeyboardInterrupt as e:
+            if REPORTED in e.args: raise
+            print(f"\nInterrupted; what had finished is kept in {self.path}. {self.go_on}", flush=True)
+            raise KeyboardInterrupt(REPORTED) from None
 
     def _same_run(self, now: Mapping[str, Any]) -> dict[str, Any]:
         """`config.json` of the run that the folder holds, after a check that it is the run that `now` describes."""
@@ -110,7 +153,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: object) -> None:
         """Write `content` as the file `name`."""
-        self._write(name, json.dumps(_finite(content), indent=1) + "\n")
+        self._write(name, _json(content))
 
     def _write(self, name: str, text: str) -> None:
         with self._writing(): write_whole(self.path / name, text)
@@ -118,6 +161,7 @@ class RunFolder:
     @property
     def go_on(self) -> str:
         """How to go on after an interruption, a sentence."""
+        if not self.can_resume: return "To have the rest, begin anew with another --out."
         return f"The same command with --out {self.path} --resume goes on."
 
     # --- checkpoints ------------------------------------------------------------------------------------------
@@ -146,6 +190,9 @@ def checkpoint_folder(parent: Path, name: str, seeds: Sequence[int]) -> Path:
 def write_whole(path: Path, text: str) -> None:
     """Write `text` to the file `path` in one step: after a kill or a power cut the file is old or new, whole."""
     with replacing(path, durable=True) as part: part.write_text(text, encoding="utf-8")
+
+
+def _json(content: object) -> str: return json.dumps(_finite(content), indent=1) + "\n"
 
 
 def _unused(path: Path) -> Path:

@@ -11,21 +11,25 @@ from typing import Any, ClassVar, TypeGuard, TypeVar
 import torch
 
 from experiments.data import NAMES, pick_data
-from experiments.errors import InputError, pick
+from experiments.errors import InputError, brief, pick
 from experiments.study.executors import BACKENDS
 from experiments.study.torchrun import processes
 from experiments.training import CONVOLUTIONS, convolutions_in_words
 
 T = TypeVar("T")
 
+MOST = 10**9                    # of whatever is counted: beyond it nothing ends, and torch's integers overflow
+MOST_RATE = 3.4e38              # a rate becomes a float32: torch raises above the largest one
+LEAST_RATE = 1.2e-38            # and below the least normal one a step is 0 or has no digits left
+
 
 @dataclass
 class Settings:
     """Settings of every experiment.
 
-    `seeds` is a list; `out` is the run folder, None for `runs/<experiment>/<date>-<time>`; `device` is "auto" (the GPU
-    if there is one), "cpu", "cuda" or "cuda:1". `resume` goes on with the run in `out` where it stopped, and begins it
-    where there is none.
+    `seeds` is a list; `out` is the run folder, None for `runs/<experiment>/<date>-<time>`; `device` is what
+    `pick_device` takes, and what it gives from `__post_init__` on. `resume` goes on with the run in `out` where it
+    stopped, and begins it where there is none.
 
     Raises:
         InputError: a value that makes no sense.
@@ -41,18 +45,8 @@ class Settings:
             raise InputError("--resume goes on with the run in a folder and none was named; add --out DIR, the folder "
                              "of the run that was interrupted")
         self.seeds = some_once("seeds", self.seeds)
-        for seed in self.seeds:
-            if not (is_int(seed) and 0 <= seed < 2**32):
-                raise InputError(f"seed {seed!r} makes no sense; seeds are integers from 0 to 2^32 - 1")
-        if self.device == "auto": self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        device: torch.device | None = None
-        try: device = torch.device(self.device)
-        except RuntimeError: pass
-        if device is None or device.type not in ("cpu", "cuda"):
-            raise InputError(f"unknown device {self.device!r}; use auto, cpu or cuda")
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise InputError(f"device {self.device!r} was asked for and torch sees {torch.cuda.device_count()} GPUs; "
-                             "use cpu, or auto")
+        for seed in self.seeds: check_seed(seed)
+        self.device = pick_device(self.device)
 
 
 @dataclass
@@ -88,9 +82,9 @@ class StudySettings(Settings):
         if self.backend == "torchrun": return processes()
         if self.backend != "loky": return None
         if named := os.environ.get("NORMS_JOBS"):
-            if named.isdecimal() and int(named) > 0: return int(named)
-            raise InputError(f"the environment variable NORMS_JOBS is {named!r}; set it to a number of processes, or "
-                             "give --jobs")
+            if named.isdecimal() and len(named) < 10 and int(named) > 0: return int(named)
+            raise InputError(f"the environment variable NORMS_JOBS is {brief(named)}; set it to a number of processes, "
+                             "or give --jobs")
         return 1 if self.device.startswith("cuda") else cores()
 
 
@@ -140,15 +134,57 @@ def cores() -> int:
 def is_int(v: object) -> TypeGuard[int]: return isinstance(v, int) and not isinstance(v, bool)
 
 
-def positive(name: str, v: object) -> None:
-    """Raise unless `v`, the setting called `name`, is a positive integer."""
-    if not (is_int(v) and v >= 1): raise InputError(f"{name} is {v!r}; it must be a positive integer")
+def positive(name: str, v: object, such_as: int | None = None, most: int = MOST) -> None:
+    """Raise unless `v`, the setting called `name`, is an integer from 1 to `most`, such as `such_as`."""
+    if is_int(v) and 1 <= v <= most: return
+    example = "" if such_as is None else f" such as {such_as}"
+    need = f"at most {most:,}" if is_int(v) and v > most else f"a positive integer{example}"
+    raise InputError(f"{name} is {brief(v)}; it must be {need}")
 
 
 def positive_number(name: str, v: object, such_as: float) -> None:
-    """Raise unless `v`, the setting called `name`, is a finite number above 0, such as `such_as`."""
-    if not (isinstance(v, (int, float)) and 0 < v < math.inf):
-        raise InputError(f"{name} is {v!r}; it must be a positive number such as {such_as}")
+    """Raise unless `v`, the setting called `name`, is a number above 0 that float32 holds, such as `such_as`."""
+    if isinstance(v, (int, float)) and not isinstance(v, bool) and LEAST_RATE <= v <= MOST_RATE: return
+    too = isinstance(v, (int, float)) and 0 < v < math.inf
+    range_ = f" from {LEAST_RATE:.2g} to {MOST_RATE:.2g}, which float32 holds," if too else ""
+    raise InputError(f"{name} is {brief(v)}; it must be a positive number{range_} such as {such_as}")
+
+
+def check_seed(seed: object, what: str = "seed") -> None:
+    """Raise unless `seed` is one of torch's generators' that all parts of this library take."""
+    if not (is_int(seed) and 0 <= seed < 2**32):
+        raise InputError(f"{what} {brief(seed)} makes no sense; seeds are integers from 0 to 2^32 - 1")
+
+
+def pick_device(name: object) -> str:
+    """The device that `name` means: "auto" (a CUDA GPU if there is one, else the CPU), "cpu", "cuda" or "cuda:1".
+
+    Of torch's other devices (mps, xpu, ...) none is taken: some figures are summed in float64, which not all of them
+    have, and nothing here was ever tried on one.
+
+    Raises:
+        InputError: another device, a GPU that isn't there, or no device at all.
+    """
+    text = str(name).strip().lower()
+    if text == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, colon, number = text.partition(":")
+    if kind not in ("cpu", "cuda"):
+        try: known = torch.device(kind).type == kind
+        except RuntimeError: known = False
+        if not known: raise InputError(f"unknown device {brief(name)}; use auto, cpu or cuda")
+        raise InputError(f"device {brief(name)} is one of torch's on which the experiments do not run (they were tried "
+                         "on CPUs and on CUDA GPUs, and sum some figures in float64, which mps lacks); use auto, cpu "
+                         "or cuda")
+    if colon and not (number.isascii() and number.isdecimal() and len(number) < 5):
+        raise InputError(f"unknown device {brief(name)}; after {kind}: stands the number of one, as in cuda:1")
+    if kind == "cpu":
+        if colon and int(number): raise InputError(f"device {brief(name)} makes no sense: the CPU is one device; use "
+                                                   "cpu")
+        return "cpu"
+    there = torch.cuda.device_count()
+    if int(number or 0) >= there:
+        raise InputError(f"device {brief(name)} was asked for and torch sees {there} GPUs; use cpu, or auto")
+    return f"cuda:{int(number)}" if colon else "cuda"
 
 
 def some_once(name: str, values: Iterable[T]) -> tuple[T, ...]:
@@ -156,7 +192,7 @@ def some_once(name: str, values: Iterable[T]) -> tuple[T, ...]:
     values = tuple(values)
     if not values: raise InputError(f"{name} is empty; name at least one")
     twice = [v for v, n in Counter(values).items() if n > 1]
-    if twice: raise InputError(f"{name} lists {twice[0]!r} twice; name each once")
+    if twice: raise InputError(f"{name} lists {brief(twice[0])} twice; name each once")
     return values
 
 
@@ -172,7 +208,8 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     try: numbers = [int(t) for t in text.split(",") if t.strip()]
     except ValueError: numbers = []
     if not numbers or ("," not in text and not 1 <= numbers[0] <= 1000):
-        raise InputError(f"seeds is {text!r}; give a number of seeds (3 means 0, 1 and 2) or a list such as 0,4 or 7,")
+        raise InputError(f"seeds is {brief(text)}; give a number of seeds (3 means 0, 1 and 2) or a list such as 0,4 "
+                         "or 7,")
     return tuple(numbers) if "," in text else tuple(range(numbers[0]))
 
 
@@ -187,7 +224,8 @@ def add_arguments(parser: argparse.ArgumentParser, experiment: str, seeds: int |
     parser.add_argument("--out", metavar="DIR", help=f"run folder to make (default: runs/{experiment}/<date>-<time>)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out DIR where it stopped; "
                         "finished arms are not run again")
-    parser.add_argument("--device", default="auto", metavar="DEV", help="auto (default), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", default="auto", metavar="DEV", help="auto (default: a CUDA GPU if there is one), "
+                        "cpu, cuda, cuda:1, ...; no other devices of torch")
     if not study: return
     parser.add_argument("--jobs", type=int, metavar="N", help="arms that run at once, each on one thread (default: "
                         "$NORMS_JOBS, or as many as cores; 1 on a GPU; on a cluster its workers)")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.errors import InputError
+from experiments.errors import InputError, WriteError
 from experiments.flips import Flips
 from experiments.image_data import ImageData
 from experiments.models import channels_last_, get_runner
@@ -137,11 +137,15 @@ def fit_from(checkpoint: Path | None, run: Runner, epochs: int, learn: Learner) 
     None is a fit without checkpoints.
 
     Raises:
-        InputError: the checkpoint is of another run.
+        InputError: the checkpoint is of another run, or can't be written.
     """
     if checkpoint is None: return run.fit(epochs, learn)
     try: run.fit(epochs, learn, Checkpoint(checkpoint, every_seconds=EVERY_SECONDS), resume=checkpoint)
     except CheckpointError as e: raise InputError(f"{e}. Or delete {checkpoint}, and this arm begins anew") from e
+    except BrokenPipeError: raise           # of the output
+    except OSError as e:
+        raise WriteError(f"the checkpoints in {str(checkpoint)!r} can't be written: {e.strerror or e}; make room for "
+                         f"them, or make it writable. The same command with --resume goes on.") from e
 
 
 class LeaveLost(Stateful):
@@ -208,11 +212,12 @@ def measured_on(model: nn.Module, data: Dataset, tfm: Callable[[Tensor], Tensor]
     return loss, right
 
 
-def check_batch_size(batch_size: int, images: ImageData) -> None:
-    """Raise unless the training images fill one batch."""
+def check_batch_size(batch_size: int, images: ImageData, option: str = "") -> None:
+    """Raise unless the training images fill one batch; `option` is the command's for the batch size, if it has one."""
     if batch_size > len(images.train):
-        raise InputError(f"batch size is {batch_size} and there are {len(images.train)} training images; take a "
-                         "smaller batch size or a larger limit")
+        smaller = f"take a smaller batch size ({option}) or" if option else "take"
+        raise InputError(f"batch size is {batch_size} and there are {len(images.train)} training images; {smaller} "
+                         "a larger --limit")
 
 
 def schedule(lr: Rate, warm_up: float = WARM_UP) -> tuple[float, Callable[[float], float] | None]:

@@ -1,6 +1,7 @@
 """The lesson's runs: a few steps of each, and what is said of those that became NaN."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,9 +44,31 @@ def test_every_run_of_the_lesson_for_a_few_steps(tmp_path, capsys):
     assert "62,090 parameters without a norm" in out
 
 
-def test_a_run_that_is_refused_is_a_row(tmp_path, capsys):
-    # An odd number of images leaves one for the last batch of 2, and torch's batch norm refuses one value per channel.
-    assert main(["lesson", "--data", "digits", "--limit", "5", "--arms", "BatchNorm2d-batch-2,RunningBatchNorm-batch-2",
+@pytest.mark.parametrize(("arm", "limit"), [("BatchNorm2d-batch-2", 5), ("BatchNorm2d", 513), ("BatchNorm2d", 2)])
+def test_a_single_image_that_is_left_over_is_left_out_and_no_more_are(arm, limit, monkeypatch, tmp_path):
+    # The digits are 1,197: of one value per channel torch's batch norm has no variance, and refuses it.
+    seen = []
+    real = runs.train
+    monkeypatch.setattr(runs, "train", lambda *args, drop_last, **kwargs: [
+        seen.append(drop_last), real(*args, drop_last=drop_last, **kwargs)][1])
+    monkeypatch.setitem(lesson.RUNS, arm, replace(lesson.RUNS[arm], epochs=1, published=()))
+    row, = lesson.run(lesson.Config(data="digits", limit=limit, arms=(arm,), out=str(tmp_path / "run"))).rows
+    assert row["status"] == "ok"
+    assert seen == [limit % 2 == 1]
+    assert [n % run.batch_size == 1 for run in lesson.RUNS.values() for n in (50_000, 60_000)] == [False] * 22
+
+
+def test_one_image_is_too_few(tmp_path, capsys):
+    assert main(["lesson", "--data", "digits", "--limit", "1", "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == (
+        "error: there is 1 training image, and these runs need 2; take a larger --limit\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_refused_is_a_row(tmp_path, capsys, monkeypatch):
+    def refuse(*shape): raise ValueError("Expected more than 1 value per channel")
+    monkeypatch.setattr("torch.nn.functional._verify_batch_size", refuse)
+    assert main(["lesson", "--data", "digits", "--limit", "4", "--arms", "BatchNorm2d-batch-2,RunningBatchNorm-batch-2",
                  "--out", str(tmp_path / "run")]) == 0
     failed, ok = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
     assert (failed["status"], failed["valid_accuracies"], ok["status"]) == ("failed", [], "ok")

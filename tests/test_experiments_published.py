@@ -1,10 +1,12 @@
 """Runs with a published accuracy: their rates and tolerances, the verdict and the table on made-up rows."""
 
 import math
+import random
+import re
 
 import pytest
 
-from experiments.published import lesson
+from experiments.published import lenet, lesson
 from experiments.published.runs import Run
 from experiments.training import schedule
 
@@ -88,3 +90,27 @@ def test_table_by_hand():
          "2", "ok"],
         ["LayerNorm", "512", "0.8", "0.0991, 0.0991, 0.0991 (loss NaN)", "0.1000, 0.1000, 0.1000", "0.1000 to 0.1000",
          "-", "2", "2", "1 diverged, 1 ok"]]
+
+
+def test_the_table_shows_the_average_that_the_sentence_uses():
+    rng = random.Random(0)
+    names = [name for name, run in lesson.RUNS.items() if run.claim]
+    for _ in range(40):
+        rows = [{"arm": name, "seed": s, "seconds": 1.0, "status": "ok", "valid_accuracies": [
+            rng.random() for _ in range(rng.randint(0, len(lesson.RUNS[name].published) + 1))]}
+            for name in rng.sample(names, 3) for s in range(rng.randint(1, 5))]
+        claims = {claim.what: claim for claim in lesson.judge(rows, "MNIST", 50_000).claims}
+        for line in lesson.table({"rows": rows})[1]:
+            run, shown = lesson.RUNS[line[0]], re.findall(r"\d\.\d{4}", line[4])
+            at = len(run.published) - 1
+            assert float(shown[at] if at < len(shown) else "0") == pytest.approx(claims[line[0]].measured, abs=6e-5)
+            several = line[7] != "1" and shown
+            assert ("(median)" in line[4]) == bool(several and "median of" in claims[line[0]].of)
+
+
+def test_a_table_of_some_arms_alone_is_one_and_so_is_its_picture(tmp_path):
+    rows = [{"arm": arm, "seed": 0, "valid_accuracy": 0.5, "valid_accuracies": [0.5], "valid_loss": 1.0, "seconds": 1.0,
+             "status": "ok", "gamma": [1.0], "beta": [0.0]} for arm in lenet.ARMS]
+    for some in (rows[1:], rows[2:], rows[:1]):         # of a run that was interrupted
+        assert len(lenet.table({"rows": some})[1]) == len(some)
+        lenet.draw(some, {}, tmp_path / "some.png")

@@ -243,7 +243,12 @@ def test_exit_status_follows_the_verdict(tmp_path, capsys):
     ({"lr": float("inf")}, "lr is inf"), ({"epochs": 0}, "epochs is 0"), ({"limit": -1}, "limit is -1"),
     ({"seeds": (-1,)}, "seed -1 makes no sense"), ({"seeds": (2**40,)}, "seeds are integers from 0 to"),
     ({"seeds": (1, 1)}, "seeds lists 1 twice"), ({"device": "gpu"}, "unknown device 'gpu'; use auto, cpu or cuda"),
-    ({"device": "meta"}, "unknown device 'meta'")])
+    ({"device": "meta"}, "device 'meta' is one of torch's on which the experiments do not run"),
+    ({"device": "mps"}, "device 'mps' is one of torch's on which .* use auto, cpu or cuda"),
+    ({"device": "cpu:3"}, "device 'cpu:3' makes no sense: the CPU is one device"),
+    ({"device": "cuda:x"}, "unknown device 'cuda:x'; after cuda: stands the number of one"),
+    ({"lr": 1e39}, "lr is 1e.39; it must be a positive number from 1.2e-38 to 3.4e.38, which float32 holds"),
+    ({"lr": 1e-50}, "which float32 holds"), ({"epochs": 10**30}, "epochs is 10+; it must be at most 1,000,000,000")])
 def test_settings_that_make_no_sense(settings, text):
     with pytest.raises(InputError, match=text): Config(**settings)
 
@@ -262,7 +267,8 @@ def test_seeds_that_make_no_sense(text):
 
 
 def test_batch_size_beyond_the_data(tmp_path):
-    with pytest.raises(InputError, match="batch size is 64 and there are 40 training images; take a smaller batch"):
+    with pytest.raises(InputError, match="batch size is 64 and there are 40 training images; take a smaller batch "
+                                         r"size \(--batch-size\) or a larger --limit"):
         small(tmp_path / "run", batch_size=64)
     assert not (tmp_path / "run").exists()
 

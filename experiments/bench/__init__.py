@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from experiments.data import pick_data
-from experiments.errors import InputError, pick
+from experiments.errors import pick
 from experiments.results import Row, Table, markdown_table, text_table, versions
 from experiments.run_folder import RunFolder
+from experiments.settings import positive
 from norms.kernels import AVAILABLE
 
 # part: (module, what it compares)
@@ -58,8 +59,7 @@ class Config:
     def __post_init__(self) -> None:
         self.parts = tuple(dict.fromkeys(pick(p, PARTS, "part") for p in self.parts)) or tuple(PARTS)
         self.data = pick_data(self.data, folders=False)
-        if not isinstance(self.repetitions, int) or self.repetitions < 1:
-            raise InputError(f"repetitions is {self.repetitions!r}; it must be a positive integer such as 15")
+        positive("repetitions", self.repetitions, 15)
 
     def rng(self) -> torch.Generator:
         """A generator for the parts' random batches, always the same."""
@@ -106,6 +106,13 @@ def run(config: Config) -> list[Row]:
     """Time the parts: prints their tables, writes the record and the picture, returns the rows."""
     folder = RunFolder(config.out, "bench", config, {"machine": machine()})
     print(machine(), flush=True)
+    with folder.reporting(): rows = _timed(config, folder)
+    print(f"\nsummary.json and a picture per part lie in {folder.path}.")
+    return rows
+
+
+def _timed(config: Config, folder: RunFolder) -> list[Row]:
+    """The rows of all parts, each of which is written and drawn when it has ended."""
     rows: list[Row] = []
     for part in config.parts:
         module = importlib.import_module(PARTS[part][0])
@@ -114,8 +121,7 @@ def run(config: Config) -> list[Row]:
         rows += found
         print(text_table(*table(found)), flush=True)
         folder.write_json("summary.json", {"machine": machine(), "versions": versions(), "rows": rows})
-        (module.draw if hasattr(module, "draw") else draw)(found, folder.path / f"{part}.png")
-    print(f"\nsummary.json and a picture per part lie in {folder.path}.")
+        with folder.new_files() as new: (module.draw if hasattr(module, "draw") else draw)(found, new / f"{part}.png")
     return rows
 
 

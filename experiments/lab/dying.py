@@ -74,6 +74,7 @@ class Config(ImageStudySettings):
         self.arms = choose(self.arms, ARMS, "arm")
         for name in ("steps", "together"): positive(name, getattr(self, name))
         positive_number("lr", self.lr, 0.4)
+        for name in self.arms: positive_number(f"lr of the arm {name}", self.lr * ARMS[name].rate, 0.4)
         if self.seeds is None: self.seeds = tuple(range(SEEDS))
         super().__post_init__()
 

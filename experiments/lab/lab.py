@@ -30,6 +30,7 @@ from experiments.settings import (
     ImageStudySettings,
     add_choice,
     add_image_arguments,
+    check_seed,
     choose,
     from_args,
     positive,
@@ -87,12 +88,16 @@ class Config(ImageStudySettings):
         if self.rates is not None:
             self.rates = some_once("rates", self.rates)
             for rate in self.rates: positive_number("rate", rate, 0.1)
+        for b in self.batch_sizes:
+            for rate in rates(self.net, b, self.rates): positive_number(f"the rate at batch size {b}", rate, 0.1)
+            some_once(f"rates at batch size {b}, rounded to 3 digits,", rates(self.net, b, self.rates))
         if self.seeds is None: self.seeds = tuple(range(SEEDS[self.net]))
         self.epochs = EPOCHS[self.net] if self.epochs is None else self.epochs
         self.tune_epochs = min(self.epochs, TUNE_EPOCHS[self.net]) if self.tune_epochs is None else self.tune_epochs
         if self.flips is None: self.flips = self.data.startswith(PREFIX)
         for name in ("epochs", "tune_epochs", "together"): positive(name.replace("_", " "), getattr(self, name))
         self.tune_seeds = some_once("tuning seeds", self.tune_seeds)
+        for seed in self.tune_seeds: check_seed(seed, "tuning seed")
         super().__post_init__()
         if both := [seed for seed in self.tune_seeds if seed in self.seeds]:
             raise InputError(f"seed {both[0]} is one of the tuning and one of the final runs, which must be fresh; "
@@ -153,7 +158,7 @@ def finished(images: ImageData, arm: Arm, model: nn.Module, trained: Trained[lis
 def run(config: Config) -> Result:
     """Tune, train, print as it goes, write the run folder: a `Result`."""
     images = load_images(config)
-    for b in config.batch_sizes: check_batch_size(b, images)
+    for b in config.batch_sizes: check_batch_size(b, images, "--batch-sizes")
 
     def together(batch_size: int) -> int:
         # A GPU waits for the kernels of one such network to be launched, at any of these batch sizes.

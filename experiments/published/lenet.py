@@ -126,13 +126,14 @@ def judge(rows: list[Row], data: str, train_images: int) -> Verdict:
 def table(summary: Summary) -> Table:
     """Header and lines of the table of a `summary.json`: a line per arm, and the first norm's parameters."""
     arms, lines = by_arm(summary["rows"]), []
-    best = max(course(arms["none"]))
+    best = max(course(arms.get("none", [])), default=math.inf)      # of a run that was interrupted
     for name, rows in arms.items():
         ranges = ["-", "-"] if name == "none" else [f"{min(vs):.2f} to {max(vs):.2f}" for p in PUBLISHED for vs in [
             [math.nan if v is None else v for r in rows for v in r[p]]]]
         lines.append([name, *measured(rows), str(epochs_needed(course(rows), best) or "-"), *ranges])
     low_high = [f"{p} (published {low} to {high})" for p, (low, high) in PUBLISHED.items()]
-    return ["arm", *MEASURED, f"epochs to {best:.4f}", *low_high], lines
+    to = f"{best:.4f}" if math.isfinite(best) else "none's best"
+    return ["arm", *MEASURED, f"epochs to {to}", *low_high], lines
 
 
 def draw(rows: list[Row], curves: dict[str, None], path: Path) -> None:
@@ -141,7 +142,7 @@ def draw(rows: list[Row], curves: dict[str, None], path: Path) -> None:
     fig, (left, right) = plots.figure(2, width=6.3, height=3.8)
     arms = by_arm(rows)
     plots.plot_lines({a: (range(1, len(course(rs)) + 1), course(rs)) for a, rs in arms.items()}, left, xlabel="epoch",
-                     ylabel=f"validation accuracy, mean of {plural(len(arms['none']), 'seed')}")
+                     ylabel=f"validation accuracy, mean of {plural(len({r['seed'] for r in rows}), 'seed')}")
     groups = {f"{p}, {a}": [v for r in rs for v in r[p]] for p in PUBLISHED for a, rs in arms.items() if a != "none"}
     if groups: plots.plot_groups(groups, right, reference={g: PUBLISHED[g.split(",")[0]] for g in groups},
                                  reference_label="published range", xlabel="the first norm's, from gamma 1 and beta 0")

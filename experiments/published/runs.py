@@ -10,6 +10,7 @@ from typing import ClassVar, TypedDict
 from torch import nn
 
 from experiments.data import TRAIN_IMAGES
+from experiments.errors import InputError
 from experiments.figures import by_arm, course, finite, heading, plural, seeds_and_device, statuses
 from experiments.image_data import ImageData
 from experiments.published.criterion import FAILED, least_median
@@ -61,12 +62,21 @@ class Run:
         if self.claim == "fails": return None, None, FAILED
         return (least_median(n) if self.claim == "holds" else None), None, None
 
+    @property
+    def average(self) -> str:
+        """The average over the seeds that it is judged by, and that its table shows: "median" or "mean"."""
+        return "median" if self.claim == "holds" else "mean"
+
     def measured(self, name: str, rows: Sequence[Row]) -> Claim:
         """What its `rows`, one per seed, say of the run called `name`."""
-        n, average = len(rows), "median" if self.claim == "holds" else "mean"
-        accuracies = [finite(judged(self, r["valid_accuracies"])) for r in rows]
-        return Claim(name, getattr(statistics, average)(accuracies), *self.bounds(n),
-                     of=f"{average} of {plural(n, 'seed')}")
+        accuracies = [judged(self, r["valid_accuracies"]) for r in rows]
+        return Claim(name, getattr(statistics, self.average)(accuracies), *self.bounds(len(rows)),
+                     of=f"{self.average} of {plural(len(rows), 'seed')}")
+
+    def course(self, rows: Sequence[Row]) -> str:
+        """The average after each epoch, as the table has it; "-" where there was none."""
+        found = ", ".join(f"{a:.4f}" for a in course(rows, getattr(statistics, self.average)))
+        return f"{found or '-'}{' (median)' * bool(found and self.average == 'median' and len(rows) > 1)}"
 
 
 @dataclass
@@ -87,15 +97,21 @@ class RunSettings(ImageStudySettings):
 
 def train_run(config: RunSettings, run: Run, name: str, model: nn.Module, images: ImageData, seed: int,
               checkpoint: Path | None) -> Trained[Losses]:
-    """Train `model`, the network of the `Run` called `name`: `(rows per epoch, final row, training losses)`."""
+    """Train `model`, the network of the `Run` called `name`: `(rows per epoch, final row, training losses)`.
+
+    As published the last batch of an epoch is trained on even if it is smaller. A single image that is left over (of
+    the digits' 1,197 at batch size 2) is left out: batch norm has no variance of one value, and torch's refuses it.
+    """
+    one_left = len(images.train) % run.batch_size == 1 and run.batch_size > 1
     row = {"arm": name, "batch_size": run.batch_size, "lr": run.lr, "seed": seed, "epochs": run.epochs}
     return train(model, images, row, config.device, f"{name}, seed {seed}", convolutions=config.convolutions,
-                 checkpoint=checkpoint)
+                 drop_last=one_left, checkpoint=checkpoint)
 
 
-def judged(run: Run, accuracies: Sequence[float]) -> float:
-    """Of the `accuracies` after each epoch the one that `run` is judged by, or 0 if there are none."""
-    return accuracies[(len(run.published) or len(accuracies)) - 1] if accuracies else 0.0
+def judged(run: Run, accuracies: Sequence[float | None]) -> float:
+    """Of the `accuracies` after each epoch the one that `run` is judged by, or 0 if it has not come to that."""
+    at = (len(run.published) or len(accuracies)) - 1
+    return finite(accuracies[at]) if 0 <= at < len(accuracies) else 0.0
 
 
 def judge(runs: Mapping[str, Run], what: str) -> Callable[[list[Row], str, int], Verdict]:
@@ -114,7 +130,8 @@ def judge(runs: Mapping[str, Run], what: str) -> Callable[[list[Row], str, int],
 def table(runs: Mapping[str, Run]) -> Callable[[Summary], Table]:
     """A function that makes header and lines of the table of a `summary.json`: a line per run of `runs`.
 
-    The range is that of the seeds in the epoch that is judged.
+    The accuracies are the average that the run is judged by, medians marked. The range is that of the seeds in the
+    epoch that is judged.
     """
     def table(summary: Summary) -> Table:
         lines = []
@@ -123,7 +140,7 @@ def table(runs: Mapping[str, Run]) -> Callable[[Summary], Table]:
             accs = [judged(run, r["valid_accuracies"]) for r in rows]
             published = ", ".join(f"{p:.4f}" for p in run.published) + run.note
             lines.append([name, str(run.batch_size), _rate(run.lr), published or "-",
-                          ", ".join(f"{a:.4f}" for a in course(rows)) or "-",
+                          run.course(rows),
                           f"{min(accs):.4f} to {max(accs):.4f}" if len(accs) > 1 else "-",
                           run.measured(name, rows).needed or "-", str(len(rows)),
                           f"{sum(r['seconds'] for r in rows) / len(rows):.0f}", statuses(rows)])
@@ -137,7 +154,9 @@ def _rate(lr: float | tuple[float, ...]) -> str:
 
 
 def header(images: ImageData, config: RunSettings, network: str) -> str:
-    """The lines above the first run."""
+    """The lines above the first run, after a check that there are images for one."""
+    if len(images.train) < 2:
+        raise InputError("there is 1 training image, and these runs need 2; take a larger --limit")
     return heading(images, network, f"run:     {seeds_and_device(config)}", f"arms:    {', '.join(config.arms)}")
 
 

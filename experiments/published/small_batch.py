@@ -153,7 +153,7 @@ def run(config: Config) -> Result:
     """Train every arm, print as it goes, write the run folder: a `Result`."""
     images = load_images(config)
     config.epochs = config.epochs or (1 if images.name == "MNIST" else DIGITS_EPOCHS)
-    check_batch_size(config.batch_size, images)
+    check_batch_size(config.batch_size, images, "--batch-size")
     return run_arms("small-batch", config, images, config.points(), train_arm, train_arms=train_arms,
                     header=header(config, images), judge=judge, table=table, published=PUBLISHED,
                     draw=lambda rows, curves, path: draw(rows, curves, images, config, path))

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from runner.console import columns, is_terminal, shortened
+from runner.console import columns, fitted, is_terminal, shortened
 from runner.progress import format_time
 
 EVERY, MOST = 10.0, 60.0        # seconds between two plain lines, at first and later
@@ -46,24 +46,34 @@ class Display:
     @property
     def line(self) -> str:
         """How far the study is."""
+        return ", ".join(self.cells)
+
+    @property
+    def cells(self) -> list[str]:
+        """The parts of `line`."""
         finished, left = self.before + self.ended, self.total - self.before - self.ended
         cells = [f"{self.name}: {finished} of {self.total} finished", f"{min(self.running(), left)} running",
                  f"{self.failed} failed"]
         seconds = time.monotonic() - self.start
         if left and self.ended: cells.append(f"{format_time(seconds * left / self.ended)} left")
         if not left: cells.append(f"took {format_time(seconds)}")
-        return ", ".join(cells)
+        return cells
 
     def _watch(self) -> None:
         pause = EVERY
         while not self._stop.wait(0.5 if self.live else pause):
-            self._say()
+            # Nobody reads it any more, or the disk is full: the study will see, when it has something to say.
+            try: self._say()
+            except (OSError, ValueError): return
             pause = min(1.5 * pause, MOST)
 
     def _say(self, end: bool = False) -> None:
         if self.out is None: return
         line = self.line
-        if not self.live: self.out.write(line + "\n")
+        if not self.live:
+            *first, last = self.cells
+            whole = self.width is None or len(line) <= self.width
+            self.out.write((line if whole else fitted([*(f"{cell}," for cell in first), last], self.width)) + "\n")
         else:
             width = (self.width or 80) - 1
             self.out.write("\r" + (line if len(line) <= width else shortened(line, width)).ljust(width) + "\n" * end)
