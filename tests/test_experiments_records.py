@@ -136,3 +136,16 @@ def test_tuning_and_final_runs_of_the_best_recipe_belong_together():
     arms = [*BEST.values(), replace(BEST[RUNNING], batch_size=1)]
     assert set(by_arm(rows["best"])) == set(map(str, arms))
     assert not {r["seed"] for r in rows["best"]} & {r["seed"] for r in rows["best-tuning"]}
+
+
+def test_what_the_pages_say_of_natural_images_is_in_the_records():
+    accs = {}
+    for name in SEVERAL["lab-resnet-imagenette"]:
+        for row in read_summary(ROOT / "experiments" / "results" / f"{name}.json")["rows"]:
+            accs.setdefault((row["norm"], row["batch_size"]), []).append(row["test_accuracy"])
+    mean = {cell: f"{statistics.mean(found):.3f}" for cell, found in accs.items()}
+    words = " ".join(PAGES["experiments/README.md"].read_text().split())
+    for said in (f"at 2 it has a test accuracy of {mean['RunningBatchNorm', 2]}, and batch norm {mean['BatchNorm2d', 2]}.",
+                 f"SteadyBatchNorm has {mean['SteadyBatchNorm-WS', 2]} and GroupNorm {mean['GroupNorm-WS', 2]} at batch "
+                 f"size 2. That is above batch norm at batch size 32 ({mean['BatchNorm2d', 32]})."):
+        assert said in words
