@@ -79,11 +79,8 @@ def run(argv: Sequence[str]) -> int:
         return 141
     except MemoryError: return _refused(NO_MEMORY)
     except OSError as e:
-        where = f"{os.fspath(e.filename)!r} can't be read or written" if e.filename else "reading or writing failed"
-        try: sys.stdout.flush()
-        except (OSError, ValueError, AttributeError):
-            where = "the output can't be written"
-            _leave_output()
+        where = f"{os.fspath(e.filename)!r} can't be read or written" if e.filename else "the output can't be written"
+        if not e.filename: _leave_output()      # what has a name says it
         return _refused(f"{where}: {e.strerror or e}; make room, or name another place")
     except RuntimeError as e:       # torch's, of a CPU and of a GPU
         if "allocate memory" in str(e) or type(e).__name__ == "OutOfMemoryError": return _refused(NO_MEMORY)

@@ -10,7 +10,7 @@ from experiments.settings import add_arguments as add_shared
 from experiments.study import grid
 from experiments.verdict import Verdict
 
-ARMS = ("a", "b", "c")
+ARMS = ("a", "b")
 SAMPLES = range(3)
 
 

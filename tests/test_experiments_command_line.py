@@ -1,14 +1,16 @@
 """The command line takes any input: what is bad is one line and exit status 2, in every command, and no traceback."""
 
 import argparse
+import copy
 import functools
 import importlib
+import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -107,7 +109,7 @@ def test_any_bad_value_of_any_option_is_one_line_and_status_2(name, tmp_path, ca
 
 def test_random_command_lines_are_refused_in_words(capsys):
     rng = random.Random(21)
-    for _ in range(100):
+    for _ in range(60):
         name = rng.choice([n for n in COMMANDS if n != "table"])
         options = options_of(name)
         argv = [name]
@@ -199,35 +201,141 @@ def test_lines_fit_the_width(monkeypatch, capsys):
     assert spoken.fits(long) == long
 
 
-def started(*argv, **kwargs):
-    return subprocess.Popen([sys.executable, "-m", "experiments", *argv], stdout=subprocess.PIPE, cwd=ROOT,
-                            stderr=subprocess.PIPE, text=True, **kwargs)
-
-
-def test_letters_that_the_terminal_lacks_a_full_disk_and_no_output_are_no_traceback(tmp_path):
-    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    ran = [started("table", "Läufe", env=env), started("table", b"\xff", env=env),
-           subprocess.Popen(f"{sys.executable} -m experiments > /dev/full", shell=True, cwd=ROOT, text=True,
-                            stderr=subprocess.PIPE, stdout=subprocess.PIPE),
-           subprocess.Popen(f"{sys.executable} -m experiments >&- 2>&-", shell=True, cwd=ROOT),
-           subprocess.Popen(f"{sys.executable} -m experiments small-batch --help | head -1", shell=True, cwd=ROOT,
-                            text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)]
+def test_letters_that_the_terminal_lacks_a_full_disk_and_no_output_are_no_traceback():
+    def started(argv, **env):
+        return subprocess.Popen(f"{sys.executable} -m experiments {argv}", cwd=ROOT, shell=True, text=True,
+                                stderr=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **env})
+    ran = [started("Läufe", PYTHONIOENCODING="ascii", PYTHONUTF8="0"), started("> /dev/full"), started(">&- 2>&-"),
+           started("| head -1")]
     said = [p.communicate(timeout=120) for p in ran]
-    assert [p.returncode for p in ran] == [2, 2, 2, 0, 0]
-    assert r"can't read 'L\xe4ufe'" in said[0][1]
-    assert all((err or "").count("\n") <= 1 for _, err in said)
-    if Path("/dev/full").exists(): assert said[2][1].startswith("error: the output can't be written: No space left")
-    assert said[4][1] == ""
+    assert [p.returncode for p in ran] == [2, 2, 0, 0]
+    assert r"unknown experiment 'L\xe4ufe'" in said[0][1]
+    assert said[1][1] == ("error: the output can't be written: No space left on device; make room, or name another "
+                          "place\n")
+    assert said[2] == ("", "")
+    assert said[3][1] == ""
 
 
-def test_ctrl_c_at_any_time_is_no_traceback(tmp_path):
-    processes = []
-    for i, delay in enumerate((0.3, 0.6)):      # while packages are imported
-        p = started("inside", "--data", "digits", "--limit", "200", "--steps", "100000", "--out", f"{tmp_path}/{i}")
-        time.sleep(delay)
-        p.send_signal(signal.SIGINT)
-        processes.append(p)
-    for p in processes:
-        _, err = p.communicate(timeout=120)
-        assert p.returncode == 130
-        assert "Traceback" not in err
+def test_a_reader_who_leaves_while_a_study_waits_is_no_traceback(monkeypatch, capsys):
+    class Gone:
+        def write(self, text): raise BrokenPipeError
+    monkeypatch.setattr("experiments.study.display.EVERY", 0.001)
+    monkeypatch.setattr(threading, "excepthook", lambda args: pytest.fail(str(args.exc_value)))
+    display = Display("small", 3, 0, lambda: 1)
+    display.__enter__()
+    display.out = Gone()
+    time.sleep(0.05)
+    with pytest.raises(BrokenPipeError): display.say("text")
+    assert not display._thread.is_alive()
+
+
+def test_ctrl_c_on_any_line_is_no_traceback_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(EXPERIMENTS, "small", ("small_experiment", "", ""))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")          # in this process
+    monkeypatch.setattr("os.fsync", lambda fd: None)
+    left = 0
+
+    def on_line(frame, event, arg):
+        nonlocal left
+        if event == "line":
+            left -= 1
+            if left == 0: raise KeyboardInterrupt
+        return on_line
+
+    def on_call(frame, event, arg):
+        file = frame.f_code.co_filename
+        return on_line if "/experiments/" in file and not file.endswith("__main__.py") else None
+
+    def run(out, at):
+        nonlocal left
+        left = at
+        sys.settrace(on_call)
+        try: return main(["small", "--out", out, "--resume"])
+        finally: sys.settrace(None)
+    assert run("whole", 10**9) == 0
+    lines, rng = 10**9 - left, random.Random(5)
+    files = {p.name for p in Path("whole").rglob("*.*")}
+    for i, at in enumerate(sorted(rng.sample(range(1, lines), 15))):
+        capsys.readouterr()
+        status, (out, err) = run(f"{i}", at), capsys.readouterr()
+        assert status in (130, 0), at           # what a study's own thread or a `with suppress` hears is lost
+        assert "Traceback" not in out + err, at
+        assert status == 0 or "Interrupted" in out + err, at
+        assert not [*Path(f"{i}").rglob("*.part")], at
+        assert main(["small", "--out", f"{i}", "--resume"]) == 0, at
+        assert {p.name for p in Path(f"{i}").rglob("*.*")} == files, at
+
+
+# --- tables of what can't be compared -----------------------------------------------------------------------------
+
+def recorded(folder, config=(), **changes):
+    """A run folder of `small-batch` with one row, and what its `config.json` says."""
+    row = {"norm": "none", "batch_size": 2, "lr": 0.4, "epochs": 1, "seed": 0, "valid_accuracy": 0.5, "valid_loss": 1.0,
+           "seconds": 1.0, "status": "ok", "parameters": 10} | changes.pop("row", {})
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps({
+        "experiment": "small-batch", "data": "MNIST", "train_images": 100, "valid_images": 50, "complete": True,
+        "verdict": "", "rows": [row]} | changes))
+    said = {"config": {"lr": 0.4, "device": "cpu", "seeds": [0], "out": None, "batch_size": 2}, "data": "MNIST: 100",
+            "threads": 1, "versions": {"torch": "2.14", "runnernorms": "1", "machine": "a"}}
+    for path, value in dict(config).items():
+        *outer, last = path.split(".")
+        at = said
+        for name in outer: at = at[name]
+        at[last] = value
+    if config is not None: (folder / "config.json").write_text(json.dumps(said))
+    return str(folder)
+
+
+@pytest.mark.parametrize(("config", "changes", "says"), [
+    ({"config.device": "cuda"}, {}, "device 'cpu' and 'cuda'"), ({"config.lr": 0.1}, {}, "lr 0.4 and 0.1"),
+    ({"versions.torch": "2.15"}, {}, "torch version '2.14' and '2.15'"), ({"threads": 2}, {}, "threads 1 and 2"),
+    ({"versions.machine": "b"}, {}, "machine 'a' and 'b'"), ({"data": "MNIST: other"}, {}, "data 'MNIST: 100' and"),
+    ({"config.net": "resnet"}, {}, "net None and 'resnet'"), ({}, {"data": "digits"}, "of different data"),
+    ({}, {"train_images": 99}, "of different data"),
+    ({}, {"valid_images": 49}, "different validation images, [49, 50]"),
+    ({}, {"experiment": "lenet"}, "of different experiments"), ({}, {"row": {"lr": 0.1}}, "lr 0.4 and 0.1"),
+    ({}, {"row": {"parameters": 11}}, "parameters 10 and 11"), ({}, {"row": {"seed": 0}}, "with seed 0 twice"),
+    ({}, {"row": {"norm": "GroupNorm", "epochs": 2}}, "none and GroupNorm are of different settings"),
+    ({"versions": None}, {}, "is no record of a run's settings"),
+    ({"config": 3}, {}, "is no record of a run's settings")])
+def test_a_table_of_runs_made_in_different_ways_is_refused(config, changes, says, tmp_path, capsys):
+    other = {"seed": 1} | changes.pop("row", {})
+    runs = recorded(tmp_path / "a"), recorded(tmp_path / "b", config, row=other, **changes)
+    assert says in one_line(["table", *runs], capsys)
+
+
+def test_a_table_of_runs_made_alike_is_one(tmp_path, capsys):
+    runs = [recorded(tmp_path / f"{i}", {"config.seeds": [i], "config.out": f"{i}", "config.jobs": i},
+                     row={"seed": i}) for i in range(3)]
+    assert main(["table", *runs]) == 0
+    assert "| none |" in capsys.readouterr().out
+    (tmp_path / "2" / "config.json").unlink()
+    assert "one has no config.json" in one_line(["table", *runs], capsys)
+    assert main(["table", runs[2]]) == 0
+    assert "not tested" in capsys.readouterr().out
+    unfinished = recorded(tmp_path / "u", complete=False, verdict="Not complete: 1 of 2.")
+    assert main(["table", unfinished]) == 0
+    assert "Not complete: 1 of 2." in capsys.readouterr().out
+
+
+def test_summaries_with_anything_missing_or_changed_are_refused_or_shown(tmp_path, capsys):
+    rng, results = random.Random(3), ROOT / "experiments" / "results"
+    records = [json.loads((results / f"{name}.json").read_text())
+               for name in ("small_batch", "lenet", "lesson", "vmap", "breast_cancer", "best_group", "bench_stacked")]
+    for i in range(30):
+        record = copy.deepcopy(rng.choice(records))
+        record["rows"] = rng.sample(record["rows"], min(3, len(record["rows"])))
+        for _ in range(rng.randint(1, 3)):
+            at = rng.choice([record, *record["rows"]] if isinstance(record.get("rows"), list) else [record])
+            name = rng.choice([*at]) if isinstance(at, dict) and at else None
+            if name is None: continue
+            if rng.random() < 0.5: del at[name]
+            else: at[name] = rng.choice([None, "x", [], {}, -1, 1e400, [None], True])
+        (tmp_path / f"{i}.json").write_text(json.dumps(record))
+        try: status = main(["table", str(tmp_path / f"{i}.json")])
+        except Exception as e: pytest.fail(f"{i}: {type(e).__name__}: {e}")
+        out, err = capsys.readouterr()
+        assert (status, bool(out), err.count("\n")) in ((0, True, 0), (2, False, 1)), i
