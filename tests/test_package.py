@@ -56,7 +56,7 @@ def run(*args, cwd, **env):
 
 
 def build(what, root, into, **env):
-    """Build "sdist" or "wheel" of the project in `root`; its file."""
+    """Build "sdist", "wheel" or "editable" of the project in `root`; its file."""
     pytest.importorskip("setuptools", minversion="77")
     code = f"import sys, setuptools.build_meta as backend; backend.build_{what}(sys.argv[1])"
     done = run(sys.executable, "-W", "ignore", "-c", code, into, cwd=root, **env)
@@ -139,6 +139,14 @@ def test_the_wheel_holds_what_can_be_run(built):
         assert len(kernels.load((built.root.parent / "wheel's" / name).parent)) == 2
     linked = re.findall(rb"lib\w+\.so[.\d]*", (built.root.parent / "wheel's" / name).read_bytes())
     assert set(linked) <= {b"libc.so.6", b"libm.so.6"}
+
+
+def test_an_editable_installation_is_one_path(built, tmp_path):
+    """With a finder of its own in that place, any folder that is called `experiments` would be in the way."""
+    with zipfile.ZipFile(build("editable", built.root, tmp_path / "out", CC="false")) as wheel:
+        texts = {name: wheel.read(name).decode() for name in wheel.namelist() if ".dist-info/" not in name}
+    assert [text.strip() for text in texts.values()] == [str(built.root)]
+    assert [*texts] == [f"__editable__.runnernorms-{norms.__version__}.pth"]
 
 
 def test_the_version_is_the_same_everywhere():
