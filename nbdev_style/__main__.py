@@ -1,7 +1,7 @@
 """Execute the lessons from scratch, clean them and export their modules: `python -m nbdev_style [NAME ...]`.
 
-In a checkout they are written in place, of an installed package into the current folder. Needs nbdev, and takes some ten
-minutes on all of MNIST's images; NORMS_LESSON_IMAGES=1000 in the environment takes fewer.
+In a checkout they are written in place, of an installed package into the current folder. Needs nbdev, and takes some
+ten minutes on all of MNIST's images; NORMS_LESSON_IMAGES=1000 in the environment takes fewer.
 """
 
 import argparse
