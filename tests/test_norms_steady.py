@@ -81,8 +81,10 @@ def test_an_error_that_channels_share_cancels_and_outputs_are_bounded():
 @pytest.mark.one_route
 def test_it_keeps_what_norms_keep_but_for_what_an_averaged_gradient_can_not():
     failed = check_norm(lambda nf: SteadyBatchNorm(nf, 1, evaluation_memory=20)).failed
-    averaged = check_norm(lambda nf: RunningBatchNorm(nf, average_backward=True, rule="per_image")).failed
-    assert set(failed) <= set(averaged)
+    # Its backward is no gradient, and has a state of its own: as with RunningBatchNorm's averaged one.
+    without = ("numeric derivative", "deepcopy", "two forwards", "buffers as inputs", "buffers may change",
+               "backward changes nothing")
+    assert [name for name in failed if not any(part in name for part in without)] == []
 
 
 def test_it_takes_a_batch_norms_place_and_evaluates_by_its_statistics():
