@@ -148,6 +148,6 @@ def test_what_the_pages_say_of_natural_images_is_in_the_records():
         "RunningBatchNorm", "BatchNorm2d", "SteadyBatchNorm-WS", "GroupNorm-WS"))
     words = " ".join(PAGES["experiments/README.md"].read_text().split())
     for said in (f"at 2 it has a test accuracy of {running}, and batch norm {batch}.",
-                 f"SteadyBatchNorm has {steady} and GroupNorm {group} at batch size 2. That is above batch norm at batch "
-                 f"size 32 ({mean['BatchNorm2d', 32]})."):
+                 f"SteadyBatchNorm has {steady} and GroupNorm {group} at batch size 2. That is above batch norm at "
+                 f"batch size 32 ({mean['BatchNorm2d', 32]})."):
         assert said in words
