@@ -33,6 +33,9 @@ def curves(ax):
 def legend(ax): return [t.get_text() for t in ax.get_legend().get_texts()]
 
 
+def ends(ax): return [t.get_text() for t in ax.texts]
+
+
 def layers(n, steps=20):
     return {f"layer{i}": (list(range(steps)), [i + 0.1 * s for s in range(steps)]) for i in range(n)}
 
@@ -105,7 +108,7 @@ def test_given_data_is_drawn_with_gaps_and_a_cross_at_its_end():
     cross, = (line for line in ax.lines if line.get_marker() == "x")
     assert drawn(cross) == [[3], [2.0]]
     assert cross.get_color() == a.get_color()
-    assert legend(ax) == ["a", "b"]
+    assert legend(ax) == ["a", "b", "no value follows"]
 
 
 def test_a_single_point_has_a_marker():
@@ -182,7 +185,7 @@ def test_finder_ends_its_axis_at_the_height_from_which_the_loss_fell():
     assert drawn(ax.lines[0])[1][:15] == losses[:15]
     assert ax.get_ylim() == pytest.approx((0.5 - 0.08, 2.1 + 0.08))
     assert drawn(next(line for line in ax.lines if line.get_marker() == "^")) == [lrs[13:15], [ax.get_ylim()[1]] * 2]
-    assert legend(ax) == ["suggestion 0.012"]
+    assert legend(ax) == ["suggestion 0.012", "no value follows", "beyond the axis"]
     assert list(ax.lines[-1].get_xdata()) == [0.0123, 0.0123]
     assert plots.plot_lr_find(lrs, losses).get_legend() is None
     again = plots.plot_lr_find(lrs, losses, ax=plots.mark(plots.plot_line([]), 1e-3, "mine"))
@@ -192,13 +195,17 @@ def test_finder_ends_its_axis_at_the_height_from_which_the_loss_fell():
 def test_runs_of_one_and_of_several_seeds():
     runs = {"one": ([0, 1], [1.0, 3.0]), "three": [([0, 1], [1.0, 2.0]), ([0, 1], [5.0, NAN]), ([0, 2], [4.0, 6.0])]}
     ax = plots.plot_runs(runs, ylabel="loss", title="runs")
-    lines = [line for line in ax.lines if line.get_marker() != "x"]
-    assert len(lines) == 4
-    assert drawn(lines[0]) == [[0, 1], [1.0, 3.0]]
-    assert drawn(lines[3]) == [[0, 2], [4.0, 6.0]]
-    assert len({line.get_color() for line in lines}) == 2
-    assert legend(ax) == ["one", "three"]
+    one, *seeds, mean = (line for line in ax.lines if line.get_marker() not in ("x", "."))
+    assert drawn(one) == [[0, 1], [1.0, 3.0]]
+    assert len(seeds) == 3
+    assert drawn(seeds[2]) == [[0, 2], [4.0, 6.0]]
+    assert drawn(mean) == [[0, 1, 2], [10 / 3, 2.0, 6.0]]       # of the seeds that have a finite value there
+    assert all(seed.get_alpha() < 0.5 and seed.get_linewidth() < mean.get_linewidth() for seed in seeds)
+    assert {line.get_color() for line in (*seeds, mean)} == {plots.COLOURS[1]}
+    assert legend(ax) == ["one", "three (1 of 3 diverged)", "no value follows"]
     assert ax.get_title(loc="left") == "runs"
+    assert drawn(curves(plots.plot_runs(runs, middle="median"))[1]) == [[0, 1, 2], [4.0, 2.0, 6.0]]
+    with pytest.raises(ValueError, match="give 'mean' or 'median'"): plots.plot_runs({}, middle="mode")
     band = plots.plot_runs(runs, band=True)
     assert [drawn(line) for line in curves(band)] == [[[0, 1], [1.0, 3.0]], [[0, 1, 2], [4.0, 2.0, 6.0]]]
     low_to_high = band.collections[1].get_paths()[0].get_extents()
@@ -220,10 +227,11 @@ def test_means_and_stds_of_the_first_steps_and_of_all():
     assert drawn(curves(stds)[1]) == [steps, steps]
     assert [ax.get_ylabel() for ax in (first_means, stds)] == ["mean", "std"]
     assert [ax.get_title(loc="left") for ax in (first_means, means)] == ["first 3 steps", "all steps"]
-    assert legend(first_stds) == ["0", "1"]
-    assert first_means.get_legend() is means.get_legend() is stds.get_legend() is None
+    assert [ends(ax) for ax in (first_means, first_stds, means, stds)] == [["0", "1"]] * 4
     smooth = plots.plot_means_stds(series, smooth=5)
     assert [len(ax.lines) for ax in smooth] == [2, 2, 4, 4]
+    logs = plots.plot_means_stds(series, yscale="log")
+    assert [ax.get_yscale() for ax in logs] == ["symlog", "log"] * 2
 
 
 def test_shares_have_an_axis_from_0_to_1():
@@ -233,10 +241,14 @@ def test_shares_have_an_axis_from_0_to_1():
     assert (ax.get_ylabel(), ax.get_title(loc="left")) == ("dead", "near zero")
 
 
-def test_update_ratios_are_drawn_as_logarithms_beside_the_guide():
+def test_update_ratios_are_logarithmic_beside_the_guide():
     ax = plots.plot_update_ratios({"0.weight": ([0, 1, 2, 3], [1e-3, 0.0, INF, 1e-2])})
-    assert str(drawn(ax.lines[0])) == str([[0.0, 1.0, 2.0, 3.0], [-3.0, NAN, NAN, -2.0]])
-    assert list(ax.lines[-1].get_ydata()) == [-3, -3]
+    assert ax.get_yscale() == "log"
+    line, = curves(ax)
+    assert drawn(line)[1][::3] == [1e-3, 1e-2]
+    guide = next(line for line in ax.lines if list(line.get_ydata()) == [1e-3, 1e-3])
+    assert guide.get_linestyle() == "--"
+    assert legend(ax) == ["rule of thumb, 1e-3", "infinite", "0"]
 
 
 def test_channels_by_hand():

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from runner.insight.ends import distinct, fitting
 from runner.smoothing import smoothed
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -22,6 +23,8 @@ class Axes(Protocol):
     @property
     def lines(self) -> Iterable[Any]: ...
     transData: Any
+    figure: Any
+    def get_window_extent(self) -> Any: ...
     def plot(self, *args: Any, **kwargs: Any) -> Any: ...
     def set(self, **kwargs: Any) -> Any: ...
     def set_title(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -50,19 +53,33 @@ def columns(rows: Sequence[Sequence[float]], n: int) -> list[list[float]]:
 
 def smooth_line(ax: Axes, xs: Sequence[float], ys: Values, width: int, **style: Any) -> list[float]:
     """A pale line and its running mean over it; the line alone at a width of 1. Returns what was drawn last."""
-    if width > 1: line(ax, xs, ys, color=style["color"], linewidth=0.7, alpha=0.35)
+    if width <= 1:
+        line(ax, xs, ys, **style)
+        return gaps(ys)
+    line(ax, xs, ys, color=style["color"], linewidth=0.7, alpha=0.35)
     means = smoothed(gaps(ys), width)
-    line(ax, xs, means, **style)
+    del line(ax, xs, means, **style).given          # the pale one has what was given
     return means
 
 
-def line(ax: Axes, xs: Sequence[float], ys: Values, **style: Any) -> None:
-    """One line with its gaps; a cross where it ends before `ys` do, and a marker if it is a single point."""
-    ys = gaps(ys)
+def line(ax: Axes, xs: Sequence[float], ys: Values, **style: Any) -> Any:
+    """One line with its gaps; a cross where it ends before `ys` do, markers at points between gaps. Returns the line.
+    """
+    given, ys = ys, gaps(ys)
     finite = [i for i, y in enumerate(ys) if not math.isnan(y)]
     line, = ax.plot(xs, ys, **({"marker": MARKERS[0]} if len(finite) == 1 else {}) | style)
+    line.given = xs, given          # for `edges.mark_unshown`
+    lonely(ax, line, xs, ys, [not math.isnan(y) for y in ys])
     if finite and finite[-1] < len(ys) - 1:
-        ax.plot(xs[finite[-1]], ys[finite[-1]], "x", color=line.get_color(), markersize=7)
+        ax.plot(xs[finite[-1]], ys[finite[-1]], "x", color=line.get_color(), markersize=7, gid="no value follows")
+    return line
+
+
+def lonely(ax: Axes, line: Any, xs: Sequence[float], ys: Sequence[float], shown: Sequence[bool]) -> None:
+    """Dots at the points of `line` that are `shown` between two that aren't: a line alone would leave them out."""
+    at = [i for i, ok in enumerate(shown) if ok and len(shown) > 1
+          and not any(shown[k] for k in (i - 1, i + 1) if 0 <= k < len(shown))]
+    if at: ax.plot([xs[i] for i in at], [ys[i] for i in at], ".", color=line.get_color(), markersize=4)
 
 
 def quantiles(values: Iterable[float], *qs: float) -> list[float]:
@@ -81,10 +98,17 @@ def legend(ax: Axes, named: int = 12) -> None:
     """The legend right of `ax`; of more than `named` lines it has as many, the first and the last among them."""
     handles, names = ax.get_legend_handles_labels()
     n = len(names)
-    shown = range(n) if n <= named else [round(k * (n - 1) / (named - 1)) for k in range(named)]
-    ax.legend([handles[i] for i in shown], [names[i] for i in shown], title=f"{named} of {n}" if n > named else None,
-              frameon=False, fontsize="small", title_fontsize="small", alignment="left", loc="upper left",
-              bbox_to_anchor=(1, 1))
+    shown = [*range(n)] if n <= named else [round(k * (n - 1) / (named - 1)) for k in range(named)]
+    names = distinct(names, fitting(0.35 * ax.figure.bbox.width / ax.figure.dpi, 8.3))
+    noted = marks(ax)
+    ax.legend([*(handles[i] for i in shown), *noted.values()], [*(names[i] for i in shown), *noted],
+              title=f"{named} of {n}" if n > named else None, frameon=False, fontsize="small", title_fontsize="small",
+              alignment="left", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def marks(ax: Axes) -> dict[str, Any]:
+    """What the markers in `ax` say, each with one of them: of values beyond it, and of lines that end early."""
+    return {line.get_gid(): line for line in ax.lines if line.get_gid()}
 
 
 def spare_outliers(ax: Axes) -> None:
@@ -117,7 +141,7 @@ def mark_beyond(ax: Axes, xs: Sequence[float], lows: Sequence[float], highs: Seq
     low, high = ax.get_ylim()
     for edge, marker, beyond in ((low, "v", [v < low for v in lows]), (high, "^", [v > high for v in highs])):
         at = [x for x, out in zip(xs, beyond, strict=True) if out]
-        if at: ax.plot(at, [edge] * len(at), marker, color=colour, markersize=4, clip_on=False)
+        if at: ax.plot(at, [edge] * len(at), marker, color=colour, markersize=4, clip_on=False, gid="beyond the axis")
 
 
 def inner_range(lows: Iterable[float], highs: Iterable[float], widen: float) -> tuple[float, float]:

@@ -106,6 +106,9 @@ class NormStats(Probe):
              phase: str = "train") -> "list[Axes]":
         """The batch's `name`, "mean" or "var", and the running one over time, a panel per layer with both; the axes.
 
+        Variances are on a logarithmic axis, with the least channel: it is what the norm divides by that goes wrong.
+        Of many layers the panels are on several figures, which `plots.save_pages(axes, path)` writes.
+
         Raises:
             ValueError: another name; no layer that was looked at keeps running statistics.
         """
@@ -116,7 +119,7 @@ class NormStats(Probe):
             raise ValueError("NormStats.plot compares with running statistics, and no norm that was looked at keeps "
                              "any; plot a number of your own choice from stats.series(path, name)")
         return plots.plot_channels({path: self.series(path, name, f"running_{name}", phase=phase) for path in kept},
-                                   axes, ylabel=name)
+                                   axes, ylabel=name, yscale="log" if name == "var" else "linear")
 
 
 def _clamps(m: nn.Module) -> bool:

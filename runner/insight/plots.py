@@ -5,7 +5,8 @@ Colours are Okabe and Ito's, told apart by colour-blind readers; in series they 
 so that they are told apart in print too. More layers than there are such colours go from dark (the first) to light
 (the last) on a scale whose lightness says the order. Values that are not finite, or None, leave gaps, and a cross
 stands where a line ends because no finite value follows. Outliers that would flatten all else on a linear axis are
-left beyond it, and triangles at its edge mark them.
+left beyond it, and triangles at its edge mark them. What a logarithmic axis can't show (0, negative, infinite, NaN)
+stands as a marker at its edge, each kind named in the legend. More than `PAGE` panels go on several figures.
 """
 
 import math
@@ -15,16 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import torch
 from matplotlib.axes import Axes as Axes
 from matplotlib.figure import Figure, SubFigure
 
 from runner.events import listify
 from runner.insight import drawing as draw
-from runner.insight.drawing import COLOURS, MARKERS, STYLES, Values, rebin
+from runner.insight import edges, ends, layer_plots
+from runner.insight import groups as groups_
+from runner.insight.drawing import COLOURS, MARKERS, STYLES, Values
+from runner.insight.drawing import rebin as rebin
 from runner.smoothing import smoothed
 
 Run = tuple[Sequence[float], Values]        # steps, values
+PAGE = 12           # panels on one figure: of more one could read none
+LINES = 12          # of layers, in one picture; the others are a band
 
 
 def _axes(ax: Axes | None) -> Axes:
@@ -33,16 +38,32 @@ def _axes(ax: Axes | None) -> Axes:
     return ax
 
 
-def _panels(axes: Axes | Iterable[Axes] | None, n: int, what: str) -> list[Axes]:
-    """`axes` as a list of `n`, or as many new ones: 2 in a row, 3 of more than 4, 6 of more than 12."""
+def _panels(axes: Axes | Iterable[Axes] | None, n: int, what: str, names: Iterable[str] = (),
+            labels: int = 0) -> list[Axes]:
+    """`axes` as a list of `n`, or as many new ones: 2 in a row, 3 of more than 4, on a new figure after each `PAGE`.
+
+    `names` are titles that the new ones must be wide enough for, `labels` characters that stand right of each.
+    """
     if axes is None:
-        ncols = min(n, 2 if n <= 4 else 3 if n <= 12 else 6)
-        new = figure(ncols, -(-n // ncols), width=4.6, height=2.9)[1] if n else []
-        for ax in new[n:]: ax.remove()
-        axes = new[:n]
+        width = 4.6 + ends.SIZE * ends.WIDTH / 72 * labels
+        new = []
+        for at in range(0, n, PAGE):
+            k = min(PAGE, n - at)
+            ncols = min(k, 2 if n <= 4 else 3)
+            made = figure(ncols, -(-k // ncols), width=width, height=2.9)[1]
+            for ax in made[k:]: ax.remove()
+            new += made[:k]
+        axes = new
     found = listify(getattr(axes, "flat", axes))    # flat: of the array that plt.subplots returns
     if len(found) != n: raise ValueError(f"got {len(found)} axes; {what} needs {n}: pass as many, or None for new ones")
+    for ax, name in zip(found, names, strict=False):
+        ax.set_title(ends.wrapped(name, ends.fitting(0.95 * _inches(ax), 10)), loc="left", fontsize="medium")
     return [_axes(ax) for ax in found]
+
+
+def _inches(ax: Axes) -> float:
+    """The width of `ax` as it stands, less what a bar or a legend beside it may take."""
+    return 0.8 * ax.get_window_extent().width / ax.figure.dpi
 
 
 def series_style(i: int, n: int = 0) -> dict[str, Any]:
@@ -59,14 +80,30 @@ def plot_line(ys: Values, xs: Sequence[float] | None = None, ax: Axes | None = N
     """One line: `ys` against `xs`, or against their index."""
     ax = _axes(ax)
     draw.line(ax, range(len(ys)) if xs is None else xs, ys, color=COLOURS[0])
-    ax.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
+    ax.set(xscale=xscale, xlabel=xlabel, ylabel=ylabel)
+    edges.scale(ax, yscale, ys)
+    edges.key(ax, edges.mark_unshown(ax))
+    return ax
+
+
+def limit_top(ax: Axes, top: float) -> Axes:
+    """End the y axis at `top` if it goes further, with triangles where lines lie beyond."""
+    low, high = ax.get_ylim()
+    if high > top > low:
+        ax.set_ylim(low, top)
+        for line in draw.data_lines(ax):
+            ys = line.get_ydata(orig=False)
+            draw.mark_beyond(ax, line.get_xdata(), [top] * len(ys), ys, line.get_color())
+        if ax.get_legend(): draw.legend(ax)
     return ax
 
 
 def mark(ax: Axes, x: float, label: str) -> Axes:
     """A labelled vertical line at `x`."""
     ax.axvline(x, color=COLOURS[1], linestyle="--", linewidth=1, label=label)
-    ax.legend(frameon=False)
+    handles, names = ax.get_legend_handles_labels()
+    marks = draw.marks(ax)
+    ax.legend([*handles, *marks.values()], [*names, *marks], frameon=False)
     return ax
 
 
@@ -85,46 +122,79 @@ def plot_lines(series: Mapping[str, Run], ax: Axes | None = None, *, yscale: str
         style = series_style(i, n * ordered)
         if len(ys) <= 12 and n <= len(COLOURS): style |= {"marker": MARKERS[i], "markersize": 3.5}
         draw.smooth_line(ax, xs, ys, smooth, label=name, linewidth=1.4 if n <= 12 and len(ys) <= 200 else 1, **style)
-    draw.words(ax, title, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
-    if ylim is None: draw.spare_outliers(ax)
-    else: ax.set_ylim(ylim)
+    draw.words(ax, title, xlabel=xlabel, ylabel=ylabel)
+    _settle(ax, yscale)
+    if ylim is not None: ax.set_ylim(ylim)
     if series and named: draw.legend(ax, named)
+    return ax
+
+
+def _settle(ax: Axes, yscale: str) -> None:
+    """Set the scale of what was drawn, with outliers spared and marks for what it can't show, named in the legend."""
+    edges.scale(ax, yscale, (y for line in draw.data_lines(ax) for y in getattr(line, "given", ((), ()))[1]))
+    for mark, label in edges.mark_unshown(ax): mark.set_label(f"{label}, at the edge")
+    draw.spare_outliers(ax)
+
+
+def plot_layers(series: Mapping[str, Run], ax: Axes | None = None, *, yscale: str = "log", lines: int = LINES,
+                ylim: tuple[float, float] | None = None, xlabel: str = "step", ylabel: str = "", title: str = "",
+                smooth: int = 1, guide: tuple[float, str] | None = None, named: bool = True) -> Axes:
+    """One line per layer, in the model's order from dark to light, each with its name at its end.
+
+    Of more than `lines` those are drawn that come first and last, those that lie lowest and highest, and some between;
+    a band spans the others. `guide` is the height of a dashed line and what it says.
+    """
+    n = len(series)
+    if ax is None:
+        longest = min(60, max(map(len, series), default=0)) if named else 0
+        ax = figure(width=5.2 + ends.SIZE * ends.WIDTH / 72 * longest)[1][0]
+    ax = _axes(ax)
+    draw.words(ax, title, xlabel=xlabel, ylabel=ylabel)
+    layer_plots.lines(ax, series, [series_style(i, n) for i in range(n)], most=lines, yscale=yscale, smooth=smooth,
+                      guide=guide, ylim=ylim, named=named)
     return ax
 
 
 def plot_groups(groups: Mapping[str, Values], ax: Axes | None = None, *,
                 reference: Mapping[str, float | Sequence[float]] | None = None, reference_label: str = "published",
-                xlabel: str = "", title: str = "") -> Axes:
-    """One row of dots per group, with a bar at their mean; `groups` maps each name to a list of values.
+                xlabel: str = "", title: str = "", middle: groups_.Middle = "mean", failed_as: float | None = None,
+                intervals: Mapping[str, tuple[float, float]] | None = None, notes: Mapping[str, str] | None = None,
+                close: Axes | None = None, near: float = 0.1) -> Axes:
+    """One row of dots per group, with a bar at their middle; `groups` maps each name to a list of values.
 
-    `reference` maps names to values (or lists of them) from elsewhere, drawn as hollow diamonds. The mean is
-    written at the right edge. A group without a finite value is marked as such.
+    `middle` is "mean" or "median", or maps names to these; `intervals` maps names to `(low, high)` of it, drawn below
+    the dots. What is not finite counts as `failed_as` in the middle and is a cross there; None leaves it out. `close`
+    are axes beside `ax` for the same rows close up: around those whose middles lie within `near` of the greatest, with
+    triangles for what lies beyond. `reference` maps names to values (or lists of them) from elsewhere, drawn as hollow
+    diamonds. The middle is written at the right edge, with `notes` by name. A group without a finite value is marked
+    as such.
     """
-    ax = _axes(ax)
-    names = list(groups)
-    for row, name in enumerate(names):
-        values = [v for v in groups[name] if v is not None and math.isfinite(v)]
-        colour = COLOURS[row % len(COLOURS)]
-        if values:
-            mean = sum(values) / len(values)
-            ax.plot([mean, mean], [row - 0.3, row + 0.3], color=colour, linewidth=2)
-            text = f"{mean:.3f}"
-        else: text = "no finite value"
-        ax.plot(values, [row] * len(values), MARKERS[row % len(MARKERS)], color=colour, alpha=0.7, markersize=6)
-        ax.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize="small")
-    pairs = [(v, names.index(n)) for n, vs in (reference or {}).items() if n in names
-             for v in (vs if isinstance(vs, (list, tuple)) else [vs])]
-    if pairs:
-        xs, rows = zip(*pairs, strict=True)
-        ax.plot(xs, rows, "D", markerfacecolor="none", markeredgecolor="#000000", markersize=10, linestyle="none",
-                label=reference_label)
-        ax.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-    ax.set_axisbelow(True)
+    ax, names, handles = _axes(ax), list(groups), dict[str, Any]()
+    middles = groups_.rows(ax, groups, middle, failed_as, intervals or {}, handles)
+    mark = groups_.references(ax, names, reference or {})
+    if mark: handles[reference_label] = mark
+    groups_.ticks(ax, names)
+    digits = 3
+    if close is not None:
+        _axes(close)
+        low, high = groups_.range_of(groups, middles, failed_as, near) if middles else (0.0, 1.0)
+        inside = {name: i for name, i in (intervals or {}).items() if low <= middles.get(name, low - 1) <= high}
+        groups_.rows(close, groups, middle, failed_as, inside, {})
+        groups_.references(close, names, reference or {})
+        groups_.ticks(close, names)
+        close.set_yticklabels([])
+        close.set_xlim(low, high)
+        groups_.mark_outside(close)
+        close.locator_params(axis="x", nbins=4)
+        draw.words(close, "close up", xlabel=xlabel)
+    low, high = (close or ax).get_xlim()
+    if high - low < 0.01: digits = 4
+    groups_.texts(close or ax, names, middles, digits, notes or {})
     ax.set(xlabel=xlabel)
-    ax.set_title(title, loc="right" if pairs else "left", fontsize="medium")
+    ax.set_title(title, loc="left", fontsize="medium", pad=22 if handles and title else None)
+    if handles: ax.legend(handles.values(), handles.keys(), frameon=False, fontsize="small", loc="lower left",
+                          bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=len(handles), columnspacing=1,
+                          handletextpad=0.4)
     return ax
 
 
@@ -167,9 +237,9 @@ def plot_losses(losses: Values, steps: Sequence[float] | None = None, ax: Axes |
     if valid and losses:
         if ends is None: ends = [(steps[-1] + 1) * (i + 1) / len(valid) for i in range(len(valid))]
         draw.line(ax, ends, valid, color=COLOURS[1], linestyle="--", marker=MARKERS[0], label="validation")
-        draw.legend(ax)
-    ax.set(yscale=yscale, xlabel="step", ylabel="loss")
-    draw.spare_outliers(ax)
+    ax.set(xlabel="step", ylabel="loss")
+    _settle(ax, yscale)
+    if len(draw.data_lines(ax)) > 1: draw.legend(ax)
     return ax
 
 
@@ -199,32 +269,47 @@ def plot_lr_find(lrs: Sequence[float], losses: Values, suggestion: float | None 
 
 
 def plot_runs(runs: Mapping[str, Run | Sequence[Run]], ax: Axes | None = None, *, smooth: int = 1, band: bool = False,
-              yscale: str = "linear", xlabel: str = "step", ylabel: str = "", title: str = "") -> Axes:
+              yscale: str = "linear", xlabel: str = "step", ylabel: str = "", title: str = "",
+              middle: str = "mean") -> Axes:
     """Several runs in one picture; `runs` maps each name to `(steps, values)`, or to a list of such, one per seed.
 
-    Thin lines, one per seed; with `band` their median, and what lies between the smallest and the largest shaded, at
-    every step over the seeds that have a finite value there. `smooth` neighbours are averaged first.
+    Of several seeds each is a faint line behind their `middle`, "mean" or "median". With `band` it is their median, and
+    what lies between the smallest and the largest is shaded. At every step both are over the seeds that have a finite
+    value there; the legend says how many seeds end without one. `smooth` neighbours are averaged first.
     """
+    if middle not in ("mean", "median"): raise ValueError(f"middle is {middle!r}; give 'mean' or 'median'")
     ax = _axes(ax)
     run: Any        # one or several, which the first number tells
     for i, (name, run) in enumerate(runs.items()):
         seeds = [run] if not run or not run[0] or isinstance(run[0][0], Real) else run
-        seeds = [(xs, smoothed(draw.gaps(ys), smooth)) for xs, ys in seeds]
+        whole = [(xs, smoothed(draw.gaps(ys), smooth) if smooth > 1 else ys) for xs, ys in seeds]
+        seeds = [(xs, draw.gaps(ys)) for xs, ys in whole]
         style = series_style(i)
-        if band:
-            at: dict[float, list[float]] = {}
-            for xs, ys in seeds:
-                for x, y in zip(xs, ys, strict=True): at.setdefault(x, []).append(y)
-            xs = sorted(at)
-            lows, mids, highs = draw.columns([draw.quantiles(at[x], 0, 0.5, 1) for x in xs], 3)
-            ax.fill_between(xs, lows, highs, color=style["color"], alpha=0.2, linewidth=0)
-            seeds = [(xs, mids)]
-        for k, (xs, ys) in enumerate(seeds):
-            draw.line(ax, xs, ys, linewidth=1.6 if len(seeds) == 1 else 0.9, label=None if k else name, **style)
-    draw.words(ax, title, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
-    draw.spare_outliers(ax)
+        gone = sum(not ys or math.isnan(ys[-1]) for _, ys in seeds)
+        if gone: name += f" ({f'{gone} of {len(seeds)} ' * (len(seeds) > 1)}diverged)"
+        if len(seeds) == 1 and not band:
+            draw.line(ax, *whole[0], linewidth=1.6, label=name, **style)
+            continue
+        at: dict[float, list[float]] = {}
+        for xs, ys in seeds:
+            for x, y in zip(xs, ys, strict=True): at.setdefault(x, []).append(y)
+        xs = sorted(at)
+        lows, mids, highs = draw.columns([draw.quantiles(at[x], 0, 0.5, 1) for x in xs], 3)
+        if band: ax.fill_between(xs, lows, highs, color=style["color"], alpha=0.2, linewidth=0)
+        else:
+            for seed in whole: draw.line(ax, *seed, color=style["color"], linewidth=0.7, alpha=0.35)
+            if middle == "mean": mids = [_mean(at[x]) for x in xs]
+        draw.line(ax, xs, mids, linewidth=1.6, label=name, **style)
+    draw.words(ax, title, xlabel=xlabel, ylabel=ylabel)
+    _settle(ax, yscale)
     if runs: draw.legend(ax)
     return ax
+
+
+def _mean(values: Iterable[float]) -> float:
+    """The mean of the finite `values`, NaN if there is none."""
+    finite = [v for v in values if math.isfinite(v)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 # --- inside a network: one line or one panel per layer ------------------------------------------------------------
@@ -235,90 +320,79 @@ def plot_means_stds(series: Mapping[str, tuple[Sequence[float], Values, Values]]
     """The lesson's figure: mean and std of every layer's activations; `series` maps a path to `(steps, means, stds)`.
 
     Four panels: means and stds over the `first` steps that were measured, then over all, these with the mean over
-    `smooth` neighbours if above 1. The `yscale` "asinh" suits a run that diverges.
+    `smooth` neighbours if above 1. The `yscale` "log" is for the stds; means then are on "symlog", which has both signs
+    and is linear around 0. "asinh" suits a run that diverges. Layers beyond `LINES` are a band.
     """
-    axes = _panels(axes, 4, "plot_means_stds")
+    axes = _panels(axes, 4, "plot_means_stds", labels=min(60, max(map(len, series), default=0)))
     for row, end in ((axes[:2], first), (axes[2:], None)):
         for ax, what, k in zip(row, ("mean", "std"), (1, 2), strict=True):
-            plot_lines({path: (data[0][:end], data[k][:end]) for path, data in series.items()}, ax, yscale=yscale,
-                       xlabel="step", ylabel=what, title=f"first {end} steps" if end else "all steps", ordered=True,
-                       smooth=1 if end else smooth, named=10 * (ax is axes[1]))     # one legend serves all four
+            plot_layers({path: (data[0][:end], data[k][:end]) for path, data in series.items()}, ax,
+                        yscale="symlog" if (yscale, what) == ("log", "mean") else yscale, ylabel=what,
+                        title=f"first {end} steps" if end else "all steps", smooth=1 if end else smooth)
     return axes
 
 
 def plot_shares(series: Mapping[str, Run], ax: Axes | None = None, *, ylabel: str = "share", title: str = "",
                 smooth: int = 1) -> Axes:
     """Shares, 0 to 1, against the step, one line per layer; `series` maps a path to `(steps, shares)`."""
-    return plot_lines(series, ax, ylim=(-0.03, 1.03), xlabel="step", ylabel=ylabel, title=title, ordered=True,
-                      smooth=smooth)
+    return plot_layers(series, ax, yscale="linear", ylim=(-0.03, 1.03), ylabel=ylabel, title=title, smooth=smooth)
 
 
 def plot_update_ratios(series: Mapping[str, Run], ax: Axes | None = None, *, title: str = "", smooth: int = 1) -> Axes:
-    """log10 of update to weight against the step; `series` maps a parameter's name to `(steps, ratios)`.
+    """Update to weight against the step, logarithmic; `series` maps a parameter's name to `(steps, ratios)`.
 
     A ratio is the size of a step's change over the size of the parameter, both as a norm or both as a std. The guide
     line at 1e-3 is A. Karpathy's rule of thumb ("Building makemore, part 3", 2022): far above it a rate is too
-    high, far below too low. A ratio of 0 leaves a gap.
+    high, far below too low. A ratio of 0, or an infinite one (of a weight that was 0), stands at the edge.
     """
-    logs = {name: (steps, [math.log10(r) if r is not None and 0 < r < math.inf else math.nan for r in ratios])
-            for name, (steps, ratios) in series.items()}
-    ax = plot_lines(logs, ax, xlabel="step", ylabel="log10(update / weight)", title=title, ordered=True, smooth=smooth)
-    ax.axhline(-3, color=COLOURS[-1], linewidth=1, linestyle="--", zorder=3)
-    return ax
+    return plot_layers(series, ax, ylabel="update / weight", title=title, smooth=smooth,
+                       guide=(1e-3, "rule of thumb, 1e-3"))
+
+
+def plot_kinds(kinds: Mapping[str, Mapping[str, Run]], axes: Axes | Iterable[Axes] | None = None, *,
+               yscale: str = "log", ylabel: str = "", guide: tuple[float, str] | None = None) -> list[Axes]:
+    """A panel for each kind of parameter, such as weights, biases and norms; each kind as in `plot_layers`."""
+    axes = _panels(axes, len(kinds), "plot_kinds", labels=min(60, max((len(n) for k in kinds.values() for n in k),
+                                                                      default=0)))
+    for ax, (kind, series) in zip(axes, kinds.items(), strict=True):
+        plot_layers(series, ax, yscale=yscale, ylabel=ylabel, title=kind, guide=guide)
+    return axes
 
 
 def plot_channels(series: Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]], Sequence[Sequence[float]]]],
-                  axes: Axes | Iterable[Axes] | None = None, *, ylabel: str = "value per channel") -> list[Axes]:
-    """A norm's running statistics against the batch's, one panel per layer.
+                  axes: Axes | Iterable[Axes] | None = None, *, ylabel: str = "value per channel",
+                  yscale: str = "linear") -> list[Axes]:
+    """A norm's running statistics against the batch's, one panel per layer, `PAGE` on a figure.
 
     `series` maps a path to `(steps, batch, running)`, the latter two one list per step of one value per channel. Drawn
-    are the median over channels and the band from the 10 % to the 90 % quantile.
+    are the median over channels and the band from the 10 % to the 90 % quantile; on a `yscale` of "log", which suits
+    variances, the least channel too.
     """
-    axes = _panels(axes, len(series), "plot_channels")
-    for ax, (path, (steps, *both)) in zip(axes, series.items(), strict=True):
-        for i, (name, values) in enumerate(zip(("batch", "running"), both, strict=True)):
-            lows, mids, highs = draw.columns([draw.quantiles(v, 0.1, 0.5, 0.9) for v in values], 3)
-            draw.line(ax, steps, mids, label=f"{name}: median", linewidth=1.4, **series_style(i))
-            band = f"{name}: 10 to 90 %"
-            if i == 0: ax.fill_between(steps, lows, highs, color=COLOURS[i], alpha=0.2, linewidth=0, label=band)
-            else:       # a second filling would hide what it shares with the first
-                ax.plot(steps, lows, ":", color=COLOURS[i], linewidth=1, label=band)
-                ax.plot(steps, highs, ":", color=COLOURS[i], linewidth=1)
-        draw.words(ax, path, xlabel="step", ylabel=ylabel)
-        draw.spare_outliers(ax)
-    right = [ax for ax in axes if (spec := ax.get_subplotspec()) is not None and spec.is_last_col()]
-    if axes: draw.legend((right or axes)[0])
+    axes = _panels(axes, len(series), "plot_channels", series)
+    for ax, (steps, *both) in zip(axes, series.values(), strict=True):
+        layer_plots.channels(ax, steps, both, [series_style(0), series_style(1)], yscale)
+        ax.set(xlabel="step", ylabel=ylabel)
+    for page in pages(axes):
+        on = [ax for ax in axes if ax.figure is page]
+        right = [ax for ax in on if (spec := ax.get_subplotspec()) is not None and spec.is_last_col()]
+        draw.legend((right or on)[0])
     return axes
 
 
 def plot_histograms(
         histograms: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[Sequence[float]]]],
         axes: Axes | Iterable[Axes] | None = None, *, bins: int = 60) -> list[Axes]:
-    """One heat map per layer: values upwards, steps to the right, the shade log(1 + count).
+    """One heat map per layer: values upwards, steps to the right, the shade log(1 + count); `PAGE` on a figure.
 
     `histograms` maps a path to `(steps, lows, highs, counts)`: of each measured step the range of its histogram, which
     may differ from step to step, and the list of its counts. They are put on `bins` common bins by `rebin`, whose range
     spares the outliers: the quartiles over steps of the lows and of the highs, widened by their distance, or less where
     nothing lies. Triangles mark the steps that reach beyond it.
     """
-    axes = _panels(axes, len(histograms), "plot_histograms")
-    for ax, (path, (steps, lows, highs, counts)) in zip(axes, histograms.items(), strict=True):
-        low, high = draw.inner_range(lows, highs, 1)
-        if math.isnan(low): low = high = 0.0
-        if low == high: low, high = (low + sign * max(0.5, abs(low) / 100) for sign in (-1, 1))
-        edges = [low + (high - low) * i / bins for i in range(bins)] + [high]
-        columns = [rebin(*histogram, edges) for histogram in zip(lows, highs, counts, strict=True)]
-        draw.words(ax, path, xlabel="step", ylabel="value")
-        if not steps: continue
-        shades = torch.tensor(columns, dtype=torch.float64).log1p().T       # (bins, steps)
-        image = ax.pcolorfast(draw.between(steps), edges, shades.tolist(), cmap=plt.get_cmap("cividis_r").with_extremes(
-            under="white", bad="#BBBBBB"))
-        top = max([1.0, *shades[shades.isfinite()].tolist()])
-        image.set_clim(1e-9, top)       # white is nothing at all
-        ticks = [10 ** k for k in range(int(math.log10(math.expm1(top))) + 1)]
-        bar = ax.figure.colorbar(image, ax=ax, ticks=[math.log1p(t) for t in ticks], label="count")
-        bar.ax.set_yticklabels([f"{t:,}" for t in ticks])
-        draw.mark_beyond(ax, steps, lows, highs, COLOURS[1])
+    axes = _panels(axes, len(histograms), "plot_histograms", histograms)
+    for ax, histogram in zip(axes, histograms.values(), strict=True):
+        ax.set(xlabel="step", ylabel="value")
+        layer_plots.histogram(ax, *histogram, bins)
     return axes
 
 
@@ -327,8 +401,24 @@ def plot_histograms(
 def figure(ncols: int = 1, nrows: int = 1, *, width: float = 6.0,
            height: float = 4.0) -> tuple[Figure, list[Axes]]:
     """A new figure with panels of `width` by `height` inches: `(fig, axes)`, `axes` a list, row by row."""
-    fig, axes = plt.subplots(nrows, ncols, figsize=(width * ncols, height * nrows), squeeze=False, layout="constrained")
+    with plt.rc_context({"figure.max_open_warning": 0}):        # a deep network has many pages
+        fig, axes = plt.subplots(nrows, ncols, figsize=(width * ncols, height * nrows), squeeze=False,
+                                 layout="constrained")
     return fig, list(axes.flat)
+
+
+def pages(axes: Axes | Iterable[Axes]) -> list[Figure | SubFigure]:
+    """The figures that `axes` are on, in their order: one, or several of what takes more than `PAGE` panels."""
+    return list(dict.fromkeys(ax.figure for ax in listify(axes)))
+
+
+def save_pages(axes: Axes | Iterable[Axes], path: str | Path) -> list[Path]:
+    """Write every figure that `axes` are on and close it: to `path`, or of several to `path` with -1, -2 and so on."""
+    path, found = Path(path), pages(axes)
+    paths = [path] if len(found) == 1 else [path.with_name(f"{path.stem}-{i + 1}{path.suffix}")
+                                            for i in range(len(found))]
+    for fig, at in zip(found, paths, strict=True): save(fig, at)
+    return paths
 
 
 def save(fig: Figure | SubFigure, path: str | Path) -> None:

@@ -3,8 +3,9 @@
 `runner.insight.probe` is what they share, `runner.insight.describe` what is measured of a tensor.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +14,14 @@ from torch.utils.hooks import RemovableHandle
 
 from runner.batches import first_tensor
 from runner.insight.describe import Limits, describe
+from runner.insight.layers import norm_layers
 from runner.insight.probe import Probe
 from runner.ranks import Ranks
 
 if TYPE_CHECKING:
     from runner.insight.plots import Axes
+
+KINDS = "weights", "biases", "norms"        # of parameters, each a panel of its own
 
 
 class Described(Probe):
@@ -37,6 +41,8 @@ class Described(Probe):
     """
 
     near: float = 1e-3
+    yscale = "linear"           # of `plot`
+    titles: Mapping[str, str] = MappingProxyType({})        # what pictures call a path, where that is not the path
 
     def __init__(self, which: Any = None, *, near: float | None = None, bins: int = 40,
                  limits: Limits | float = "symmetric", sample: int | None = 2**14, **kwargs: Any) -> None:
@@ -67,23 +73,31 @@ class Described(Probe):
     def describe(self, x: Tensor) -> list[float] | Tensor:
         return describe(x, self.near, self.bins, self.limits, self.sample)
 
+    def _title(self, path: str) -> str: return self.titles.get(path, path)
+
     def plot(self, axes: "Axes | Iterable[Axes] | None" = None, first: int = 10, phase: str = "train") -> "list[Axes]":
-        """Means and standard deviations over the first `first` steps and over all; returns the four axes."""
+        """Means and standard deviations over the first `first` steps and over all; returns the four axes.
+
+        Those of gradients are on logarithmic axes, see `plots.plot_means_stds`.
+        """
         from runner.insight import plots
-        return plots.plot_means_stds({path: self.series(path, "mean", "std", phase=phase) for path in self.paths}, axes,
-                                     first=first)
+        return plots.plot_means_stds({self._title(path): self.series(path, "mean", "std", phase=phase)
+                                      for path in self.paths}, axes, first=first, yscale=self.yscale)
 
     def plot_histograms(self, axes: "Axes | Iterable[Axes] | None" = None, phase: str = "train") -> "list[Axes]":
-        """The histogram over time, a heat map for each path; returns the axes."""
+        """The histogram over time, a heat map for each path; returns the axes, of many on several figures.
+
+        `plots.save_pages(axes, path)` writes them all.
+        """
         from runner.insight import plots
-        return plots.plot_histograms({path: self.series(path, "low", "high", "hist", phase=phase)
+        return plots.plot_histograms({self._title(path): self.series(path, "low", "high", "hist", phase=phase)
                                       for path in self.paths}, axes)
 
     def plot_near_zero(self, ax: "Axes | None" = None, phase: str = "train") -> "Axes":
         """The share near zero over time, a line for each path; returns the axes."""
         from runner.insight import plots
-        return plots.plot_shares({path: self.series(path, "near_zero", phase=phase) for path in self.paths}, ax,
-                                 ylabel=f"share with |x| of at most {self.near:.2g}")
+        return plots.plot_shares({self._title(path): self.series(path, "near_zero", phase=phase)
+                                  for path in self.paths}, ax, ylabel=f"share with |x| of at most {self.near:.2g}")
 
 
 class ActivationStats(Described):
@@ -122,7 +136,7 @@ class GradientStats(ActivationStats):
     the backward pass starts from, as `MixedPrecision` scales it and `GradientAccumulation` divides it.
     """
 
-    near, possible = 2 ** -24, ("train",)
+    near, possible, yscale = 2 ** -24, ("train",), "log"
 
     def tap(self, path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         x = first_tensor(output)
@@ -141,7 +155,9 @@ class ParameterStats(Described):
     that is unfrozen in mid-fit is looked at from the start of the next epoch.
     """
 
-    near, possible, kind = GradientStats.near, ("train",), "parameter"
+    near, possible, kind, yscale = GradientStats.near, ("train",), "parameter", "log"
+    kinds: Mapping[str, str] = MappingProxyType({})         # {name: "weights", "biases" or "norms"}
+    _saved = *Described._saved, "kinds"
 
     def _seen(self, ranks: Ranks) -> str: return "all images"       # gradients are the mean over all processes
 
@@ -151,6 +167,7 @@ class ParameterStats(Described):
     def begin_fit(self) -> None:
         super().begin_fit()
         self._before: dict[str, tuple[Tensor, list[float] | Tensor]] = {}
+        self.kinds = kinds_of(self.model)
 
     def begin_epoch(self) -> None:
         super().begin_epoch()
@@ -187,3 +204,27 @@ class ParameterStats(Described):
         """The ratio of update to weight over time, a line for each parameter; returns the axes."""
         from runner.insight import plots
         return plots.plot_update_ratios({path: self.series(path, "ratio") for path in self.paths}, ax)
+
+    def plot_kinds(self, name: str = "ratio", axes: "Axes | Iterable[Axes] | None" = None) -> "list[Axes]":
+        """One number over time, logarithmic: a panel for the weights, one for the biases and one for the norms.
+
+        `name` is "ratio" (update to weight), "update", "weight", "std" (of the gradients) or another of a row. Only the
+        kinds that were looked at have a panel. Returns the axes.
+        """
+        from runner.insight import plots
+        words = {"ratio": "update / weight", "update": "size of the update", "weight": "size of the parameter",
+                 "std": "std of the gradient"}
+        kinds: dict[str, dict[str, tuple[list[int], list[Any]]]] = {}
+        for kind in KINDS:
+            found = {path: self.series(path, name) for path in self.paths if self.kinds.get(path, KINDS[0]) == kind}
+            if found: kinds[kind] = found
+        return plots.plot_kinds(kinds, axes, ylabel=words.get(name, name),
+                                guide=(1e-3, "rule of thumb, 1e-3") if name == "ratio" else None)
+
+
+def kinds_of(model: nn.Module) -> dict[str, str]:
+    """Of each parameter of `model` by its name: "norms" if a norm layer has it, else "biases" or "weights"."""
+    model = getattr(model, "_orig_mod", model)
+    within = {id(p) for m in norm_layers(model)[0] for p in m.parameters()}
+    return {name: KINDS[2] if id(p) in within else KINDS[1] if name.rsplit(".", 1)[-1].startswith("bias") else KINDS[0]
+            for name, p in model.named_parameters()}
