@@ -16,7 +16,7 @@ from experiments.errors import REPORTED, InputError, WriteError
 from experiments.figures import Data
 from experiments.image_data import ImageData
 from experiments.images import keep_loaded
-from experiments.results import Row, Summary, Table, Trained
+from experiments.results import Row, SeedCurves, Summary, Table, Trained
 from experiments.run_folder import BEFORE, CHECKPOINTS, FREE, STUDY, RunFolder, checkpoint_folder
 from experiments.settings import ImageSettings, ImageStudySettings, Settings, StudySettings
 from experiments.study import Grid, Study
@@ -93,11 +93,12 @@ def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid | 
             that chooses it: it gets a function `run(grid)` that runs such a grid as a study in the folder `before/`,
             with the same settings, and gives its rows. They are in the summary too, as `before`.
         train_arm, train_arms: functions of a module, which worker processes find by their names: see `TrainArm`.
-            `train_arms` is needed where points are together. The curves of each arm's first seed are kept.
+            `train_arms` is needed where points are together. The curves of each arm's first seed are kept in the
+            folder; those of all are drawn.
         header: the lines above the first arm.
         judge: `f(rows, data's name, size of the training set)` says whether the rows are the published ones.
         table: `f(summary)` makes the header and the lines of a table out of what `summary.json` holds.
-        draw: `f(rows, curves, path)` draws the picture.
+        draw: `f(rows, curves, path)` draws the picture; `curves` are `SeedCurves`.
         published: the published figures, for the record.
         said: `f(row)` gives what is said of an arm that has ended, beside its figures.
         complete: called with what all arms gave, before they are judged: it may add to their rows and curves.
@@ -183,7 +184,8 @@ def _run_in(folder: RunFolder, experiment: str, config: StudySettings, data: Dat
 
     def record(found: list[Trained[Any]]) -> tuple[Summary, dict[str, Any]]:
         rows = [row for _, row, _ in found]
-        curves = {row[key]: curve for _, row, curve in found if row["seed"] == first[row[key]]}
+        curves = SeedCurves({row[key]: curve for _, row, curve in found if row["seed"] == first[row[key]]})
+        for _, row, curve in found: curves.every.setdefault(row[key], []).append(curve)
         lost = [row for row in study.rows() if row["status"] != "ok"]
         if len(rows) == len(arms): verdict = judge(rows, data.name, len(data.train))
         else:

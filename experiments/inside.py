@@ -23,6 +23,7 @@ from experiments.image_data import ImageData
 from experiments.models import CHANNELS, get_runner
 from experiments.published.small_batch import NORMS, build
 from experiments.report import Report
+from experiments.report_columns import GAP_COLUMNS, NETWORK_COLUMNS, PREFLIGHT_COLUMNS, described
 from experiments.results import Row, versions
 from experiments.run_folder import RunFolder
 from experiments.spoken import fits
@@ -137,11 +138,12 @@ class Look:
         self.gap: str | None = None             # why modes part
 
     def picture(self, name: str, drawn: "Axes | list[Axes]", caption: str) -> None:
-        """Save the figure of the axes `drawn` as `name`.png and show it."""
+        """Save the figures of the axes `drawn` as `name`.png, or of several as `name`-1.png and so on, and show them.
+        """
         from runner import plots
-        with self.folder.new_files() as new:
-            plots.save((drawn[0] if isinstance(drawn, list) else drawn).figure, new / f"{name}.png")
-        self.report.picture(self.folder.path / f"{name}.png", caption)
+        with self.folder.new_files() as new: names = [p.name for p in plots.save_pages(drawn, new / f"{name}.png")]
+        for i, made in enumerate(names):
+            self.report.picture(self.folder.path / made, caption + f" Page {i + 1} of {len(names)}." * (len(names) > 1))
 
     def csv(self, rows: Rows, name: str) -> None:
         """Write `rows` as `name`.csv."""
@@ -161,12 +163,15 @@ class Look:
         data, model = self.data(), build(self.config.norm, self.seed, self.images.c)
         found = preflight(model, data.train_dl, tfm=self.view)
         print(f"\n{found}\n", flush=True)
+        self.report.section("The network").table(
+            ["path", "module"], [[path, described(m)] for path, m in model.named_modules() if path],
+            "The names that all pictures and tables use.", words=(0, 1), explained=NETWORK_COLUMNS)
         self.report.section("Before training: what each statistic rests on")
         if found.findings:
             self.report.table(["", "layer", "norm", "images", "map", "values per statistic", "what follows"], [
                 [f.level, f.path, f.module, f.batch, "x".join(map(str, f.map)), f.values, f.text]
                 for f in found.findings], words=(0, 1, 2, 6),
-                warn=[i for i, f in enumerate(found.findings) if f.level != "ok"])
+                warn=[i for i, f in enumerate(found.findings) if f.level != "ok"], explained=PREFLIGHT_COLUMNS)
         else: self.report.text("The network has no norm layer.")
 
         finder = LR_Find(max(2, min(SEARCH_STEPS, self.config.steps)))
@@ -186,13 +191,13 @@ class Look:
         """Train every seed, the first under observation; losses and rates."""
         config, every = self.config, self.config.every
         self.activations, self.gradients = ActivationStats(every=every), GradientStats(every=every)
-        self.parameters = ParameterStats("*.weight", every=every)
+        self.parameters = ParameterStats(every=every)
         self.norms = NormStats(every=every) if NORMS[config.norm] else None
         self.guard = TerminateOnNonFinite(self.folder.path / "diverged.pt")
         looking = [cb for cb in (self.activations, self.gradients, self.parameters, self.norms, self.guard) if cb]
         self.rows: list[Row] = []
         metrics: list[Row] = []
-        curves: dict[str, tuple[Sequence[int], list[float]]] = {}
+        curves: list[tuple[Sequence[int], list[float]]] = []
         for seed in config.seeds:
             model = build(config.norm, seed, self.images.c)
             row = {"norm": config.norm, "batch_size": config.batch_size, "lr": config.lr, "epochs": self.epochs,
@@ -203,8 +208,11 @@ class Look:
             metrics += epochs
             self.folder.write_metrics(metrics)
             self.rows.append(row)
-            curves[f"seed {seed}"] = range(len(losses)), losses
-            if seed == self.seed: self.model, self.history = model, epochs
+            curves.append((range(len(losses)), losses))
+            if seed == self.seed:
+                self.model, self.history = model, epochs
+                titles = {path: f"{path} {described(m)}" for path, m in model.named_modules()}
+                self.activations.titles = self.gradients.titles = titles
         self.run = self.activations.run
         self.csv(self.run.recorder.rows, "losses")
         first = self.rows[0]
@@ -227,8 +235,10 @@ class Look:
                      "epoch's end, and the learning rate.")
         if len(curves) > 1:
             width = max(1, len(recorder.losses) // 25)
-            self.picture("seeds", plots.plot_runs(curves, smooth=width, ylabel=f"training loss, mean of {width}"),
-                         "The training loss from other seeds: other weights, another order of the images.")
+            self.picture("seeds", plots.plot_runs({config.norm: curves}, smooth=width,
+                                                  ylabel=f"training loss, mean of {width}"),
+                         "The training loss of every seed, faint, and their mean: other weights, another order of the "
+                         "images.")
 
     def inside(self) -> None:
         """Activations, gradients, updates, norms."""
@@ -247,12 +257,15 @@ class Look:
                      "units that say nothing, whatever their sign.")
         self.report.section("Gradients and updates")
         self.picture("gradients", self.gradients.plot(), "Mean and standard deviation of the loss's gradient with "
-                     "respect to what each layer puts out.")
+                     "respect to what each layer puts out, on logarithmic axes; that of the means has both signs and "
+                     "is linear around 0.")
         self.picture("gradient_histograms", self.gradients.plot_histograms(), "How these gradients are distributed, "
                      "over time; triangles mark steps that reach beyond the picture.")
-        self.picture("updates", self.parameters.plot_ratios(), "How far a step moves each weight, relative to its size "
-                     "(norms; log10). A rule of thumb wants about -3.")
+        self.picture("updates", self.parameters.plot_kinds(), "How far a step moves each parameter, relative to its "
+                     "size (norms, logarithmic). A rule of thumb wants about 1e-3. A bias that was 0 has no size: the "
+                     "ratio is infinite, a triangle at the upper edge; of one that stands still it is 0, at the lower.")
         for path in self.parameters.paths:
+            if not path.endswith(".weight"): continue
             _, ratios = self.parameters.series(path, "ratio")
             if ratios: self.updates[path] = statistics.median(ratios[len(ratios) // 2:])
         stats = {"activations": self.activations, "gradients": self.gradients, "parameters": self.parameters}
@@ -272,12 +285,13 @@ class Look:
         if all("running_var" in norms.layouts[path] for path in norms.paths):
             for what, words in (("mean", "means"), ("var", "variances")):
                 self.picture(f"norm_{words}", norms.plot(what), f"The batches' {words} and the running ones, which "
-                             "evaluation uses, over the channels: median and the band from 10 to 90 %.")
+                             "evaluation uses, over the channels: median and the band from 10 to 90 %" + (
+                             ", and the least channel, all logarithmic: where the running variance of a channel falls "
+                             "far below the batch's, evaluation blows it up." if what == "var" else "."))
         scales = {path: norms.series(path, "scale") for path in norms.paths}
         medians = {path: (steps, [statistics.median(map(abs, v)) for v in values])
                    for path, (steps, values) in scales.items()}
-        self.picture("norm_scales", plots.plot_lines(medians, yscale="log", xlabel="step",
-                                                     ylabel="median of |weight / std|", ordered=True),
+        self.picture("norm_scales", plots.plot_layers(medians, ylabel="median of |weight / std|"),
                      "What each norm multiplies its input by, weight / std: the median over its channels.")
         clamped = {path: norms.series(path, "clamped") for path in norms.paths if "clamped" in norms.layouts[path]}
         if clamped:
@@ -300,7 +314,7 @@ class Look:
         self.report.text(f"The same {len(xb)} validation images in both modes, in training mode in batches of "
                          f"{self.config.batch_size}. {gap.cause}")
         header, rows = gap.table()
-        self.report.table(header, rows, words=(0,))
+        self.report.table(header, rows, words=(0,), explained=GAP_COLUMNS)
 
     def loop(self) -> None:
         """Who answered which event."""

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
@@ -18,6 +18,14 @@ Row = dict[str, Any]                            # figures by name, as JSON takes
 # What training gives: rows per epoch, final row, and a curve such as the losses, which JSON takes.
 Trained = tuple[list[Row], Row, Curve]
 Table = tuple[list[str], list[list[str]]]       # header and lines
+
+
+class SeedCurves(dict[str, Any]):
+    """The curve of each arm's first seed by the arm's name, and in `every` those of all its seeds, in their order."""
+
+    def __init__(self, first: Mapping[str, Any] | None = None) -> None:
+        super().__init__(first or {})
+        self.every: dict[str, list[Any]] = {}
 
 
 class Recorded(TypedDict):

@@ -24,7 +24,6 @@ often the two were combined for each norm, and with what: `TRIED`.
 
 import argparse
 import statistics
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from experiments.figures import by_arm, finite, heading, plural, seeds_and_devic
 from experiments.image_data import ImageData
 from experiments.images import images_of, load_images
 from experiments.models import CHANNELS
+from experiments.pictures import draw_accuracies
 from experiments.results import Row, Summary, Table, Trained
 from experiments.settings import ImageStudySettings, add_choice, add_image_arguments, choose, from_args, positive
 from experiments.study import Grid, grid
@@ -170,9 +170,9 @@ def draw(rows: list[Row], curves: Mapping[str, None], path: Path) -> None:
     from runner import plots
     kind = "test" if "test_accuracy" in rows[0] else "valid"
     arms = by_arm(rows)
-    fig, (ax,) = plots.figure(1, width=9, height=1.2 + 0.6 * len(arms))
-    plots.plot_groups({textwrap.fill(name, 56): [r[f"{kind}_accuracy"] for r in arm] for name, arm in arms.items()}, ax,
-                      xlabel=f"{'test' if kind == 'test' else 'validation'} accuracy after one epoch, bar: mean")
+    fig, axes = plots.figure(2, width=6.5, height=1.6 + 0.6 * len(arms))
+    draw_accuracies(arms, lambda r: r[f"{kind}_accuracy"], *axes,
+                    what=f"{'test' if kind == 'test' else 'validation'} accuracy after one epoch, dots: seeds")
     plots.save(fig, path)
 
 

@@ -141,8 +141,9 @@ def draw(rows: list[Row], curves: dict[str, None], path: Path) -> None:
     from runner import plots
     fig, (left, right) = plots.figure(2, width=6.3, height=3.8)
     arms = by_arm(rows)
-    plots.plot_lines({a: (range(1, len(course(rs)) + 1), course(rs)) for a, rs in arms.items()}, left, xlabel="epoch",
-                     ylabel=f"validation accuracy, mean of {plural(len({r['seed'] for r in rows}), 'seed')}")
+    plots.plot_runs({a: [(range(1, len(r["valid_accuracies"]) + 1), [*map(finite, r["valid_accuracies"])]) for r in rs]
+                     for a, rs in arms.items()}, left, xlabel="epoch", ylabel="validation accuracy",
+                    title=f"every seed, and the mean of {plural(len({r['seed'] for r in rows}), 'seed')}")
     groups = {f"{p}, {a}": [v for r in rs for v in r[p]] for p in PUBLISHED for a, rs in arms.items() if a != "none"}
     if groups: plots.plot_groups(groups, right, reference={g: PUBLISHED[g.split(",")[0]] for g in groups},
                                  reference_label="published range", xlabel="the first norm's, from gamma 1 and beta 0")

@@ -151,8 +151,8 @@ def draw(rows: Sequence[Row], curves: Mapping[str, LessonCurves], images: ImageD
     from runner import plots
     runs.picture(RUNS, rows, curves, images, path)
     if HOOKED not in curves: return
-    series = {layer: (range(len(means)), means, stds) for layer, (means, stds) in
-              curves[HOOKED]["activations"].items()}
+    series = {f"{i} conv layer": (range(len(means)), means, stds) for i, (means, stds) in
+              enumerate(curves[HOOKED]["activations"].values())}         # by their paths in the network
     plots.save(plots.plot_means_stds(series)[0].figure, path.with_name("lesson_activations.png"))
 
 

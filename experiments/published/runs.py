@@ -13,6 +13,7 @@ from experiments.data import TRAIN_IMAGES
 from experiments.errors import InputError
 from experiments.figures import by_arm, course, finite, heading, plural, seeds_and_device, statuses
 from experiments.image_data import ImageData
+from experiments.pictures import draw_accuracies, draw_losses, seeds_of
 from experiments.published.criterion import FAILED, least_median
 from experiments.results import Row, Summary, Table, Trained
 from experiments.settings import ImageStudySettings, choose
@@ -162,20 +163,16 @@ def header(images: ImageData, config: RunSettings, network: str) -> str:
 
 def picture(runs: Mapping[str, Run], rows: Sequence[Row], curves: Mapping[str, Curves], images: ImageData,
             path: Path) -> None:
-    """Draw the last accuracy of every run and seed, beside the training losses of the first seed."""
+    """Draw the accuracy of every run and seed that is judged, beside the training losses if there are any."""
     from runner import plots
-    arms = by_arm(rows)
-    fig, (left, right) = plots.figure(2, width=6.0, height=1.6 + 0.3 * len(arms))
+    arms, losses = by_arm(rows), seeds_of(curves, "losses")
+    fig, axes = plots.figure(2 + bool(losses), width=5.2, height=max(3.0, 1.6 + 0.34 * len(arms)))
     whole = images.name == "MNIST" and len(images.train) == TRAIN_IMAGES
-    plots.plot_groups({name: [judged(runs[name], r["valid_accuracies"]) for r in rs] for name, rs in arms.items()},
-                      left, reference={name: list(runs[name].published[-1:]) for name in arms} if whole else None,
-                      xlabel=f"validation accuracy, {plural(max(map(len, arms.values())), 'seed')}, bar: mean",
-                      title=images.name)
-    left.set_xlim(0, 1)
-    losses = {name: curves[name]["losses"] for name in arms if curves[name]["losses"][1]}
-    plots.plot_lines(losses, right, yscale="log", xlabel="training step", title=f"seed {rows[0]['seed']}",
-                     ylabel="training loss, means of 2 %")
-    # Chance is a loss of 2.3. A run on its way to infinity would press all the others flat.
-    low = min((y for _, ys in losses.values() for y in ys if 0 < y < 10), default=1)
-    right.set(xscale="log", ylim=(low / 1.5, 10))
+    draw_accuracies(arms, lambda r: judged(runs[r["arm"]], r["valid_accuracies"]), axes[0], axes[1],
+                    middle={name: runs[name].average for name in arms}, title=images.name,
+                    reference={name: list(runs[name].published[-1:]) for name in arms} if whole else None,
+                    what=f"validation accuracy, {plural(max(map(len, arms.values())), 'seed')}")
+    if losses:
+        draw_losses(losses, axes[2], "training loss, means of 2 %")
+        axes[2].set_xscale("log")
     plots.save(fig, path)

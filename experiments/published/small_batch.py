@@ -9,7 +9,6 @@ makes them about +1 and -1 whatever they were; the running statistics used in ev
 """
 
 import argparse
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,7 +23,8 @@ from experiments.figures import MEASURED, by_arm, heading, measured, plural, see
 from experiments.image_data import ImageData
 from experiments.images import images_of, load_images
 from experiments.models import CHANNELS, NormFactory, conv_layer, get_cnn_model, init_alike
-from experiments.published.criterion import PUBLISHED, comparable, judge
+from experiments.pictures import draw_accuracies, draw_losses, seeds_of
+from experiments.published.criterion import MIDDLES, PUBLISHED, comparable, judge
 from experiments.results import Row, Summary, Table, Trained
 from experiments.settings import (
     ImageStudySettings,
@@ -185,23 +185,20 @@ def table(summary: Summary) -> Table:
 
 def draw(rows: Sequence[Row], curves: Mapping[str, Windows], images: ImageData,
          config: Config, path: Path) -> None:
-    """The picture: validation accuracy per arm and seed beside the training loss of the first seed.
+    """The picture: validation accuracy per arm and seed beside the training losses.
 
-    `curves` maps each norm to `(steps, losses)`, as in `curves.json`.
+    `curves` maps each norm to `(steps, losses)`, as in `curves.json`; without any, the accuracies are the picture.
     """
     from runner import plots
-    fig, (left, right) = plots.figure(2, width=6.5, height=4.2)
-    groups = {norm: [r["valid_accuracy"] for r in rows if r["norm"] == norm] for norm in curves}
+    losses = seeds_of(curves)
+    fig, axes = plots.figure(2 + bool(losses), width=5.2, height=4.4)
+    arms = {norm: [r for r in rows if r["norm"] == norm] for norm in curves or by_arm(rows, "norm")}
     as_published = comparable(rows) and len(images.train) == TRAIN_IMAGES
-    plots.plot_groups(groups, left, reference=PUBLISHED if as_published else None,
-                      xlabel=f"validation accuracy after {plural(rows[0]['epochs'], 'epoch')}, dots: seeds, bar: mean",
-                      title=f"batch size {config.batch_size}, lr {config.lr}, {images.name}")
-    left.set_xlim(0, 1)
-    plots.plot_lines({norm + ("" if math.isfinite(ys[-1]) else " (diverged)"): (xs, ys)
-                      for norm, (xs, ys) in curves.items() if ys}, right, yscale="log", xlabel="training step",
-                     ylabel="training loss, mean of 1 % of the steps", title=f"seed {config.seeds[0]}")
-    # Chance is a loss of 2.3. A run on its way to infinity would press all the others flat.
-    right.set_ylim(top=min(right.get_ylim()[1], 10))
+    draw_accuracies(arms, lambda r: r["valid_accuracy"], axes[0], axes[1], middle=MIDDLES,
+                    reference=PUBLISHED if as_published else None,
+                    title=f"batch size {config.batch_size}, lr {config.lr}, {images.name}",
+                    what=f"validation accuracy after {plural(rows[0]['epochs'], 'epoch')}, dots: seeds")
+    if losses: draw_losses(losses, axes[2], "training loss, mean of 1 % of the steps")
     plots.save(fig, path)
 
 

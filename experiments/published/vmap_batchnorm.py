@@ -27,6 +27,7 @@ from experiments.data import TRAIN_IMAGES
 from experiments.figures import MEASURED, by_arm, heading, mean, measured, plural, seeds_and_device
 from experiments.image_data import ImageData
 from experiments.images import images_of, load_images
+from experiments.pictures import seeds_of
 from experiments.results import Row, Summary, Table, Trained
 from experiments.settings import ImageStudySettings, add_image_arguments, from_args, positive
 from experiments.study import grid
@@ -256,12 +257,14 @@ def draw(rows: list[Row], curves: dict[str, dict[str, list[float]]], path: Path)
     """The picture: accuracy against step for the three arms, and how far rounding parts the two that are one."""
     from runner import plots
     fig, (left, right) = plots.figure(2, width=6, height=3.8)
-    plots.plot_lines({arm: (range(EVERY, EVERY * len(c["accuracy"]) + 1, EVERY), c["accuracy"])
-                      for arm, c in curves.items()}, left, xlabel="training step", ylabel="validation accuracy",
-                     title=f"seed {rows[0]['seed']}")
-    apart = curves.get("per-example", {}).get("difference", [])
-    plots.plot_line([d or math.nan for d in apart], ax=right, yscale="log", xlabel="training step",
-                    ylabel="|loss of per-example - loss of vanilla|")
+    accuracies = seeds_of(curves, "accuracy", [])
+    plots.plot_runs({arm: [(range(EVERY, EVERY * len(a) + 1, EVERY), a) for a in seeds]
+                     for arm, seeds in accuracies.items()}, left, xlabel="training step", ylabel="validation accuracy",
+                    title="every seed, and the arm's mean" if max(map(len, accuracies.values())) > 1 else "one seed")
+    apart = seeds_of(curves, "difference", []).get("per-example", [])
+    plots.plot_runs({"difference": [(range(len(d)), d) for d in apart]} if any(apart) else {}, right, yscale="log",
+                    xlabel="training step", ylabel="|loss of per-example - loss of vanilla|",
+                    title="vanilla against per-example: rounding")
     plots.save(fig, path)
 
 
