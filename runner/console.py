@@ -17,10 +17,17 @@ def columns() -> int | None:
     Lines that go elsewhere than to a terminal are wrapped only for less than 80 columns: a log has a line an epoch.
     """
     told, terminal = os.environ.get("COLUMNS", ""), is_terminal()
-    if told.isdecimal() and int(told): return int(told) if terminal or int(told) < 80 else None
+    if told.isdecimal() and len(told) < 6 and int(told): return int(told) if terminal or int(told) < 80 else None
     if not terminal: return None
     try: return os.get_terminal_size(sys.stdout.fileno()).columns or None
     except (AttributeError, ValueError, OSError): return None
+
+
+def encodes(text: str) -> bool:
+    """Whether standard output has the letters of `text`."""
+    try: text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError): return False
+    return True
 
 
 def say(text: str) -> None:

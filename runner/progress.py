@@ -5,7 +5,7 @@ import time
 from functools import partial
 from typing import Any
 
-from runner.console import columns, fitted, is_terminal, say
+from runner.console import columns, encodes, fitted, is_terminal, say
 from runner.events import Callback
 
 
@@ -168,7 +168,7 @@ def _draw(bar: Any, val: int, text: str) -> None:
     if not bar.display: return
     width = min(columns() or 100, 160) - 1      # in the last column some terminals begin a new line
     share = val / bar.total if bar.total else 0.0
-    line = "\r" + bar_line(bar.prefix, text, min(share, 1.0), width, bar.fill)
+    line = "\r" + bar_line(bar.prefix, text, min(share, 1.0), width, bar.fill if encodes(bar.fill) else "#")
     # A line shorter than the one before would leave its end standing.
     line, bar.max_len = line.ljust(min(bar.max_len, width + 1)), max(len(line), bar.max_len)
     print(line, end="", flush=True)

@@ -19,6 +19,8 @@ import pytest
 from experiments import EXPERIMENTS, TOOLS, data, spoken
 from experiments.__main__ import main, parser
 from experiments.study.display import Display
+from runner import console
+from runner.compiled import CompileError
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = EXPERIMENTS | TOOLS
@@ -216,6 +218,15 @@ def test_letters_that_the_terminal_lacks_a_full_disk_and_no_output_are_no_traceb
     assert said[3][1] == ""
 
 
+def test_a_width_that_is_none_and_letters_that_are_not_there(monkeypatch):
+    for told in ("9" * 5000, "-1", "x", "0", ""):
+        monkeypatch.setenv("COLUMNS", told)
+        assert console.columns() is None
+    for encoding, has in (("utf-8", True), ("ascii", False), ("cp437", True), ("latin-1", False), (None, True)):
+        monkeypatch.setattr(sys, "stdout", argparse.Namespace(encoding=encoding))
+        assert console.encodes("█") is has
+
+
 def test_a_reader_who_leaves_while_a_study_waits_is_no_traceback(monkeypatch, capsys):
     class Gone:
         def write(self, text): raise BrokenPipeError
@@ -339,3 +350,12 @@ def test_summaries_with_anything_missing_or_changed_are_refused_or_shown(tmp_pat
         except Exception as e: pytest.fail(f"{i}: {type(e).__name__}: {e}")
         out, err = capsys.readouterr()
         assert (status, bool(out), err.count("\n")) in ((0, True, 0), (2, False, 1)), i
+
+
+def test_a_part_of_the_bench_that_lacks_its_compiler_is_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.undo()
+
+    def rows(config): raise CompileError("no C++ compiler was found")
+    monkeypatch.setattr("experiments.bench.compiled.rows", rows)
+    err = one_line(["bench", "compiled", "--out", str(tmp_path / "run")], capsys)
+    assert err == "error: the part compiled can't be timed: no C++ compiler was found; time other parts alone\n"

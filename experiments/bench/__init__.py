@@ -10,6 +10,7 @@ import importlib
 import math
 import os
 import platform
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,12 @@ from typing import Any
 import torch
 
 from experiments.data import pick_data
-from experiments.errors import pick
+from experiments.errors import InputError, pick
 from experiments.results import Row, Table, markdown_table, text_table, versions
 from experiments.run_folder import RunFolder
 from experiments.settings import positive
 from norms.kernels import AVAILABLE
+from runner.compiled import CompileError
 
 # part: (module, what it compares)
 PARTS = {
@@ -117,7 +119,10 @@ def _timed(config: Config, folder: RunFolder) -> list[Row]:
     for part in config.parts:
         module = importlib.import_module(PARTS[part][0])
         print(f"\n{part}: {PARTS[part][1]}, at most {config.repetitions} repetitions", flush=True)
-        found = module.rows(config)
+        try: found = module.rows(config)
+        except (CompileError, subprocess.CalledProcessError) as e:
+            others = " ".join(p for p in config.parts if p != part) or "other parts"
+            raise InputError(f"the part {part} can't be timed: {e}; time {others} alone") from e
         rows += found
         print(text_table(*table(found)), flush=True)
         folder.write_json("summary.json", {"machine": machine(), "versions": versions(), "rows": rows})
