@@ -15,9 +15,9 @@ import sys
 import tarfile
 import zipfile
 from email import message_from_bytes
+from functools import partial
 from importlib.util import spec_from_file_location
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
@@ -31,8 +31,6 @@ from norms.fast import kernels
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("experiments", "nbdev_style", "norms", "runner")
-
-FONTS = TemporaryDirectory()        # what matplotlib finds of them, which takes a while: once for all processes here
 
 # `pdoc -d google -o reference` and these: what people import from.
 REFERENCE = ("norms", "norms.rivals", "norms.testing", "runner", "runner.insight", "experiments.data",
@@ -50,8 +48,7 @@ def project_files():
 
 def run(*args, cwd, **env):
     """A process of its own, in which nothing leads to this checkout."""
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")} | {
-        "MPLCONFIGDIR": FONTS.name} | env
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")} | env
     return subprocess.run([*map(str, args)], cwd=cwd, env=env, capture_output=True, text=True)
 
 
@@ -88,7 +85,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory):
-    """A new environment with the wheel installed: its `python`, its `scripts` and its `site`-packages."""
+    """A new environment with the wheel installed: its `python`, `scripts` and `site`-packages, and `run` for these."""
     pytest.importorskip("pip")
     home = tmp_path_factory.mktemp("environment")
     done = run(sys.executable, "-m", "venv", "--without-pip", home, cwd=home)
@@ -100,7 +97,9 @@ def installed(built, tmp_path_factory):
     done = run(python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--ignore-installed", "--no-compile",
                "--disable-pip-version-check", built.wheel, cwd=home)
     assert done.returncode == 0, done.stderr
-    return SimpleNamespace(python=python, scripts=home / "bin", site=site)
+    # Which fonts there are takes matplotlib a while to find: once for all processes.
+    ours = partial(run, MPLCONFIGDIR=str(tmp_path_factory.mktemp("fonts")))
+    return SimpleNamespace(python=python, scripts=home / "bin", site=site, run=ours)
 
 
 def write(folder, *names, text="raise RuntimeError('this is mine')\n"):
@@ -163,8 +162,8 @@ def test_tests_are_collected_from_the_sdist(built, installed):
     for file in sorted((built.root / "tests").glob("test_*.py"), key=lambda file: file.stat().st_size):
         if new := set(needs.findall(file.read_text())) - found: found, files = found | new, [*files, file]
     assert len(found) == 5
-    done = run(installed.python, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *files,
-               cwd=built.root)
+    done = installed.run(installed.python, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *files,
+                         cwd=built.root)
     assert done.returncode == 0, done.stdout
     assert {line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("tests/")} == {
         f"tests/{file.name}" for file in files}
@@ -172,8 +171,8 @@ def test_tests_are_collected_from_the_sdist(built, installed):
 
 def test_the_installed_command_runs_the_main_job_beside_files_of_the_packages_names(installed, tmp_path):
     write(tmp_path, "runner.py", "norms/__init__.py", "experiments/__init__.py", "experiments/data.py")
-    done = run(installed.scripts / "runnernorms", "small-batch", "--data", "digits", "--limit", "16", "--epochs", "1",
-               "--seeds", "1", "--norms", "RunningBatchNorm", "--out", "out", cwd=tmp_path)
+    done = installed.run(installed.scripts / "runnernorms", "small-batch", "--data", "digits", "--limit", "16",
+                         "--epochs", "1", "--seeds", "1", "--norms", "RunningBatchNorm", "--out", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [row["norm"] for row in summary["rows"]] == ["RunningBatchNorm"]
@@ -182,8 +181,8 @@ def test_the_installed_command_runs_the_main_job_beside_files_of_the_packages_na
 
 
 def test_the_command_says_its_own_name(installed, tmp_path):
-    texts = [run(*start, cwd=tmp_path) for start in ([installed.scripts / "runnernorms"],
-                                                     [installed.python, "-m", "experiments"])]
+    starts = [installed.scripts / "runnernorms"], [installed.python, "-m", "experiments"]
+    texts = [installed.run(*start, cwd=tmp_path) for start in starts]
     assert [done.returncode for done in texts] == [0, 0]
     assert texts[0].stdout == texts[1].stdout.replace("python -m experiments", "runnernorms") != texts[1].stdout
 
@@ -195,7 +194,7 @@ def test_the_command_says_its_own_name(installed, tmp_path):
 @pytest.mark.parametrize("module", ["experiments", "nbdev_style"])
 def test_a_file_in_the_way_is_named(module, names, text, installed, tmp_path):
     write(tmp_path, *names, text=text)
-    done = run(installed.python, "-m", module, "small-batch", cwd=tmp_path)
+    done = installed.run(installed.python, "-m", module, "small-batch", cwd=tmp_path)
     file = tmp_path / next(name for name in sorted(names) if not name.endswith(".txt")).removesuffix("/__init__.py")
     name = file.stem
     mend = {"experiments": "Rename it, start from another folder, or use `runnernorms`, which doesn't look into the "
@@ -210,14 +209,14 @@ def test_a_file_in_the_way_is_named(module, names, text, installed, tmp_path):
 @pytest.mark.parametrize("name", ["experiments.py", "experiments/__init__.py"])
 def test_the_lessons_name_experiments_in_the_way_too(name, installed, tmp_path):
     write(tmp_path, name)
-    done = run(installed.python, "-m", "nbdev_style", cwd=tmp_path)
+    done = installed.run(installed.python, "-m", "nbdev_style", cwd=tmp_path)
     assert done.returncode == 2
     assert f"{tmp_path / name.removesuffix('/__init__.py')} is in the way" in done.stderr
 
 
 def test_folders_of_these_names_without_python_in_them_are_not_in_the_way(installed, tmp_path):
     write(tmp_path, "runner/notes.txt", "norms/notes.txt", "experiments/notes.txt")
-    done = run(installed.python, "-m", "experiments", cwd=tmp_path)
+    done = installed.run(installed.python, "-m", "experiments", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -327,7 +326,7 @@ def test_installed_lessons_are_written_into_the_current_folder(installed, tmp_pa
     lesson = installed.site / "nbdev_style" / "99_small.ipynb"
     lesson.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
     ipython = str(tmp_path / "ipython")
-    try: done = run(installed.python, "-m", "nbdev_style", "99_small", cwd=tmp_path, IPYTHONDIR=ipython)
+    try: done = installed.run(installed.python, "-m", "nbdev_style", "99_small", cwd=tmp_path, IPYTHONDIR=ipython)
     finally: lesson.unlink()
     assert (done.returncode, done.stdout) == (0, "99_small: executed\n"), done.stderr
     assert '"42\\n"' in (tmp_path / "99_small.ipynb").read_text()
