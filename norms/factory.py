@@ -27,7 +27,7 @@ def make(layer: str, old: nn.Module, factory: Factory, size: int | tuple[int, ..
         what = "normalized_shape" if isinstance(old, LAYER) else "channel count"
         # No frame below this one: the call itself didn't fit. Otherwise it is an error in the factory's own code.
         within = e.__traceback__ is not None and e.__traceback__.tb_next is not None
-        mend = (f"it needs a callable that takes that alone, such as {example(factory)}" if not within
+        mend = (f"it needs a function of the {what} alone, such as {example(factory)}" if not within
                 else "that comes from within the factory, at the place that the first traceback shows")
         raise TypeError(f"{layer}: the factory, called with the {what} {size!r}, raised a TypeError: {e}; {mend}"
                         ) from e

@@ -1,6 +1,7 @@
 """What a runner is apart from its loop: its learner, its callbacks, and who answers what for the length of a fit."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,32 @@ class Learner:
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes its four parts along, and not what a fit has noted of them."""
         return {k: v for k, v in vars(self).items() if k != "_begun"}
+
+
+def check_learner(learn: Any) -> None:
+    """Raise if a learner's parts are in one another's places, or its data is no `DataBunch`.
+
+    Raises:
+        TypeError: they are.
+    """
+    opt, loss_func, data = (getattr(learn, name, None) for name in ("opt", "loss_func", "data"))
+    if not hasattr(opt, "step") and hasattr(loss_func, "step"):
+        raise TypeError(f"the learner has a {type(loss_func).__name__} as loss_func and a {type(opt).__name__} as opt; "
+                        "the order is Learner(model, opt, loss_func, data)")
+    if data is not None and not hasattr(data, "train_dl"):
+        raise TypeError(f"the learner's data is a {type(data).__name__}; it must be a DataBunch: "
+                        "DataBunch(train_dl, valid_dl)")
+
+
+def warn_of_strangers(learn: Any) -> None:
+    """Warn if the optimizer has no parameter of the model, nor of the loss function: then a fit changes neither."""
+    groups = getattr(learn.opt, "param_groups", None)
+    if not isinstance(groups, list) or not isinstance(learn.model, torch.nn.Module): return
+    mine = {id(p) for m in (learn.model, learn.loss_func) if isinstance(m, torch.nn.Module) for p in m.parameters()}
+    its = [id(p) for group in groups for p in group.get("params", ())]
+    if its and mine and mine.isdisjoint(its):
+        warnings.warn("the optimizer has no parameter of the model, so this fit won't change the model: make the "
+                      "optimizer from model.parameters(), after the last change of the model", stacklevel=2)
 
 
 class RunnerBase(Progress):
@@ -68,6 +95,15 @@ class RunnerBase(Progress):
         what = f"has {len(found)} callbacks of class" if found else "has no callback of class"
         raise KeyError(f"the runner {what} {getattr(kind, '__name__', kind)}: {there}; each is there by its name "
                        "too, such as run.recorder")
+
+    def __getattr__(self, name: str) -> Any:
+        """Nothing is found here: the error says which callbacks there are, by their names."""
+        if hasattr(type(self), name): return object.__getattribute__(self, name)    # a property failed: let it say why
+        text = f"'{type(self).__name__}' has no attribute {name!r}"
+        if not name.startswith("_"):
+            there = ", ".join(str(getattr(cb, "name", type(cb).__name__)) for cb in vars(self).get("cbs", ()))
+            text += f"; a callback is an attribute by its name, and these are there: {there or 'none'}"
+        raise AttributeError(text, name=name, obj=self)
 
     def __repr__(self) -> str:
         return f"<Runner, {self.status}: {', '.join(type(cb).__name__ for cb in self.cbs)}>"
@@ -118,7 +154,7 @@ class RunnerBase(Progress):
     def _expose(self, cb: Any) -> None:
         """Make `cb` an attribute of the runner under its name."""
         if isinstance(cb, type) or not hasattr(cb, "set_runner"):
-            raise TypeError(f"{cb!r} is no callback; `cbs` takes instances, such as Recorder(), and `cb_funcs` what "
+            raise TypeError(f"{cb!r} is not a callback; `cbs` takes instances, such as Recorder(), and `cb_funcs` what "
                             "makes them, such as Recorder or partial(AvgStatsCallback, accuracy)")
         if any(cb.name == other.name for other in self.cbs):
             raise ValueError(f"two callbacks are named {cb.name!r}; the runner exposes each as run.{cb.name}: leave "
@@ -143,7 +179,10 @@ class RunnerBase(Progress):
             raise RuntimeError("this runner is already fitting; a callback that trains or evaluates something needs a "
                                "Runner of its own")
         if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
-            raise ValueError(f"epochs is {epochs!r}; it must be an integer of at least 0")
+            short = epochs is None or isinstance(epochs, (int, float, str))
+            got = repr(epochs) if short else f"a {type(epochs).__name__}"
+            raise ValueError(f"epochs is {got}; it must be an integer of at least 0: fit(epochs, learn)")
+        check_learner(learn)
         lasting = self._lasting = list(self.cbs)
         try:
             for cb in listify(cbs):
@@ -163,6 +202,7 @@ class RunnerBase(Progress):
                 raise ValueError(f"{type(self.opt).__name__} needs a closure in its step, since it evaluates the loss "
                                  "several times: add the callback ClosureStep(), or take another optimizer")
             if fit: self.opt.zero_grad()
+            if fit and epochs: warn_of_strangers(learn)
             yield
         except BaseException:
             self.status = "failed"

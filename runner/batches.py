@@ -163,7 +163,7 @@ def no_pair(batch: object, in_train: bool) -> TypeError:
     """The error for a batch that is no pair and that no callback has taken apart."""
     inputs, targets = _parts(batch)
     return TypeError(
-        f"the {'training' if in_train else 'validation'} loader gave a batch that is no pair (xb, yb) but "
+        f"the {'training' if in_train else 'validation'} loader gave a batch that is not a pair (xb, yb) but "
         f"{described(batch)}. Say by a callback what is what, such as\n\n"
         "    class Pair(Callback):\n"
         f"        def begin_batch(self): self.run.xb, self.run.yb = {inputs}, {targets}\n\n"

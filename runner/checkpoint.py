@@ -77,6 +77,7 @@ class Checkpoint(Callback):
 
     _order = 10_000     # after all that may change anything
     fit_only = True
+    writes_checkpoints = True
 
     def __init__(self, folder: str | os.PathLike[str], *, every_epochs: int | None = 1,
                  every_batches: int | None = None, every_seconds: float | None = None, keep: int = 3) -> None:

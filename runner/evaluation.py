@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from runner.base import check_learner
 from runner.batches import NoPair, joined, map_tensors
 from runner.events import Callback, CancelBatchException, listify
 from runner.metrics import AvgStats, AvgStatsCallback
@@ -75,6 +76,7 @@ def predict(run: "Run", learn: Any, dl: Any = None, cbs: Any = None) -> tuple[An
 @contextmanager
 def _aside(run: "Run", learn: Any, dl: Any, cbs: Sequence[Any]) -> Iterator[None]:
     """Validate on `dl`, then put back what a pass changes: the runner's attributes, training modes, random states."""
+    check_learner(learn)
     if dl is None and (dl := learn.data.valid_dl) is None:
         raise ValueError("there is no loader: the learner's data have no valid_dl; give one, run.evaluate(learn, dl)")
     modules = [m for top in (learn.model, learn.loss_func) if isinstance(top, nn.Module) for m in top.modules()]

@@ -70,7 +70,12 @@ class Resume(Callback):
             raise CheckpointError("a fit that is undone at its end, as by LR_Find, can't be resumed; leave resume out")
         self.begun = begun_of(run, anew=state is None)
         self.fingerprint, self.marks = fingerprint(run), Marks(run)
-        if state is None: return
+        if state is None:
+            if not any(getattr(cb, "writes_checkpoints", False) for cb in run.cbs):
+                folder = repr(str(self.source))
+                warnings.warn(f"there is no checkpoint in {folder} and no callback that writes one, so this fit starts "
+                              f"from the beginning and can't be resumed: add Checkpoint({folder})", stacklevel=2)
+            return
         self._of_rank(state)
         self._check(state)
         self.fingerprint = state["fingerprint"] | ({k: self.fingerprint[k] for k in ("versions", "settings")}
@@ -131,10 +136,11 @@ class Resume(Callback):
             raise CheckpointError(f"{self.path} is of another run: {'; '.join(never)}; build learner and loaders as "
                                   "they were, or take another folder to begin anew")
         if perhaps and self.strict:
-            raise CheckpointError(f"{self.path} is of a run that isn't quite this one: {'; '.join(perhaps)}; make them "
-                                  "alike, or continue anyway, without the same bits, by fit(..., strict=False)")
+            raise CheckpointError(f"{self.path} is from a different run: {'; '.join(perhaps)}; use the same "
+                                  "versions and settings, or continue anyway, without the same bits, by fit(..., "
+                                  "strict=False)")
         if perhaps:
-            warnings.warn(f"{self.path} is of a run that isn't quite this one: {'; '.join(perhaps)}", RuntimeWarning,
+            warnings.warn(f"{self.path} is from a different run: {'; '.join(perhaps)}", RuntimeWarning,
                           stacklevel=2)
 
     def _put(self, state: dict[str, Any]) -> None:

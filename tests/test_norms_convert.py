@@ -455,7 +455,7 @@ class Ours(LayerNorm):
     (lambda n: n, partial(nn.LayerNorm, bias=False), ValueError, r"a bias of shape \(8,\) .*LayerNorm has no bias"),
     (lambda n: n, partial(LayerNorm, shift=1), TypeError,
      r"called with the normalized_shape \(8,\), raised a TypeError: .*unexpected keyword argument 'shift'; it needs "
-     "a callable that takes that alone, such as norms.LayerNorm or nn.LayerNorm, or a partial with more of its argum"),
+     "a function of the normalized_shape alone, such as norms.LayerNorm or nn.LayerNorm, or a partial with more "),
     (lambda n: n, partial(LayerNorm, (8, 8)), ValueError, r"eps is \(8,\)"),
     (lambda n: n, lambda n: LayerNorm(n), ValueError, r"leaves LayerNorm alone\); .*layer norms are replaced by "
      r"norms.LayerNorm or nn.LayerNorm as the factory"),
@@ -659,7 +659,7 @@ def groups_and_channels(groups, nf): return GroupNorm(groups, nf)
 
 @pytest.mark.parametrize(("factory", "text"), [
     (GroupNorm, r"layer '1' \(BatchNorm2d\): the factory, called with the channel count 8, raised a TypeError: .*"
-     r"missing 1 required positional argument: 'num_channels'; .*that alone, such as lambda nf: GroupNorm\(4, nf\)$"),
+     r"missing 1 required positional argument: 'num_channels'; .* alone, such as lambda nf: GroupNorm\(4, nf\)$"),
     (nn.GroupNorm, r"'num_channels'; .*such as lambda nf: nn\.GroupNorm\(4, nf\)$"),
     (partial(nn.GroupNorm, num_groups=4), r"multiple values for argument 'num_groups'; .* nn\.GroupNorm\(4, nf\)$"),
     (groups_and_channels, r"argument: 'nf'; .*such as lambda nf: groups_and_channels\(\.\.\.\) with nf a"),

@@ -312,7 +312,7 @@ def test_a_batch_that_is_no_pair_is_refused_with_the_mend(batch, said, mend, com
                          (learner([(X, Y)], [batch], Plain), "validation"))[:1 if compiled else 2]:
         with pytest.raises(TypeError) as e: Runner(compile=compiled).fit(1, learn)
         text = str(e.value)
-        assert f"the {which} loader gave a batch that is no pair (xb, yb) but {said}" in text
+        assert f"the {which} loader gave a batch that is not a pair (xb, yb) but {said}" in text
         assert ("    class Pair(Callback):\n        def begin_batch(self): self.run.xb, self.run.yb = " + mend) in text
         assert "or give the loader a collate_fn that returns (xb, yb)" in text
 
@@ -354,7 +354,7 @@ def test_a_callback_can_do_without_targets():
         opt.zero_grad()
     assert same_weights(model, twin)
     assert run.avg_stats.history[0]["valid_<lambda>"] == pytest.approx((twin(X) - X).abs().mean().item())
-    with pytest.raises(TypeError, match="no pair"): Runner().fit(1, learn)      # its step is the runner's again
+    with pytest.raises(TypeError, match="not a pair"): Runner().fit(1, learn)      # its step is the runner's again
 
 
 def test_callbacks_can_take_over_prediction_and_loss_of_a_dict():
@@ -375,7 +375,7 @@ def test_callbacks_can_take_over_prediction_and_loss_of_a_dict():
 def test_a_wrapped_loss_still_needs_targets():
     class Around(Callback):
         def get_loss(self, inner): inner()
-    with pytest.raises(TypeError, match="is no pair"): Runner([Around()]).fit(1, learner([{"image": X, "label": Y}]))
+    with pytest.raises(TypeError, match="is not a pair"): Runner([Around()]).fit(1, learner([{"image": X, "label": Y}]))
 
 
 def test_a_model_of_several_arguments_has_its_two_lines():

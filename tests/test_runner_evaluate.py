@@ -220,8 +220,8 @@ def test_predictions_of_batches_without_targets(wrap):
     learn.model.eval()
     assert torch.equal(preds, torch.cat([learn.model(2 * part) for part in (x[:4], x[4:])]))
     assert targets is None
-    with pytest.raises(TypeError, match="a batch that is no pair"): run.evaluate(learn, [wrap(x[:3])])
-    with pytest.raises(TypeError, match="a batch that is no pair"): Runner().predict(learn, [{"x": x}])
+    with pytest.raises(TypeError, match="a batch that is not a pair"): run.evaluate(learn, [wrap(x[:3])])
+    with pytest.raises(TypeError, match="a batch that is not a pair"): Runner().predict(learn, [{"x": x}])
 
 
 def test_predictions_of_the_batches_that_a_callback_takes_apart():

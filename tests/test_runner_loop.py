@@ -20,6 +20,7 @@ from runner import (
     CancelBatchException,
     CancelEpochException,
     CancelTrainException,
+    Checkpoint,
     CPUBackendCallback,
     CudaCallback,
     DataBunch,
@@ -475,7 +476,7 @@ def test_callback_named_like_an_attribute_of_the_runner(name):
 
 @pytest.mark.parametrize("what", [Recorder, 3, nn.Linear(1, 1)])
 def test_something_that_is_no_callback(what):
-    with pytest.raises(TypeError, match="is no callback; `cbs` takes instances"): Runner([what])
+    with pytest.raises(TypeError, match="is not a callback; `cbs` takes instances"): Runner([what])
 
 
 def test_missing_attribute_is_named():
@@ -557,3 +558,54 @@ def test_explain_names_who_answers_in_order(capsys):
     assert found["after_pred"] == []
     assert lines[-1] == "at every event: Log"
     assert [type(cb).__name__ for cb in run.cbs] == ["TrainEvalCallback", "Late", "Recorder"]
+
+
+# --- parts in the wrong place -------------------------------------------------------------------------------------
+
+def test_a_learner_with_its_parts_in_one_another_s_place_is_refused():
+    learn = make_learn()
+    for wrong, text in (
+            (Learner(learn.model, learn.loss_func, learn.opt, learn.data),
+             r"has a SGD as loss_func and a function as opt; the order is Learner\(model, opt, loss_func, data\)"),
+            (Learner(learn.model, learn.opt, learn.loss_func, learn.data.train_dl),
+             r"data is a \w+; it must be a DataBunch: DataBunch\(train_dl, valid_dl\)")):
+        for go in (lambda run, wrong: run.fit(1, wrong), lambda run, wrong: run.evaluate(wrong)):
+            run = Runner()
+            with pytest.raises(TypeError, match=text): go(run, wrong)
+            run.fit(1, make_learn())
+    with pytest.raises(ValueError, match=r"^epochs is a Learner; it must be an integer .*: fit\(epochs, learn\)$"):
+        Runner().fit(learn, 1)
+
+
+def test_an_optimizer_of_another_model_is_told_and_one_of_a_part_or_of_the_loss_is_not():
+    learn, other = make_learn(), make_learn()
+    with pytest.warns(UserWarning, match="the optimizer has no parameter of the model"):
+        Runner().fit(1, Learner(learn.model, other.opt, learn.loss_func, learn.data))
+    last = list(learn.model.parameters())[-1:]
+    Runner().fit(1, Learner(learn.model, torch.optim.SGD(last, 0.1), learn.loss_func, learn.data))
+
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, pred, yb): return learn.loss_func(pred * self.scale, yb)
+    loss = Scaled()
+    Runner().fit(1, Learner(learn.model, torch.optim.SGD(loss.parameters(), 0.1), loss, learn.data))
+
+
+def test_a_missing_attribute_of_a_runner_is_named_with_the_callbacks_that_are_there():
+    run = Runner(Recorder())
+    with pytest.raises(AttributeError, match=r"'avg_stats'; .* are there: train_eval, recorder$"):
+        _ = run.avg_stats
+    with pytest.raises(AttributeError, match=r"these are there: train_eval$"):
+        _ = Runner().recorder
+    assert not hasattr(run, "avg_stats")
+    assert copy.deepcopy(run).recorder is not run.recorder
+
+
+def test_resume_without_a_file_and_without_a_checkpoint_is_told(tmp_path):
+    with pytest.warns(UserWarning, match=r"no checkpoint in '.*nowhere' .* add Checkpoint\('.*nowhere'\)"):
+        Runner().fit(1, make_learn(), resume=tmp_path / "nowhere")
+    Runner(Checkpoint(tmp_path / "there")).fit(1, make_learn(), resume=tmp_path / "there")
+    Runner().fit(1, make_learn(), resume=tmp_path / "there")            # there is one: complete
