@@ -60,7 +60,8 @@ def lines(ax: Any, series: Series, styles: Sequence[dict[str, Any]], *, most: in
 
 def band(ax: Any, series: Sequence[tuple[Sequence[float], Values]]) -> Any:
     """What lies between the least and the greatest of `series` at each step; on a logarithmic axis of those above 0."""
-    log, at = ax.get_yscale() == "log", {}
+    log = ax.get_yscale() == "log"
+    at: dict[float, list[float]] = {}
     for xs, ys in series:
         for x, y in zip(xs, draw.gaps(ys), strict=True):
             if not math.isnan(y) and not (log and y <= 0): at.setdefault(x, []).append(y)

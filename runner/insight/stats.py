@@ -157,7 +157,6 @@ class ParameterStats(Described):
 
     near, possible, kind, yscale = GradientStats.near, ("train",), "parameter", "log"
     kinds: Mapping[str, str] = MappingProxyType({})         # {name: "weights", "biases" or "norms"}
-    _saved = *Described._saved, "kinds"
 
     def _seen(self, ranks: Ranks) -> str: return "all images"       # gradients are the mean over all processes
 
