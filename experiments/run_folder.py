@@ -1,6 +1,7 @@
 """The run folder: what a run writes, in one step each, and what an interrupted one has kept to go on from."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -61,7 +62,7 @@ class RunFolder:
                    "started": f"{now:%Y-%m-%d %H:%M:%S}", "argv": [_shareable(a) for a in sys.argv[1:]]}
         if out == "": raise InputError("the run folder has no name; give --out one")
         self.can_resume = hasattr(config, "resume")
-        with self._writing("make room for it, or name another by --out"):
+        with self._writing("name another by --out"):
             self.resumed = resume and (self.path / "config.json").exists()
             if self.resumed:
                 before = self._same_run(content)
@@ -95,6 +96,7 @@ class RunFolder:
         try: yield
         except BrokenPipeError: raise       # of the output
         except OSError as e:
+            if mend and e.errno == errno.ENOSPC: mend = f"make room for it, or {mend}"
             mend = mend or f"make room for it, or make it writable. {self.go_on}"
             raise WriteError(f"the run folder {str(self.path)!r} can't be written: {e.strerror or e}; {mend}") from e
 
