@@ -359,3 +359,9 @@ def test_a_part_of_the_bench_that_lacks_its_compiler_is_said(monkeypatch, tmp_pa
     monkeypatch.setattr("experiments.bench.compiled.rows", rows)
     err = one_line(["bench", "compiled", "--out", str(tmp_path / "run")], capsys)
     assert err == "error: the part compiled can't be timed: no C++ compiler was found; time other parts alone\n"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS | TOOLS)
+def test_help_is_text_throughout(name):
+    """A single % in a help text is read as a format by argparse, and prints the option's insides."""
+    assert "{'option_strings'" not in parser_of(name).format_help()

@@ -247,7 +247,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=list(BATCH_SIZES), metavar="N",
                         help="training batch sizes, separated by spaces (default: 2)")
     parser.add_argument("--schedules", nargs="+", default=["warm-up"], metavar="NAME",
-                        help=f"constant, or warm-up: linearly from 0 in the first {WARM_UP:.0%} and then to 0 "
+                        help=f"constant, or warm-up: linearly from 0 in the first {WARM_UP:.0%}% and then to 0 "
                         "(default: warm-up)")
     parser.add_argument("--rates", nargs="+", type=float, metavar="X", help="rates to try at batch size 2; they grow "
                         f"with the batch size (default: {'; '.join(f'{net} {v}' for net, v in shown_rates().items())})")
