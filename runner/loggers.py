@@ -117,7 +117,7 @@ class TensorBoardLogger(Stateful):
         folder: for the event files; it is made if it doesn't exist.
         every: one in so many training batches.
         figures: functions `f(run)` under their names, that draw a figure: it or its axes are what they return, as the
-            functions of `runner.plots` do. The figure is closed.
+            functions of `runner.plots` do. The figure is closed. Of several each is written, as `name/1`, `name/2`, ...
         histograms: see above; 0 for none.
 
     Raises:
@@ -215,7 +215,9 @@ class TensorBoardLogger(Stateful):
                         self.writer.add_scalar(f"epoch/{name}", value, epoch)
             if isinstance(cb, Described) and self.histograms: self._write_histograms(cb)
         for name, draw in self.figures.items() if ranks_of(run).leads else ():
-            self.writer.add_figure(name, figure_of(draw(run)), epoch)
+            found = figures_of(draw(run))
+            for i, figure in enumerate(found, 1):
+                self.writer.add_figure(name if len(found) == 1 else f"{name}/{i}", figure, epoch)
         self.writer.flush()
 
     def _write_histograms(self, cb: Described) -> None:
@@ -255,12 +257,11 @@ class _Nowhere:
     def __getattr__(self, name: str) -> Any: return lambda *args, **kwargs: None
 
 
-def figure_of(drawn: Any) -> Any:
-    """The figure that `drawn` is, or that its axes are in: one or several, in lists, arrays or dicts."""
-    while not hasattr(drawn, "savefig"):
-        if hasattr(drawn, "figure"): drawn = drawn.figure
-        elif hasattr(drawn, "flat"): drawn = next(drawn.flat)
-        elif isinstance(drawn, dict) and drawn: drawn = next(iter(drawn.values()))
-        elif isinstance(drawn, (list, tuple)) and drawn: drawn = drawn[0]
-        else: raise TypeError(f"TensorBoardLogger: a function in figures gave {drawn!r}; it must give a figure or axes")
-    return drawn
+def figures_of(drawn: Any) -> list[Any]:
+    """The figures that `drawn` is, or that its axes are on: one or several, in lists, arrays or dicts; each once."""
+    if hasattr(drawn, "savefig"): return [drawn]
+    if hasattr(drawn, "figure"): return figures_of(drawn.figure)
+    parts = drawn.values() if isinstance(drawn, dict) else getattr(drawn, "flat", drawn)
+    if not isinstance(drawn, (dict, list, tuple)) and not hasattr(drawn, "flat") or not len(drawn):
+        raise TypeError(f"TensorBoardLogger: a function in figures gave {drawn!r}; it must give a figure or axes")
+    return list(dict.fromkeys(figure for part in parts for figure in figures_of(part)))

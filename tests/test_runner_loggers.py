@@ -210,11 +210,13 @@ def test_tensorboard_figures_are_drawn_and_closed(folder):
     open_before = plt.get_fignums()
     figures = {"losses": lambda run: run.recorder.plot_loss(),              # axes
                "stats": lambda run: run.activation_stats.plot(),            # several
-               "figure": lambda run: plots.plot_line([1, 2]).figure}
+               "figure": lambda run: plots.plot_line([1, 2]).figure,
+               "pages": lambda run: {"a": [plots.plot_line([1, 2])], "b": plots.plot_line([2, 1])}}     # two of them
     run = quiet(Recorder(), ActivationStats(["0"], verbose=False), TensorBoardLogger(folder, figures=figures))
     run.fit(2, learner())
     found = events(folder)
-    for name in figures: assert [step for step, _ in found[name]] == [0, 1]
+    for name in ("losses", "stats", "figure", "pages/1", "pages/2"):
+        assert [step for step, _ in found[name]] == [0, 1]
     assert plt.get_fignums() == open_before
     with pytest.raises(TypeError, match=r"^TensorBoardLogger: a function in figures gave 3; it must give a figure or"):
         quiet(TensorBoardLogger(folder, figures={"no": lambda run: 3})).fit(1, learner())
