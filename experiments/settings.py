@@ -220,9 +220,10 @@ def add_arguments(parser: argparse.ArgumentParser, experiment: str, seeds: int |
     """
     default = str(seeds) if isinstance(seeds, int) else None
     parser.add_argument("--seeds", default=default, metavar="N",
-                        help=f"number of seeds, 3 meaning 0, 1 and 2, or a list such as 0,4 or 7, (default: {seeds})")
+                        help="number of seeds, 3 meaning 0, 1 and 2, or a list: 0,4 or, of one seed, \"7,\" "
+                        f"(default: {seeds})")
     parser.add_argument("--out", metavar="DIR", help=f"run folder to make (default: runs/{experiment}/<date>-<time>)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out DIR where it stopped; "
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out DIR where it stopped; "
                         "finished arms are not run again")
     parser.add_argument("--device", default="auto", metavar="DEV", help="auto (default: a CUDA GPU if there is one), "
                         "cpu, cuda, cuda:1, ...; no other devices of torch")

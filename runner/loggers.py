@@ -262,6 +262,6 @@ def figures_of(drawn: Any) -> list[Any]:
     if hasattr(drawn, "savefig"): return [drawn]
     if hasattr(drawn, "figure"): return figures_of(drawn.figure)
     parts = drawn.values() if isinstance(drawn, dict) else getattr(drawn, "flat", drawn)
-    if not isinstance(drawn, (dict, list, tuple)) and not hasattr(drawn, "flat") or not len(drawn):
+    if (not isinstance(drawn, (dict, list, tuple)) and not hasattr(drawn, "flat")) or not len(drawn):
         raise TypeError(f"TensorBoardLogger: a function in figures gave {drawn!r}; it must give a figure or axes")
     return list(dict.fromkeys(figure for part in parts for figure in figures_of(part)))

@@ -228,7 +228,7 @@ def test_a_frozen_norm():
     assert f.level == "ok"
 
 
-CANCELLED = "; the bias of 0 before it is taken off again with the mean"
+CANCELLED = "; the bias of module 0 before it has no effect: the mean takes it off"
 
 
 @pytest.mark.parametrize(("before", "norm", "cancelled"), [
@@ -251,7 +251,7 @@ def test_a_bias_that_the_mean_takes_off(before, norm, cancelled):
 
 def test_a_linear_bias_that_the_mean_takes_off():
     linear = nn.Sequential(nn.Flatten(), nn.Linear(4, 4))
-    assert "; the bias of 0.1 before it is taken off again with the mean" in said(BatchNorm(4), (40, 4), linear)
+    assert "the bias of module 0.1 before it has no effect: the mean" in said(BatchNorm(4), (40, 4), linear)
     tokens = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(6))      # (N, T, D): the bias is not the channel's
     assert "bias" not in preflight(tokens, torch.randn(40, 6, 4)).findings[0].text
 

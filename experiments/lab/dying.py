@@ -7,7 +7,7 @@ counted that would have come back: the committed record is of `--steps 500`. (An
 more than these.) What dies later isn't seen here. Seed by seed all arms have the same images in the same order and, but
 for the arms that change them, the same first weights.
 
-What counts as dead was laid down before the first run: over the last 200 steps a mean training loss that is not below
+The criterion for dead was fixed before the first run: over the last 200 steps a mean training loss that is not below
 98 % of log(classes), the loss of guessing, or not finite; and validation accuracy at chance (up to .15). So a network
 that learns its batches and fails in evaluation, as BatchNorm at batch size 2, is not dead.
 """

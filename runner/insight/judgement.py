@@ -94,7 +94,7 @@ def judge(m: nn.Module, x: Tensor, before: tuple[Tensor, Tensor] | None, was_fro
     # A statistic of one channel: its mean takes in the whole of the channel's bias.
     centres = what == "mean and variance" and not running
     if biased is not None and centres and groups.shape[1] == x[0, 0].numel() * (len(x) if common else 1):
-        remark("ok", f"the bias of {biased} before it is taken off again with the mean")
+        remark("ok", f"the bias of module {biased} before it has no effect: the mean takes it off")
     levels, texts = zip(*remarks, strict=True)
     return max(levels, key=LEVELS.index), "; ".join(texts)
 
