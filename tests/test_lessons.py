@@ -436,4 +436,4 @@ def test_unknown_lesson(tmp_path):
     done = python("-m", "nbdev_style", NOTEBOOKS[0], "11", "--into", str(tmp_path), cwd=tmp_path)
     assert done.returncode == 2
     assert not list(tmp_path.glob("*.ipynb"))
-    assert "there is no lesson '11'; choose from: 05_runner, 06_hooks_init" in done.stderr
+    assert "there is no lesson '11'; choose from: 00_tour, 05_runner, 06_hooks_init" in done.stderr

@@ -179,6 +179,7 @@ def test_a_skipped_pass_leaves_nan_in_each_column_and_computes_nothing():
     learn.data.train_dl.dataset.y.clamp_(max=1)
     learn.data.valid_dl.dataset.y.clamp_(max=1)
     learn.model = torch.nn.Linear(6, 2)
+    learn.opt = torch.optim.SGD(learn.model.parameters(), 0.1)
     run.fit(2, learn)
     first, second = run.avg_stats.history
     assert list(first) == list(second)

@@ -493,7 +493,7 @@ def test_a_parameterless_step_is_no_concern_of_the_scaler():
     learn = learner(2)
     learn.opt = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     run = Runner(MixedPrecision("fp16"))
-    run.fit(1, learn)
+    with pytest.warns(UserWarning, match="no parameter of the model"): run.fit(1, learn)
     assert (run.n_iter, run.mixed_precision.skipped) == (1, 0)
 
 

@@ -58,6 +58,7 @@ class Run:
     def bounds(self, n: int) -> tuple[float | None, float | None, float | None]:
         """`least`, `most` and `below` of a `Claim` about `n` seeds; None where nothing is claimed."""
         tolerance = 3 * STD * math.sqrt(1 + 1 / n)
+        if self.claim in ("near", "at least") and not self.published: return None, None, None
         if self.claim == "near": return self.published[-1] - tolerance, min(1.0, self.published[-1] + tolerance), None
         if self.claim == "at least": return self.published[-1] - tolerance, None, None
         if self.claim == "fails": return None, None, FAILED
