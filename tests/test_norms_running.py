@@ -273,8 +273,8 @@ def test_evaluation_goes_by_averages_of_what_training_went_by(sizes, average_bac
 
 
 def test_evaluation_memory_steadies_evaluation():
-    """Of one distribution, 1,000 batches of 2: the mean for evaluation is off by a fraction of what training's is off."""
-    rng, m = torch.Generator().manual_seed(0), RunningBatchNorm(160, evaluation_memory=1000)       # 160 channels' own
+    """Of one distribution: the mean for evaluation is off by a fraction of what training's is off."""
+    rng, m = torch.Generator().manual_seed(0), RunningBatchNorm(160, evaluation_memory=1000)    # 160 channels' own
     for _ in range(1000): m(torch.randn(2, 160, generator=rng))
     recent, running = (mean.square().mean() for mean in (m.recent_mean, m.running_mean))
     assert recent == pytest.approx(1 / 38, rel=0.25)                # the mean of 38 images' values, one each
