@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -96,7 +96,7 @@ class RunnerBase(Progress):
         raise KeyError(f"the runner {what} {getattr(kind, '__name__', kind)}: {there}; each is there by its name "
                        "too, such as run.recorder")
 
-    def __getattr__(self, name: str) -> Any:
+    def _missing(self, name: str) -> Any:
         """Nothing is found here: the error says which callbacks there are, by their names."""
         if hasattr(type(self), name): return object.__getattribute__(self, name)    # a property failed: let it say why
         text = f"'{type(self).__name__}' has no attribute {name!r}"
@@ -104,6 +104,8 @@ class RunnerBase(Progress):
             there = ", ".join(str(getattr(cb, "name", type(cb).__name__)) for cb in vars(self).get("cbs", ()))
             text += f"; a callback is an attribute by its name, and these are there: {there or 'none'}"
         raise AttributeError(text, name=name, obj=self)
+
+    if not TYPE_CHECKING: __getattr__ = _missing        # so that a type checker finds a misspelt name
 
     def __repr__(self) -> str:
         return f"<Runner, {self.status}: {', '.join(type(cb).__name__ for cb in self.cbs)}>"

@@ -60,7 +60,3 @@ def test_the_lab_runs_on_a_gpu_and_goes_on_there(tmp_path):
     assert {r["together"] for r in result.rows} == {2}
     again = lab.run(lab.Config(**given, out=str(tmp_path / "a"), resume=True))
     assert [r["test_accuracy"] for r in again.rows] == [r["test_accuracy"] for r in result.rows]
-    alone = lab.run(lab.Config(**{**given, "together": 1}, out=str(tmp_path / "b")))
-    for a, b in zip(alone.rows, result.rows, strict=True):
-        # A GPU's convolutions in float32 are TF32's, and the rate is large: seen on one H100, 2 %.
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=0.1), a["arm"]
