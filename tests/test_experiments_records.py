@@ -1,6 +1,7 @@
 """Committed records: the pages' tables come from them, and each says of itself what the present code says of it."""
 
 import importlib
+import itertools
 import re
 import statistics
 from dataclasses import replace
@@ -79,11 +80,52 @@ def test_what_the_page_says_of_a_checkpoint_is_in_its_record():
     assert max(few["share"], many["share"]) < 0.01
 
 
-def test_the_differences_on_the_lab_s_page_are_those_of_its_records():
+def accuracies_of(mark):
+    """The test accuracies of a table's records: `{(norm, batch size): {seed: accuracy}}`."""
     accs = {}
-    for name in SEVERAL["lab-resnet-imagenette"]:
+    for name in SEVERAL[mark]:
         for row in read_summary(ROOT / "experiments" / "results" / f"{name}.json")["rows"]:
             accs.setdefault((row["norm"], row["batch_size"]), {})[row["seed"]] = row["test_accuracy"]
+    return accs
+
+
+def test_every_figure_in_the_lab_s_sentences_is_in_its_records():
+    """A mean of a cell, or a difference of two with its interval's ends, at the digits that are written."""
+    page, accs = PAGES["experiments/lab/README.md"].read_text(), accuracies_of("lab-resnet-imagenette")
+    means = {cell: statistics.mean(found.values()) for cell, found in accs.items()}
+    known = set(means.values())
+    for first, second in itertools.permutations(accs, 2):
+        d = [accs[first][seed] - accs[second][seed] for seed in sorted(accs[first].keys() & accs[second].keys())]
+        known |= {statistics.mean(d), *interval(d)[:2]}
+    said = page.partition("What the figures say")[2].partition("Made by")[0]
+    written = re.findall(r"0\.\d{3,}", said)
+    assert len(written) > 20
+    assert [figure for figure in written
+            if figure not in {f"{abs(x):.{len(figure) - 2}f}" for x in known}] == []
+    twice = [page.partition("was measured on both: ")[2][:6], page.partition("lab_resnet_bn32.json`) and ")[2][:6]]
+    cpu = read_summary(ROOT / "experiments" / "results" / "lab_resnet_bn32.json")["rows"]
+    assert twice == [f"{x:.4f}" for x in (statistics.mean(r["test_accuracy"] for r in cpu), means["BatchNorm2d", 32])]
+    others = [statistics.mean(found.values()) for found in accuracies_of("lab-cifar10").values()]
+    assert f"the largest difference is {max(others) - min(others):.3f}" in " ".join(page.split())
+
+
+def test_what_the_pages_say_of_speed_is_in_the_records():
+    rows = {r["arm"]: r for r in read_summary(ROOT / "experiments" / "results" / "bench_lab.json")["rows"]}
+    words = " ".join(PAGES["experiments/lab/README.md"].read_text().split())
+    plain, steady = (rows[f"the lab's loop, {norm}"] for norm in ("BatchNorm2d", "SteadyBatchNorm"))
+    ends = [f"{low:.2f} to {high:.2f}" for low, high in (plain["ratio_quartiles"], steady["ratio_quartiles"])]
+    one = {norm: f"{rows[norm]['ratio']:.1f}" for norm in ("RunningBatchNorm", "SteadyBatchNorm", "GroupNorm",
+                                                           "GroupNorm-WS", "SteadyBatchNorm-WS")}
+    for said in (f"takes {plain['ratio']:.2f} of a loop written by hand with BatchNorm2d (middle half {ends[0]}) and "
+                 f"{steady['ratio']:.2f} with SteadyBatchNorm ({ends[1]})",
+                 f"RunningBatchNorm {one['RunningBatchNorm']}, SteadyBatchNorm {one['SteadyBatchNorm']}, GroupNorm "
+                 f"{one['GroupNorm']}, GroupNorm with weight standardization {one['GroupNorm-WS']}, SteadyBatchNorm "
+                 f"with it {one['SteadyBatchNorm-WS']},"):
+        assert said in words
+
+
+def test_the_differences_on_the_lab_s_page_are_those_of_its_records():
+    accs = accuracies_of("lab-resnet-imagenette")
     lines = re.findall(r"^\| (\S+) at (\d+) - (\S+) at (\d+) \| (\S+) \| (\S+) to (\S+) \| (\d+) of (\d+) \|$",
                        PAGES["experiments/lab/README.md"].read_text(), re.MULTILINE)
     assert len(lines) >= 8
@@ -139,13 +181,13 @@ def test_tuning_and_final_runs_of_the_best_recipe_belong_together():
 
 
 def test_what_the_pages_say_of_natural_images_is_in_the_records():
-    accs = {}
-    for name in SEVERAL["lab-resnet-imagenette"]:
-        for row in read_summary(ROOT / "experiments" / "results" / f"{name}.json")["rows"]:
-            accs.setdefault((row["norm"], row["batch_size"]), []).append(row["test_accuracy"])
-    mean = {cell: f"{statistics.mean(found):.3f}" for cell, found in accs.items()}
+    found = {cell: statistics.mean(accs.values()) for cell, accs in accuracies_of("lab-resnet-imagenette").items()}
+    mean = {cell: f"{accuracy:.3f}" for cell, accuracy in found.items()}
     running, batch, steady, group = (mean[norm, 2] for norm in (
         "RunningBatchNorm", "BatchNorm2d", "SteadyBatchNorm-WS", "GroupNorm-WS"))
+    first = " ".join((ROOT / "README.md").read_text().split())
+    for said in (f"({float(running):.2f} and {float(batch):.2f} at batch size 2)", f"what works there ({float(steady):.2f})"):
+        assert said in first
     words = " ".join(PAGES["experiments/README.md"].read_text().split())
     for said in (f"at 2 it has a test accuracy of {running}, and batch norm {batch}.",
                  f"SteadyBatchNorm has {steady} and GroupNorm {group} at batch size 2. That is above batch norm at "
