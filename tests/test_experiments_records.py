@@ -186,7 +186,8 @@ def test_what_the_pages_say_of_natural_images_is_in_the_records():
     running, batch, steady, group = (mean[norm, 2] for norm in (
         "RunningBatchNorm", "BatchNorm2d", "SteadyBatchNorm-WS", "GroupNorm-WS"))
     first = " ".join((ROOT / "README.md").read_text().split())
-    for said in (f"({float(running):.2f} and {float(batch):.2f} at batch size 2)", f"what works there ({float(steady):.2f})"):
+    for said in (f"({float(running):.2f} and {float(batch):.2f} at batch size 2)",
+                 f"what works there ({float(steady):.2f})"):
         assert said in first
     words = " ".join(PAGES["experiments/README.md"].read_text().split())
     for said in (f"at 2 it has a test accuracy of {running}, and batch norm {batch}.",
