@@ -34,8 +34,8 @@ class Learner:
         return {k: v for k, v in vars(self).items() if k != "_begun"}
 
 
-def check_learner(learn: Any) -> None:
-    """Raise if a learner's parts are in one another's places, or its data is no `DataBunch`.
+def check_learner(learn: Any, loader: str | None) -> None:
+    """Raise if a learner's parts are in one another's places, or if its data has no such `loader` and one is needed.
 
     Raises:
         TypeError: they are.
@@ -44,7 +44,7 @@ def check_learner(learn: Any) -> None:
     if not hasattr(opt, "step") and hasattr(loss_func, "step"):
         raise TypeError(f"the learner has a {type(loss_func).__name__} as loss_func and a {type(opt).__name__} as opt; "
                         "the order is Learner(model, opt, loss_func, data)")
-    if data is not None and not hasattr(data, "train_dl"):
+    if loader is not None and not hasattr(data, loader):
         raise TypeError(f"the learner's data is a {type(data).__name__}; it must be a DataBunch: "
                         "DataBunch(train_dl, valid_dl)")
 
@@ -184,7 +184,7 @@ class RunnerBase(Progress):
             short = epochs is None or isinstance(epochs, (int, float, str))
             got = repr(epochs) if short else f"a {type(epochs).__name__}"
             raise ValueError(f"epochs is {got}; it must be an integer of at least 0: fit(epochs, learn)")
-        check_learner(learn)
+        check_learner(learn, "train_dl" if fit else None)
         lasting = self._lasting = list(self.cbs)
         try:
             for cb in listify(cbs):

@@ -76,7 +76,7 @@ def predict(run: "Run", learn: Any, dl: Any = None, cbs: Any = None) -> tuple[An
 @contextmanager
 def _aside(run: "Run", learn: Any, dl: Any, cbs: Sequence[Any]) -> Iterator[None]:
     """Validate on `dl`, then put back what a pass changes: the runner's attributes, training modes, random states."""
-    check_learner(learn)
+    check_learner(learn, "valid_dl" if dl is None else None)
     if dl is None and (dl := learn.data.valid_dl) is None:
         raise ValueError("there is no loader: the learner's data have no valid_dl; give one, run.evaluate(learn, dl)")
     modules = [m for top in (learn.model, learn.loss_func) if isinstance(top, nn.Module) for m in top.modules()]

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -573,6 +574,17 @@ def test_a_learner_with_its_parts_in_one_another_s_place_is_refused():
             run = Runner()
             with pytest.raises(TypeError, match=text): go(run, wrong)
             run.fit(1, make_learn())
+    loaders = {"train_dl": learn.data.train_dl, "valid_dl": learn.data.valid_dl}
+    for name in loaders:                            # an object that has the loader which is needed will do
+        part = Learner(learn.model, learn.opt, learn.loss_func, SimpleNamespace(**{name: loaders[name]}))
+        run = Runner()
+        if name == "valid_dl": assert run.evaluate(part)["loss"] > 0
+        else:
+            with pytest.raises(TypeError, match="data is a SimpleNamespace; it must be a DataBunch"): run.evaluate(part)
+        assert run.evaluate(part, loaders["valid_dl"])["loss"] > 0
+    bare = Learner(learn.model, learn.opt, learn.loss_func, None)
+    assert Runner().evaluate(bare, loaders["valid_dl"])["loss"] > 0
+    with pytest.raises(TypeError, match="data is a NoneType; it must be a DataBunch"): Runner().fit(1, bare)
     with pytest.raises(ValueError, match=r"^epochs is a Learner; it must be an integer .*: fit\(epochs, learn\)$"):
         Runner().fit(learn, 1)
 

@@ -23,8 +23,8 @@ Define = Callable[[Tensor, float], Tensor]
 
 def standardized(module: nn.Module, weight: Tensor, eps: float, define: Define) -> Tensor | None:
     """`define(weight, eps)`, the standardized weight of `module`, or None: then the definition is to run."""
+    # `plain` knows tensors; a parameter is one, and a tensor of another class stays of that class without its graph.
     if torch.compiler.is_compiling() or not plain(weight.detach()) or not weight.numel(): return None
-    if type(weight) not in (nn.Parameter, Tensor): return None
     kernels = same_way(module, kernels_for(weight))
     if kernels is None or not hasattr(kernels, "standardize"): return None
     y: Tensor = _Standardize.apply(weight, kernels, eps, define)
@@ -32,6 +32,7 @@ def standardized(module: nn.Module, weight: Tensor, eps: float, define: Define) 
 
 
 class _Standardize(torch.autograd.Function):
+    """The graph keeps no weight, only what came of it: a weight may be written before the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, kernels: Kernels, eps: float, define: Define) -> Tensor:
