@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments.results import Recorded, Row
 
-LISTED = 5      # so many claims are listed; of more their number, and those that don't hold
+LISTED = 5      # so many claims with bounds are listed; of more their number, and those that don't hold
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class Verdict:
 
     def _found(self) -> str:
         """The claims in words."""
-        if len(self.claims) <= LISTED: return "; ".join(map(str, self.claims))
         tested = [claim for claim in self.claims if claim.holds is not None]
+        if len(self.claims) <= LISTED or not tested: return "; ".join(map(str, self.claims))
         missed = [claim for claim in tested if not claim.holds]
         return "; ".join([f"{len(tested) - len(missed)} of {len(tested)} claims hold", *map(str, missed)])
 

@@ -225,3 +225,17 @@ def test_the_command_line(tmp_path, capsys):
     assert "constant and warm-up" in capsys.readouterr().out
     assert main(["table", str(tmp_path / "run")]) == 0
     assert "| GroupNorm | 8 | constant | 0.2 |" in capsys.readouterr().out
+
+
+def test_the_best_is_compared_with_the_next_over_the_seeds_that_both_have():
+    def row(norm, seed, accuracy): return {"norm": norm, "seed": seed, "test_accuracy": accuracy, "batch_size": 2,
+                                           "schedule": "warm-up"}
+    best = [row("A", seed, 0.6 + 0.01 * seed) for seed in (3, 1, 2)]
+    for others, said in (
+            ([row("B", seed, 0.5 + 0.01 * seed) for seed in (1, 2, 3)], "+0.1000 to B, paired"),        # another order
+            ([row("B", seed, 0.5 + 0.01 * seed) for seed in (2, 3, 7)], "+0.1000 to B, paired"),        # of two
+            ([row("B", seed, 0.5) for seed in (7, 8, 9)], None)):                                       # of none
+        text = lab.judge([*best, *others], "images", 100).sentence
+        assert "batch 2, warm-up: A 0.6200 (3 seeds" in text
+        assert said in text if said else "paired" not in text
+        assert ("of 2)" in text) == (said is not None and others[2]["seed"] == 7)

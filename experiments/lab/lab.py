@@ -190,14 +190,17 @@ def judge(rows: list[Row], data: str, train_images: int) -> Verdict:
     """Which norm is best at each batch size and schedule, and by how much it is ahead of the next, pair by pair."""
     claims = []
     for (b, schedule), cell in cells(rows).items():
-        arms = {name: [finite(r["test_accuracy"]) for r in arm] for name, arm in by_arm(cell, "norm").items()}
-        first, *others = sorted(arms, key=lambda n: statistics.mean(arms[n]), reverse=True)
-        of = plural(len(arms[first]), "seed")
-        if others and len(arms[first]) > 1 and len(arms[others[0]]) == len(arms[first]):
-            d = [x - y for x, y in zip(arms[first], arms[others[0]], strict=True)]
+        arms = {name: {r["seed"]: finite(r["test_accuracy"]) for r in arm}
+                for name, arm in by_arm(cell, "norm").items()}
+        first, *others = sorted(arms, key=lambda n: statistics.mean(arms[n].values()), reverse=True)
+        of, best = plural(len(arms[first]), "seed"), arms[first]
+        both = sorted(best.keys() & arms[others[0]].keys()) if others else []
+        if len(both) > 1:
+            d = [best[seed] - arms[others[0]][seed] for seed in both]
             low, high, what = interval(d)
-            of += f"; {statistics.mean(d):+.4f} to {others[0]}, paired {what} interval {low:+.4f} to {high:+.4f}"
-        claims.append(Claim(f"batch {b}, {schedule}: {first}", statistics.mean(arms[first]), of=of, form=".4f"))
+            of += (f"; {statistics.mean(d):+.4f} to {others[0]}, paired {what} interval {low:+.4f} to {high:+.4f}"
+                   + f" of {len(both)}" * (len(both) < len(best)))
+        claims.append(Claim(f"batch {b}, {schedule}: {first}", statistics.mean(best.values()), of=of, form=".4f"))
     return Verdict(untested=f"Best in test accuracy, {data}", claims=claims)
 
 
