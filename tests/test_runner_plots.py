@@ -187,7 +187,7 @@ def test_finder_ends_its_axis_at_the_height_from_which_the_loss_fell():
     assert drawn(next(line for line in ax.lines if line.get_marker() == "^")) == [lrs[13:15], [ax.get_ylim()[1]] * 2]
     assert legend(ax) == ["suggestion 0.012", "no value follows", "beyond the axis"]
     assert list(ax.lines[-1].get_xdata()) == [0.0123, 0.0123]
-    assert plots.plot_lr_find(lrs, losses).get_legend() is None
+    assert legend(plots.plot_lr_find(lrs, losses)) == ["no value follows", "beyond the axis"]
     again = plots.plot_lr_find(lrs, losses, ax=plots.mark(plots.plot_line([]), 1e-3, "mine"))
     assert [line.get_marker() for line in again.lines].count("v") == 0      # the vertical line is no loss of 0
 
@@ -334,3 +334,14 @@ def test_series_styles_are_told_apart_in_order():
     assert plots.series_style(3, 7) == plots.series_style(3)
     assert plots.series_style(0, 8) != plots.series_style(0)
     assert len({plots.series_style(i, 60)["color"] for i in range(60)}) == 60
+
+
+@pytest.mark.parametrize("suggestion", [None, 0.01])
+def test_losses_beyond_the_axis_of_a_rate_finder_are_named_with_a_suggestion_or_without(suggestion):
+    lrs = [10**(-4 + i / 8) for i in range(30)]
+    losses = [2.0 - 0.03 * i for i in range(24)] + [3.0, 9.0, 30.0, 200.0, 900.0, 4000.0]
+    ax = plots.plot_lr_find(lrs, losses, suggestion)
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert any("beyond" in name or "above" in name for name in names), names
+    assert any("suggestion" in name for name in names) == (suggestion is not None)
+    assert plots.plot_lr_find(lrs, [2.0] * 30).get_legend() is None

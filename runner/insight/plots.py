@@ -265,7 +265,9 @@ def plot_lr_find(lrs: Sequence[float], losses: Values, suggestion: float | None 
     low, most = draw.quantiles(losses, 0, 1)
     high, = draw.quantiles(losses[:max(lowest + 1, len(losses) // 4)], 1)
     if low < high < most: draw.cut(ax, low, high)
-    return ax if suggestion is None else mark(ax, suggestion, f"suggestion {suggestion:.2g}")
+    if suggestion is not None: return mark(ax, suggestion, f"suggestion {suggestion:.2g}")
+    if draw.marks(ax): draw.legend(ax)          # it names what lies beyond
+    return ax
 
 
 def plot_runs(runs: Mapping[str, Run | Sequence[Run]], ax: Axes | None = None, *, smooth: int = 1, band: bool = False,
