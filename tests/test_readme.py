@@ -131,7 +131,7 @@ def test_what_the_first_page_says_of_its_figure_is_in_the_record():
     assert max(accs["BatchNorm2d"] + accs["BatchNorm"]) < 0.5
     for said in (f"on MNIST is {mean['BatchNorm2d']} for torch's and {mean['BatchNorm']} for ours.",
                  f"learns in all 24, with a median of {(running[11] + running[12]) / 2:.3f}.",
-                 f"GroupNorm has the same median ({(group[11] + group[12]) / 2:.3f}), but ends at chance in "
+                 f"GroupNorm has a median of {(group[11] + group[12]) / 2:.3f}, but ends at chance in "
                  f"{sum(a <= CHANCE for a in group)} of 24."):
         assert said in words
     assert running[0] > CHANCE
