@@ -7,11 +7,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from experiments import spoken
+from experiments.arm_trial import ArmTrial, TrainArm, TrainArms, from_trial
 from experiments.errors import REPORTED, InputError, WriteError
 from experiments.figures import Data
 from experiments.image_data import ImageData
@@ -24,58 +25,8 @@ from experiments.training import convolutions_in_words
 from experiments.verdict import Result, Verdict
 from runner.progress import format_time
 
-# `f(config, arm, seed, checkpoint)` trains an arm, `f(config, arms, seeds, checkpoint)` several as one, a pair each.
-# `checkpoint` is a folder to go on from after an interruption; an arm of seconds may leave it alone.
-TrainArm = Callable[[Any, str, int, Path], Trained[Any]]
-TrainArms = Callable[[Any, Sequence[str], Sequence[int], Path], Sequence[Trained[Any]]]
 # `f(run)` chooses the arms by a study of its own, whose rows `run(grid)` gives: see `run_arms`.
 Before = Callable[[Callable[[Grid], list[Row]]], Grid]
-
-
-# --- in the process of a trial ------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class ArmTrial:
-    """What the study of an experiment runs: one arm from one seed, or what is trained as one, in any process.
-
-    The row has `outcome` and `trained_seconds`, for a study has `status` and `seconds` of its own, and `refusal` where
-    a norm refused its input; `per_epoch` and `curve` are lists.
-    """
-
-    config: Settings
-    checkpoints: Path
-    one: TrainArm
-    several: TrainArms | None
-
-    def __call__(self, **point: Any) -> Row | list[Row]:
-        seeds = point.pop("seed")
-        arms, = point.values()
-        if not isinstance(seeds, list):
-            return as_trial(self.one(self.config, arms, seeds, checkpoint_folder(self.checkpoints, arms, [seeds])))
-        assert self.several is not None
-        names = arms if isinstance(arms, list) else [arms] * len(seeds)
-        folder = checkpoint_folder(self.checkpoints, "+".join(dict.fromkeys(names)), seeds)
-        return [*map(as_trial, self.several(self.config, names, seeds, folder))]
-
-
-def as_trial(trained: Trained[Any]) -> Row:
-    """The row of a study for what training an arm gave."""
-    epochs, row, curve = trained
-    renamed = {"status": "outcome", "seconds": "trained_seconds", "error": "refusal"}
-    return {**{renamed.get(k, k): v for k, v in row.items()}, "per_epoch": epochs, "curve": curve}
-
-
-def from_trial(trial: Mapping[str, Any]) -> Trained[Any]:
-    """What `as_trial` had, of a row of the study."""
-    own = ("status", "seconds", "attempts", "error", "traceback", "key", "per_epoch", "curve")
-    renamed = {"outcome": "status", "trained_seconds": "seconds", "refusal": "error"}
-    return trial["per_epoch"], {renamed.get(k, k): v for k, v in trial.items() if k not in own}, trial["curve"]
-
-
-# --- all arms -----------------------------------------------------------------------------------------------------
-
-class _Lost(Exception):
-    """Arms of the study that was to choose the others have no row: `args[0]`."""
 
 
 def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid | Before, train_arm: TrainArm, *,
@@ -110,137 +61,171 @@ def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid | 
     if isinstance(config, ImageStudySettings): facts["convolutions"] = convolutions_in_words(config.convolutions)
     folder = RunFolder(config.out, experiment, config, facts, resume=config.resume)
     with folder.reporting():
-        return _run_in(folder, experiment, config, data, points, train_arm, header, judge, table, draw, published,
-                       train_arms, said, complete, facts)
+        given = replace(config, out=None, resume=False)
+        if isinstance(given, ImageSettings) and isinstance(data, ImageData):
+            given.data = data.asked         # no process may find another data set
+            keep_loaded(given, data)
+        trial = ArmTrial(given, (folder.path / CHECKPOINTS).absolute(), train_arm, train_arms)
+        run = _Run(experiment, config, data, folder, trial, judge, table, draw, published, said, complete)
+        at_once = "as many at once as the cluster has workers" if config.at_once is None else (
+            f"{config.at_once} at once")
+        print(spoken.fits(f"{header}\nruns:    {at_once} ({run.backend}), on one thread each" + (
+            f"; convolutions: {facts['convolutions']}" if "convolutions" in facts else "")), flush=True)
+        if not isinstance(points, Grid):
+            try: points = points(run.choosing)
+            except _Lost as e: return run.not_chosen(e.args[0])
+        return run.all(points)
 
 
-def _run_in(folder: RunFolder, experiment: str, config: StudySettings, data: Data, points: Grid | Before,
-            train_arm: TrainArm, header: str, judge: Callable[[list[Row], str, int], Verdict],
-            table: Callable[[Summary], Table], draw: Callable[[list[Row], dict[str, Any], Path], None],
-            published: object, train_arms: TrainArms | None, said: Callable[[Row], str],
-            complete: Callable[[list[Trained[Any]]], None], facts: Mapping[str, object]) -> Result:
-    """`run_arms` in its folder."""
-    picture = folder.path / f"{experiment.replace('-', '_')}.png"
-    given = replace(config, out=None, resume=False)
-    if isinstance(given, ImageSettings) and isinstance(data, ImageData):
-        given.data = data.asked         # no process may find another data set
-        keep_loaded(given, data)
-    trial = ArmTrial(given, (folder.path / CHECKPOINTS).absolute(), train_arm,
-                     train_arms)
-    jobs, start = config.at_once, time.perf_counter()
-    # What a process was started with decides the last bits of oneDNN's gradients, whatever torch is told later.
-    here = config.device.startswith("cuda") or os.environ.get("OMP_NUM_THREADS") == "1"
-    backend = "sequential" if config.backend == "loky" and jobs == 1 and here else config.backend
-    at_once = "as many at once as the cluster has workers" if jobs is None else f"{jobs} at once"
-    print(spoken.fits(f"{header}\nruns:    {at_once} ({backend}), on one thread each" + (
-        f"; convolutions: {facts['convolutions']}" if "convolutions" in facts else "")), flush=True)
-    before: list[Row] = []
+class _Lost(Exception):
+    """Arms of the study that was to choose the others have no row: `args[0]` are the study's rows of them."""
 
-    def study_of(points: Grid, where: str) -> Study:
-        with _of_options(folder):
-            study = Study(experiment, trial, points, out=folder.path / where, version=_settings_of(config))
-        study.go_on = spoken.in_options("run() goes on", folder.go_on)
+
+@dataclass
+class _Run:
+    """`run_arms` in its folder: the study that chooses the arms, if there is one; the arms; what is said of them."""
+
+    experiment: str
+    config: StudySettings
+    data: Data
+    folder: RunFolder
+    trial: ArmTrial
+    judge: Callable[[list[Row], str, int], Verdict]
+    table: Callable[[Summary], Table]
+    draw: Callable[[list[Row], dict[str, Any], Path], None]
+    published: object
+    said: Callable[[Row], str]
+    complete: Callable[[list[Trained[Any]]], None]
+    before: list[Row] = field(default_factory=list)         # the rows that have chosen the arms
+    start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def backend(self) -> str:
+        """Where arms are trained; in this process if only one is at a time, and this process is as good as a new one.
+
+        What a process was started with decides the last bits of oneDNN's gradients, whatever torch is told later.
+        """
+        here = self.config.device.startswith("cuda") or os.environ.get("OMP_NUM_THREADS") == "1"
+        alone = self.config.backend == "loky" and self.config.at_once == 1 and here
+        return "sequential" if alone else self.config.backend
+
+    # --- the studies ----------------------------------------------------------------------------------------------
+
+    def study_of(self, points: Grid, where: str) -> Study:
+        with _of_options(self.folder):
+            study = Study(self.experiment, self.trial, points, out=self.folder.path / where,
+                          version=_settings_of(self.config))
+        study.go_on = spoken.in_options("run() goes on", self.folder.go_on)
         return study
 
-    def go(study: Study, each: Callable[[list[dict[str, Any]]], str]) -> None:
-        with _of_options(folder):
-            study.run(jobs=jobs, backend=backend, scheduler=config.scheduler, again=config.resume, each=each)
+    def go(self, study: Study, each: Callable[[list[dict[str, Any]]], str]) -> None:
+        with _of_options(self.folder):
+            study.run(jobs=self.config.at_once, backend=self.backend, scheduler=self.config.scheduler,
+                      again=self.config.resume, each=each)
 
-    def ended(key: str, rows: list[dict[str, Any]]) -> str:
-        for row in rows: _refuse(row, folder)       # now, and not after all others
+    def ended(self, key: str, rows: list[dict[str, Any]]) -> str:
+        """What is said of arms that have just ended; their checkpoints go."""
+        for row in rows: _refuse(row, self.folder)       # now, and not after all others
         if any(row["status"] == "ok" for row in rows):
             names = dict.fromkeys(row[key] for row in rows)
-            shutil.rmtree(checkpoint_folder(trial.checkpoints, "+".join(names), [row["seed"] for row in rows]),
+            shutil.rmtree(checkpoint_folder(self.trial.checkpoints, "+".join(names), [row["seed"] for row in rows]),
                           ignore_errors=True)
-        return "\n".join(spoken.line(key, row, from_trial(row)[1] if row["status"] == "ok" else {}, said)
+        return "\n".join(spoken.line(key, row, from_trial(row)[1] if row["status"] == "ok" else {}, self.said)
                          for row in rows)
 
-    def run_before(points: Grid) -> list[Row]:
-        study, key = study_of(points, BEFORE), _arm_axis(points)
-        if folder.resumed:
+    def choosing(self, points: Grid) -> list[Row]:
+        """Run the arms that choose the others: their rows."""
+        study, key = self.study_of(points, BEFORE), _arm_axis(points)
+        if self.folder.resumed:
             print(spoken.fits(f"resumed: {len(study.rows())} of {len(points)} arms had finished that choose the "
                               "others"), flush=True)
-        try: go(study, lambda rows: ended(key, rows))
+        try: self.go(study, lambda rows: self.ended(key, rows))
         except KeyboardInterrupt:
-            print(spoken.fits(f"\nInterrupted before the arms were chosen. {folder.go_on}"), flush=True)
+            print(spoken.fits(f"\nInterrupted before the arms were chosen. {self.folder.go_on}"), flush=True)
             raise KeyboardInterrupt(REPORTED) from None
         if lost := [row for row in study.rows() if row["status"] != "ok"]: raise _Lost([(key, row) for row in lost])
-        before.extend(from_trial(row)[1] for row in study.rows())
-        return before
+        self.before.extend(from_trial(row)[1] for row in study.rows())
+        return self.before
 
-    if not isinstance(points, Grid):
-        try: points = points(run_before)
-        except _Lost as e:
-            names = ", ".join(f"{row[key]} (seed {row['seed']}) {spoken.how(row)}" for key, row in e.args[0])
-            verdict = f"Not complete: the arms were not chosen; {names}"
-            print(spoken.fits(f"\n{verdict}\nTracebacks are in {folder.path / BEFORE}. {folder.go_on}"), flush=True)
-            return Result([], None, verdict, folder.path, lost=len(e.args[0]))
-    arms: Grid = points         # chosen, from here on
-    key, study = _arm_axis(arms), study_of(arms, STUDY)
-    first: dict[str, int] = {}
-    for point in arms: first.setdefault(point[key], point["seed"])
+    def not_chosen(self, lost: Sequence[tuple[str, Row]]) -> Result:
+        verdict = f"Not complete: the arms were not chosen; {_names_of(lost)}"
+        print(spoken.fits(f"\n{verdict}\nTracebacks are in {self.folder.path / BEFORE}. {self.folder.go_on}"),
+              flush=True)
+        return Result([], None, verdict, self.folder.path, lost=len(lost))
 
-    def trained() -> list[Trained[Any]]: return [from_trial(row) for row in study.rows() if row["status"] == "ok"]
+    def all(self, arms: Grid) -> Result:
+        """Run `arms`, write what they gave, say it."""
+        key, study = _arm_axis(arms), self.study_of(arms, STUDY)
 
-    def record(found: list[Trained[Any]]) -> tuple[Summary, dict[str, Any]]:
+        def trained() -> list[Trained[Any]]: return [from_trial(row) for row in study.rows() if row["status"] == "ok"]
+
+        def each(rows: list[dict[str, Any]]) -> str:
+            text = self.ended(key, rows)
+            if len(found := trained()) < len(arms): self.write(found, *self.record(arms, study, found))  # or see below
+            return text
+
+        if self.folder.resumed:
+            print(spoken.fits(f"resumed: {len(trained())} of {len(arms)} arms had finished"), flush=True)
+        interrupted, trouble = False, None
+        try: self.go(study, each)
+        except KeyboardInterrupt: interrupted = True
+        except InputError as e: trouble = e         # a full disk, say: what has finished is shown all the same
+        found = trained()
+        if len(found) == len(arms):
+            shutil.rmtree(self.trial.checkpoints, ignore_errors=True)
+            self.complete(found)
+        summary, curves = self.record(arms, study, found)
+        if found: print("\n" + spoken.table_text(*self.table(summary)), flush=True)
+        picture = self.folder.path / f"{self.experiment.replace('-', '_')}.png"
+        try:
+            self.write(found, summary, curves)
+            if found:
+                with self.folder.new_files() as new: self.draw(summary["rows"], curves, new / picture.name)
+        except WriteError as e: trouble = trouble or e
+        where = self.folder.path / ("summary.json" if trouble is None else STUDY)
+        had = f"{len(found)} of {len(arms)} arms had finished" + f"; their rows are in {where}" * bool(found)
+        if trouble is not None:
+            print(spoken.fits(f"\nStopped: {had}."), flush=True)
+            raise trouble
+        if interrupted:
+            print(spoken.fits(f"\nInterrupted: {had}. {self.folder.go_on}"), flush=True)
+            raise KeyboardInterrupt(REPORTED)
+        what = f"{picture} and summary.json lie" if found else "summary.json lies"
+        print(spoken.fits(f"\n{what} in the run folder; it took {format_time(time.perf_counter() - self.start)}.\n"
+                          f"{summary['verdict']}"), flush=True)
+        if len(found) < len(arms):
+            print(spoken.fits(f"Tracebacks are in {self.folder.path / STUDY}. {self.folder.go_on}"), flush=True)
+        return Result(summary["rows"], summary["reproduced"], summary["verdict"], self.folder.path,
+                      lost=len(arms) - len(found))
+
+    # --- what is written ------------------------------------------------------------------------------------------
+
+    def record(self, arms: Grid, study: Study, found: list[Trained[Any]]) -> tuple[Summary, SeedCurves]:
+        """The summary of the arms that have finished, judged if all have, and their curves."""
+        key = _arm_axis(arms)
+        first: dict[str, int] = {}
+        for point in arms: first.setdefault(point[key], point["seed"])
         rows = [row for _, row, _ in found]
         curves = SeedCurves({row[key]: curve for _, row, curve in found if row["seed"] == first[row[key]]})
         for _, row, curve in found: curves.every.setdefault(row[key], []).append(curve)
-        lost = [row for row in study.rows() if row["status"] != "ok"]
-        if len(rows) == len(arms): verdict = judge(rows, data.name, len(data.train))
+        complete = len(rows) == len(arms)
+        if complete: verdict = self.judge(rows, self.data.name, len(self.data.train))
         else:
-            names = ", ".join(f"{row[key]} (seed {row['seed']}) {spoken.how(row)}" for row in lost)
+            names = _names_of([(key, row) for row in study.rows() if row["status"] != "ok"])
             verdict = Verdict(untested=f"Not complete: {len(rows)} of {len(arms)} arms have finished"
-                              f"{'; ' * bool(lost)}{names}")
-        said_of = verdict.record()
+                              f"{'; ' * bool(names)}{names}")
+        said = verdict.record()
         summary: Summary = {
-            "experiment": experiment, "data": data.name, "train_images": len(data.train),
-            "valid_images": len(data.valid), "complete": len(rows) == len(arms), "reproduced": said_of["reproduced"],
-            "verdict": said_of["verdict"], "claims": said_of["claims"], "published": published, "rows": rows}
-        if before: summary["before"] = before
+            "experiment": self.experiment, "data": self.data.name, "train_images": len(self.data.train),
+            "valid_images": len(self.data.valid), "complete": complete, "reproduced": said["reproduced"],
+            "verdict": said["verdict"], "claims": said["claims"], "published": self.published, "rows": rows}
+        if self.before: summary["before"] = self.before
         return summary, curves
 
-    def write(found: list[Trained[Any]], summary: Summary, curves: dict[str, Any]) -> None:
-        folder.write_metrics([epoch for epochs, _, _ in found for epoch in epochs])
-        folder.write_json("summary.json", summary)
-        if summary["rows"]: folder.write_json("curves.json", curves)
-
-    def each(rows: list[dict[str, Any]]) -> str:
-        text = ended(key, rows)
-        if len(found := trained()) < len(arms): write(found, *record(found))         # or it is judged below
-        return text
-
-    if folder.resumed: print(spoken.fits(f"resumed: {len(trained())} of {len(arms)} arms had finished"), flush=True)
-    interrupted, trouble = False, None
-    try: go(study, each)
-    except KeyboardInterrupt: interrupted = True
-    except InputError as e: trouble = e         # a full disk, say: what has finished is shown all the same
-    found = trained()
-    if len(found) == len(arms):
-        shutil.rmtree(trial.checkpoints, ignore_errors=True)
-        complete(found)
-    summary, curves = record(found)
-    if found: print("\n" + spoken.table_text(*table(summary)), flush=True)
-    try:
-        write(found, summary, curves)
-        if found:
-            with folder.new_files() as new: draw(summary["rows"], curves, new / picture.name)
-    except WriteError as e: trouble = trouble or e
-    kept = f"; their rows are in {folder.path / ('summary.json' if trouble is None else STUDY)}" if found else ""
-    if trouble is not None:
-        print(spoken.fits(f"\nStopped: {len(found)} of {len(arms)} arms had finished{kept}."), flush=True)
-        raise trouble
-    if interrupted:
-        print(spoken.fits(f"\nInterrupted: {len(found)} of {len(arms)} arms had finished{kept}. {folder.go_on}"),
-              flush=True)
-        raise KeyboardInterrupt(REPORTED)
-    what = f"{picture} and summary.json lie" if found else "summary.json lies"
-    print(spoken.fits(f"\n{what} in the run folder; it took {format_time(time.perf_counter() - start)}.\n"
-                      f"{summary['verdict']}"), flush=True)
-    if len(found) < len(arms):
-        print(spoken.fits(f"Tracebacks are in {folder.path / STUDY}. {folder.go_on}"), flush=True)
-    return Result(summary["rows"], summary["reproduced"], summary["verdict"], folder.path,
-                  lost=len(arms) - len(found))
+    def write(self, found: list[Trained[Any]], summary: Summary, curves: SeedCurves) -> None:
+        self.folder.write_metrics([epoch for epochs, _, _ in found for epoch in epochs])
+        self.folder.write_json("summary.json", summary)
+        if summary["rows"]: self.folder.write_json("curves.json", curves)
 
 
 @contextmanager
@@ -258,6 +243,11 @@ def _refuse(row: Mapping[str, Any], folder: RunFolder) -> None:
     if kind == "WriteError": raise WriteError(text)
     raise WriteError(f"an arm stopped, for a file can't be read or written: {text}; make room for it, or make it "
                      f"writable. {folder.go_on}")
+
+
+def _names_of(lost: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Arms without a row, of `(their axis, the study's row)`: which, and how they ended."""
+    return ", ".join(f"{row[key]} (seed {row['seed']}) {spoken.how(row)}" for key, row in lost)
 
 
 def _arm_axis(points: Grid) -> str: return next(name for name in points.axes if name != "seed")
