@@ -38,9 +38,9 @@ def small(out, **kwargs):
 # --- the whole of it ----------------------------------------------------------------------------------------------
 
 def test_the_effect_is_visible_on_the_digits(tmp_path):
-    # Three seeds at the default settings. Measured while this was written, seeds 0 to 2: BatchNorm2d 0.32 to 0.53,
-    # RunningBatchNorm 0.76 to 0.92. The verdict asks for a mean below 0.5 and a gap of 0.3 between the means.
-    result = small_batch.run(Config(data="digits", norms=("BatchNorm2d", "RunningBatchNorm"), seeds=(0, 1, 2),
+    # Two epochs instead of five. Measured while this was written, seeds 0 to 11: BatchNorm2d 0.13 to 0.44, mean 0.30;
+    # RunningBatchNorm 0.33 to 0.93, median 0.84. The verdict asks for a mean below 0.5, and a median 0.3 above it.
+    result = small_batch.run(Config(data="digits", norms=("BatchNorm2d", "RunningBatchNorm"), seeds=range(8), epochs=2,
                                     out=str(tmp_path / "run")))
     assert result.reproduced is True, result.verdict
     assert "visible on digits" in result.verdict

@@ -12,58 +12,26 @@ stands as a marker at its edge, each kind named in the legend. More than `PAGE` 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes as Axes
-from matplotlib.figure import Figure, SubFigure
 
-from runner.events import listify
 from runner.insight import drawing as draw
 from runner.insight import edges, ends, layer_plots
 from runner.insight import groups as groups_
 from runner.insight.drawing import COLOURS, MARKERS, STYLES, Values
 from runner.insight.drawing import rebin as rebin
+from runner.insight.figures import PAGE as PAGE
+from runner.insight.figures import axis, panels
+from runner.insight.figures import figure as figure
+from runner.insight.figures import pages as pages
+from runner.insight.figures import save as save
+from runner.insight.figures import save_pages as save_pages
 from runner.smoothing import smoothed
 
 Run = tuple[Sequence[float], Values]        # steps, values
-PAGE = 12           # panels on one figure: of more one could read none
 LINES = 12          # of layers, in one picture; the others are a band
-
-
-def _axes(ax: Axes | None) -> Axes:
-    if ax is None: _, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
-
-
-def _panels(axes: Axes | Iterable[Axes] | None, n: int, what: str, names: Iterable[str] = (),
-            labels: int = 0) -> list[Axes]:
-    """`axes` as a list of `n`, or as many new ones: 2 in a row, 3 of more than 4, on a new figure after each `PAGE`.
-
-    `names` are titles that the new ones must be wide enough for, `labels` characters that stand right of each.
-    """
-    if axes is None:
-        width = 4.6 + ends.SIZE * ends.WIDTH / 72 * labels
-        new = []
-        for at in range(0, n, PAGE):
-            k = min(PAGE, n - at)
-            ncols = min(k, 2 if n <= 4 else 3)
-            made = figure(ncols, -(-k // ncols), width=width, height=2.9)[1]
-            for ax in made[k:]: ax.remove()
-            new += made[:k]
-        axes = new
-    found = listify(getattr(axes, "flat", axes))    # flat: of the array that plt.subplots returns
-    if len(found) != n: raise ValueError(f"got {len(found)} axes; {what} needs {n}: pass as many, or None for new ones")
-    for ax, name in zip(found, names, strict=False):
-        ax.set_title(ends.wrapped(name, ends.fitting(0.95 * _inches(ax), 10)), loc="left", fontsize="medium")
-    return [_axes(ax) for ax in found]
-
-
-def _inches(ax: Axes) -> float:
-    """The width of `ax` as it stands, less what a bar or a legend beside it may take."""
-    return 0.8 * ax.get_window_extent().width / ax.figure.dpi
 
 
 def series_style(i: int, n: int = 0) -> dict[str, Any]:
@@ -78,7 +46,7 @@ def series_style(i: int, n: int = 0) -> dict[str, Any]:
 def plot_line(ys: Values, xs: Sequence[float] | None = None, ax: Axes | None = None, *, xscale: str = "linear",
               yscale: str = "linear", xlabel: str = "", ylabel: str = "") -> Axes:
     """One line: `ys` against `xs`, or against their index."""
-    ax = _axes(ax)
+    ax = axis(ax)
     draw.line(ax, range(len(ys)) if xs is None else xs, ys, color=COLOURS[0])
     ax.set(xscale=xscale, xlabel=xlabel, ylabel=ylabel)
     edges.scale(ax, yscale, ys)
@@ -116,7 +84,7 @@ def plot_lines(series: Mapping[str, Run], ax: Axes | None = None, *, yscale: str
     above 1 draws the mean over so many neighbours over a pale line. The legend names all, or `named` of them, evenly
     spaced. No outliers are spared if `ylim` is given.
     """
-    ax = _axes(ax)
+    ax = axis(ax)
     n = len(series)
     for i, (name, (xs, ys)) in enumerate(series.items()):
         style = series_style(i, n * ordered)
@@ -148,7 +116,7 @@ def plot_layers(series: Mapping[str, Run], ax: Axes | None = None, *, yscale: st
     if ax is None:
         longest = min(60, max(map(len, series), default=0)) if named else 0
         ax = figure(width=5.2 + ends.SIZE * ends.WIDTH / 72 * longest)[1][0]
-    ax = _axes(ax)
+    ax = axis(ax)
     draw.words(ax, title, xlabel=xlabel, ylabel=ylabel)
     layer_plots.lines(ax, series, [series_style(i, n) for i in range(n)], most=lines, yscale=yscale, smooth=smooth,
                       guide=guide, ylim=ylim, named=named)
@@ -169,14 +137,14 @@ def plot_groups(groups: Mapping[str, Values], ax: Axes | None = None, *,
     diamonds. The middle is written at the right edge, with `notes` by name. A group without a finite value is marked
     as such.
     """
-    ax, names, handles = _axes(ax), list(groups), dict[str, Any]()
+    ax, names, handles = axis(ax), list(groups), dict[str, Any]()
     middles = groups_.rows(ax, groups, middle, failed_as, intervals or {}, handles)
     mark = groups_.references(ax, names, reference or {})
     if mark: handles[reference_label] = mark
     groups_.ticks(ax, names)
     digits = 3
     if close is not None:
-        _axes(close)
+        axis(close)
         low, high = groups_.range_of(groups, middles, failed_as, near) if middles else (0.0, 1.0)
         inside = {name: i for name, i in (intervals or {}).items() if low <= middles.get(name, low - 1) <= high}
         groups_.rows(close, groups, middle, failed_as, inside, {})
@@ -204,7 +172,7 @@ def plot_ratios(rows: Sequence[tuple[str, float, Sequence[float], float | None]]
 
     A dot with a bar from `low` to `high`, the target as a tick that should lie right of the dot, and a line at 1.
     """
-    ax = _axes(ax)
+    ax = axis(ax)
     for i, (_, ratio, (low, high), target) in enumerate(rows):
         ax.plot([low, high], [i, i], color=COLOURS[0], linewidth=2)
         ax.plot(ratio, i, MARKERS[0], color=COLOURS[0])
@@ -230,7 +198,7 @@ def plot_losses(losses: Values, steps: Sequence[float] | None = None, ax: Axes |
 
     `valid` are validation losses, one per epoch, drawn at the steps `ends` (None: epochs of one length).
     """
-    ax = _axes(ax)
+    ax = axis(ax)
     steps, losses = range(len(losses)) if steps is None else steps, draw.gaps(losses)
     if smooth is None: smooth = max(1, sum(map(math.isfinite, losses)) // 25)
     draw.smooth_line(ax, steps, losses, smooth, color=COLOURS[0], linewidth=1.6, label="training")
@@ -257,7 +225,7 @@ def plot_lr_find(lrs: Sequence[float], losses: Values, suggestion: float | None 
 
     A search ends where the loss explodes: the axis ends at the highest loss before the lowest mean.
     """
-    ax, losses = _axes(ax), draw.gaps(losses)
+    ax, losses = axis(ax), draw.gaps(losses)
     width = max(3, len(losses) // 8) if width is None else width
     means = draw.smooth_line(ax, lrs, losses, width, color=COLOURS[0], linewidth=1.6)
     ax.set(xscale="log", xlabel="learning rate", ylabel="training loss")
@@ -280,7 +248,7 @@ def plot_runs(runs: Mapping[str, Run | Sequence[Run]], ax: Axes | None = None, *
     value there; the legend says how many seeds end without one. `smooth` neighbours are averaged first.
     """
     if middle not in ("mean", "median"): raise ValueError(f"middle is {middle!r}; give 'mean' or 'median'")
-    ax = _axes(ax)
+    ax = axis(ax)
     run: Any        # one or several, which the first number tells
     for i, (name, run) in enumerate(runs.items()):
         seeds = [run] if not run or not run[0] or isinstance(run[0][0], Real) else run
@@ -325,7 +293,7 @@ def plot_means_stds(series: Mapping[str, tuple[Sequence[float], Values, Values]]
     `smooth` neighbours if above 1. The `yscale` "log" is for the stds; means then are on "symlog", which has both signs
     and is linear around 0. "asinh" suits a run that diverges. Layers beyond `LINES` are a band.
     """
-    axes = _panels(axes, 4, "plot_means_stds", labels=min(60, max(map(len, series), default=0)))
+    axes = panels(axes, 4, "plot_means_stds", labels=min(60, max(map(len, series), default=0)))
     for row, end in ((axes[:2], first), (axes[2:], None)):
         for ax, what, k in zip(row, ("mean", "std"), (1, 2), strict=True):
             plot_layers({path: (data[0][:end], data[k][:end]) for path, data in series.items()}, ax,
@@ -354,7 +322,7 @@ def plot_update_ratios(series: Mapping[str, Run], ax: Axes | None = None, *, tit
 def plot_kinds(kinds: Mapping[str, Mapping[str, Run]], axes: Axes | Iterable[Axes] | None = None, *,
                yscale: str = "log", ylabel: str = "", guide: tuple[float, str] | None = None) -> list[Axes]:
     """A panel for each kind of parameter, such as weights, biases and norms; each kind as in `plot_layers`."""
-    axes = _panels(axes, len(kinds), "plot_kinds", labels=min(60, max((len(n) for k in kinds.values() for n in k),
+    axes = panels(axes, len(kinds), "plot_kinds", labels=min(60, max((len(n) for k in kinds.values() for n in k),
                                                                       default=0)))
     for ax, (kind, series) in zip(axes, kinds.items(), strict=True):
         plot_layers(series, ax, yscale=yscale, ylabel=ylabel, title=kind, guide=guide)
@@ -370,7 +338,7 @@ def plot_channels(series: Mapping[str, tuple[Sequence[float], Sequence[Sequence[
     are the median over channels and the band from the 10 % to the 90 % quantile; on a `yscale` of "log", which suits
     variances, the least channel too.
     """
-    axes = _panels(axes, len(series), "plot_channels", series)
+    axes = panels(axes, len(series), "plot_channels", series)
     for ax, (steps, *both) in zip(axes, series.values(), strict=True):
         layer_plots.channels(ax, steps, both, [series_style(0), series_style(1)], yscale)
         ax.set(xlabel="step", ylabel=ylabel)
@@ -391,40 +359,8 @@ def plot_histograms(
     spares the outliers: the quartiles over steps of the lows and of the highs, widened by their distance, or less where
     nothing lies. Triangles mark the steps that reach beyond it.
     """
-    axes = _panels(axes, len(histograms), "plot_histograms", histograms)
+    axes = panels(axes, len(histograms), "plot_histograms", histograms)
     for ax, histogram in zip(axes, histograms.values(), strict=True):
         ax.set(xlabel="step", ylabel="value")
         layer_plots.histogram(ax, *histogram, bins)
     return axes
-
-
-# --- figures ------------------------------------------------------------------------------------------------------
-
-def figure(ncols: int = 1, nrows: int = 1, *, width: float = 6.0,
-           height: float = 4.0) -> tuple[Figure, list[Axes]]:
-    """A new figure with panels of `width` by `height` inches: `(fig, axes)`, `axes` a list, row by row."""
-    with plt.rc_context({"figure.max_open_warning": 0}):        # a deep network has many pages
-        fig, axes = plt.subplots(nrows, ncols, figsize=(width * ncols, height * nrows), squeeze=False,
-                                 layout="constrained")
-    return fig, list(axes.flat)
-
-
-def pages(axes: Axes | Iterable[Axes]) -> list[Figure | SubFigure]:
-    """The figures that `axes` are on, in their order: one, or several of what takes more than `PAGE` panels."""
-    return list(dict.fromkeys(ax.figure for ax in listify(axes)))
-
-
-def save_pages(axes: Axes | Iterable[Axes], path: str | Path) -> list[Path]:
-    """Write every figure that `axes` are on and close it: to `path`, or of several to `path` with -1, -2 and so on."""
-    path, found = Path(path), pages(axes)
-    paths = [path] if len(found) == 1 else [path.with_name(f"{path.stem}-{i + 1}{path.suffix}")
-                                            for i in range(len(found))]
-    for fig, at in zip(found, paths, strict=True): save(fig, at)
-    return paths
-
-
-def save(fig: Figure | SubFigure, path: str | Path) -> None:
-    """Write `fig`, or the whole of which it is a part, to `path` as its suffix says and close it."""
-    whole = fig.figure if isinstance(fig, SubFigure) else fig
-    whole.savefig(path, dpi=120)
-    plt.close(whole)
