@@ -136,6 +136,8 @@ class Norm(nn.Module):
         statistics              what of these values it takes: their "mean and variance", or only the "variance" or the
                                 "mean square", by whose root it divides; then their mean stays
         activates               whether an activation is part of it, so that none is due beside it
+        wants_centred           whether it takes no mean away and counts on a convolution that gives none, by weights
+                                whose mean is 0: one that says `centred`
 
     Args:
         shape: shape of `weight` and `bias`.
@@ -146,6 +148,7 @@ class Norm(nn.Module):
 
     statistics = "mean and variance"
     activates = False
+    wants_centred = False
     eps: float
     weight: nn.Parameter | None
     bias: nn.Parameter | None

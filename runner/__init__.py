@@ -18,7 +18,7 @@ from runner.clipping import GradientClip
 from runner.compiled import CompileError
 from runner.core import Runner, TrainEvalCallback
 from runner.data import DataBunch, Dataset, get_dls
-from runner.distributed import Distributed, DistributedError, shard_loader
+from runner.distributed import Distributed, shard_loader
 from runner.events import (
     EVENTS,
     STEPS,
@@ -45,6 +45,7 @@ from runner.monitors import EarlyStopping, KeepBest
 from runner.optim import SGD
 from runner.optimizers import ClosureStep, Optimizers, Turns
 from runner.precision import MixedPrecision
+from runner.processes import DistributedError
 from runner.profile import Profile
 from runner.progress import ProgressCallback
 from runner.recorder import Recorder

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """One process, alone; `runner.distributed.Group` has the methods for several.
+    """One process, alone; `runner.processes.Group` has the methods for several.
 
     `rank` is this one's number, from 0, and `size` how many there are. `images` is the number of images in the running
     batch over all of them (None alone: the batch's own), and `weight` this one's share of these, in 0 to 1.

@@ -56,7 +56,7 @@ def test_every_package_is_installed():
     assert set(re.findall(r'"([\w.]+)"', listed)) == folders
 
 
-@pytest.mark.parametrize(("package", "home"), [("norms", "norms/sync.py"), ("runner", "runner/distributed.py")])
+@pytest.mark.parametrize(("package", "home"), [("norms", "norms/sync.py"), ("runner", "runner/processes.py")])
 def test_other_processes_are_asked_for_in_one_file(package, home):
     for file in (ROOT / package).rglob("*.py"):
         name = file.relative_to(ROOT).as_posix()

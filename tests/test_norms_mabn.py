@@ -2,6 +2,7 @@
 
 import copy
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from norms import BatchNorm
-from norms.rivals import MABN, CentredConv2d
+from norms.rivals import MABN, CentredConv2d, WSConv2d, convert_convs
 from runner import preflight
 
 
@@ -199,6 +200,21 @@ def test_running_moments_are_what_training_divides_by():
             torch.testing.assert_close(y, x / (var.view(-1, 1) + norm.eps).sqrt())
             assert (mean.any(), images) == (False, 6)
             assert torch.equal(norm.unclamped_var, var)
+
+
+@pytest.mark.parametrize(("make", "warned"), [
+    (nn.Conv2d, True), (CentredConv2d, False), (WSConv2d, False), (partial(CentredConv2d, bias=False), False),
+    (partial(nn.Conv2d, bias=False), True), (lambda *a: nn.Sequential(nn.Conv2d(*a), nn.ReLU()), False)])
+def test_preflight_asks_for_a_centred_convolution_right_before_it(make, warned):
+    model = nn.Sequential(make(3, 4, 3), nn.Sequential(MABN(4)), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    found, other = preflight(model, torch.randn(8, 3, 9, 9)).findings
+    text = ("it takes no mean away, and the weights of module 0 before it give one: "
+            "convert_convs(model, CentredConv2d)")
+    assert (text in found.text, "takes no mean away" in other.text) == (warned, False)
+    assert found.level == ("warn" if warned else "ok")
+    if warned:
+        convert_convs(model, CentredConv2d)
+        assert preflight(model, torch.randn(8, 3, 9, 9)).findings[0].level == "ok"
 
 
 def test_preflight_counts_the_window():

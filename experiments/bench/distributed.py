@@ -21,7 +21,7 @@ from experiments.errors import InputError
 from experiments.results import Row
 from norms import RunningBatchNorm, sync_norms
 from runner import SGD, DataBunch, Distributed, Learner, Runner
-from runner.distributed import Connection, Group
+from runner.processes import Connection, Group
 
 STEPS, WAIT = 100, 120.0    # steps of a measurement; seconds in which the other process must answer
 # arm: (images of the whole batch, processes, whether the norms are synchronised)

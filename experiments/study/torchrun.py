@@ -41,7 +41,7 @@ class Meeting:
     _studies = 0        # that rank 0 has begun
 
     def __init__(self) -> None:
-        from runner.distributed import shared_store
+        from runner.processes import shared_store
         self.store: Any = shared_store(f"experiments/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}")
 
     def begin(self, work: Work, keys: Sequence[str]) -> int:

@@ -21,6 +21,8 @@ class CentredConv2d(nn.Conv2d):
     trained, is W as it is. Arguments, shapes and state dict are those of `nn.Conv2d`.
     """
 
+    centred = True
+
     def forward(self, input: Tensor) -> Tensor:
         y: Tensor = self._conv_forward(input, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
         return y
@@ -74,6 +76,7 @@ class MABN(RunningNorm):
     """
 
     statistics = "mean square"
+    wants_centred = True
 
     num_batches_tracked: Tensor
     square_window: Tensor

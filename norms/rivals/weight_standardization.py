@@ -53,6 +53,8 @@ class WSConv2d(nn.Conv2d):
         ValueError: one weight for each output channel, which would become 0; an eps below 0; else as `nn.Conv2d`.
     """
 
+    centred = True
+
     def __init__(self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
                  padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
                  padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros", *, eps: float = 1e-5,

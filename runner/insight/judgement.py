@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from runner.distributed import processes_to_come, world_size
 from runner.insight.layers import (
     eps_of,
     running_moments,
@@ -15,6 +14,7 @@ from runner.insight.layers import (
     takes,
     wide,
 )
+from runner.processes import processes_to_come, world_size
 
 LEVELS = ("ok", "warn", "fail")
 Pooled = tuple[Tensor, Tensor, int, int]    # of several processes: mean, variance, images, values per channel
@@ -40,12 +40,14 @@ def _error(n: float) -> str:
 
 
 def judge(m: nn.Module, x: Tensor, before: tuple[Tensor, Tensor] | None, was_frozen: bool,
-           biased: str | None, over: Pooled | None, lacking: int = 0) -> tuple[str, str]:
+           biased: str | None, over: Pooled | None, lacking: int = 0,
+           uncentred: str | None = None) -> tuple[str, str]:
     """Level and text for the norm layer `m`, which has just run on `x` with running statistics `before` it.
 
     `lacking`: how many norms of the model have `lacks_gradient`. `was_frozen`: whether it was in evaluation mode in a
     model in training mode; `biased`: the path of the layer that added a bias to `x` last; `over`: the moments of the
-    step, if they are of several processes, and their counts.
+    step, if they are of several processes, and their counts; `uncentred`: the path of the layer that gave `x`, if its
+    weights may give it a mean.
     """
     if not m.training and before: return "ok", "in evaluation mode in training too: its running statistics stay"
     groups, eps = wide(statistic_groups(m, x)), eps_of(m, x)
@@ -91,6 +93,9 @@ def judge(m: nn.Module, x: Tensor, before: tuple[Tensor, Tensor] | None, was_fro
         remark("warn", f"{to_come} processes were started, and each is to normalise by its own part of the batch's "
                        f"{len(x)} image{'s' * (len(x) > 1)}: {first}sync_norms(model)")
     if was_frozen: remark("warn", "it was in evaluation mode, and model.train() at every epoch ends that")
+    if uncentred is not None and getattr(m, "wants_centred", False):
+        remark("warn", f"it takes no mean away, and the weights of module {uncentred} before it give one: "
+                       "convert_convs(model, CentredConv2d)")
     # A statistic of one channel: its mean takes in the whole of the channel's bias.
     centres = what == "mean and variance" and not running
     if biased is not None and centres and groups.shape[1] == x[0, 0].numel() * (len(x) if common else 1):

@@ -104,6 +104,7 @@ def preflight(model: nn.Module, xb: Tensor | Iterable[Any], *,
     - running statistics that are missing, do not move, or are not what training normalises by;
     - many norms that train by running statistics and lack most of the gradient through them;
     - a bias of a convolution or linear layer that the norm's mean takes off again;
+    - a norm that takes no mean away, behind a convolution whose outputs have one;
     - norms that are unknown or didn't run; a module of an activation behind a norm that has its own;
     - of several processes (`torchrun`), statistics of a process's own share. In a process group those of
       `norms.sync_norms` are counted over all processes, for which every process must call this, each with a share as it
@@ -165,6 +166,7 @@ def _survey(model: nn.Module, norms: dict[nn.Module, str], strange: dict[nn.Modu
     found: list[Finding] = []
     inside: list[tuple[nn.Module, Any, tuple[Tensor, Tensor] | None]] = []
     bias: tuple[nn.Module, Tensor] | None = None
+    uncentred: tuple[nn.Module, Tensor] | None = None
     active: tuple[nn.Module, Any] | None = None
     images = size_of(x)
     paths = {m: path for path, m in model.named_modules()}
@@ -182,13 +184,15 @@ def _survey(model: nn.Module, norms: dict[nn.Module, str], strange: dict[nn.Modu
             over: Pooled | None = None
             if m.training and getattr(m, "ranks", 1) > 1: over = cast("Any", m).pooled_moments(x)
             added = paths.get(bias[0]) if bias and bias[1] is x else None
-            level, text = judge(m, x, before, m in frozen, added, over, lacking)
+            mean = paths.get(uncentred[0]) if uncentred and uncentred[1] is x else None
+            level, text = judge(m, x, before, m in frozen, added, over, lacking, mean)
             f = replace(f, level=level, text=text, **_shape(m, x))
             if over is not None: f = replace(f, values=over[3])
         if f not in found: found.append(f)
 
     def keep(m: nn.Module, x: Tensor, y: Tensor) -> None:
-        nonlocal bias
+        nonlocal bias, uncentred
+        if isinstance(m, nn.Conv2d) and not getattr(m, "centred", False): uncentred = m, y
         if m.bias is not None and (isinstance(m, _ConvNd) or x.ndim == 2): bias = m, y
 
     def again(m: nn.Module, x: Any) -> None:
