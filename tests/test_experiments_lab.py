@@ -239,3 +239,18 @@ def test_the_best_is_compared_with_the_next_over_the_seeds_that_both_have():
         assert "batch 2, warm-up: A 0.6200 (3 seeds" in text
         assert said in text if said else "paired" not in text
         assert ("of 2)" in text) == (said is not None and others[2]["seed"] == 7)
+
+
+def test_the_table_pairs_every_norm_with_the_best_of_its_batch_size():
+    def rows(norm, batch_size, **accuracies):
+        return [{"norm": norm, "seed": int(seed[1:]), "test_accuracy": accuracy, "batch_size": batch_size, "rate": 0.1,
+                 "schedule": "warm-up", "step_ms": 1.0, "status": "ok"} for seed, accuracy in accuracies.items()]
+    header, lines = lab.table({"rows": [
+        *rows("A", 2, s0=0.5, s1=0.6), *rows("B", 2, s1=0.8, s0=0.6, s9=0.1), *rows("C", 2, s7=0.2),
+        *rows("D", 2, s0=None, s1=0.4), *rows("A", 4, s0=0.1)]})
+    at = header.index("to the best")
+    # A is the best of batch size 2. B has +0.1 and +0.2 to it: 0.15 -+ 12.7062 * 0.05, Student's t with 1 degree of
+    # freedom, and the mean counts its third seed. C has no seed in common; D's run without a figure counts as 0.
+    assert [(line[0], line[1], line[at]) for line in lines] == [
+        ("A", "2", "-"), ("B", "2", "+0.1500 (-0.4853 to +0.7853)"), ("C", "2", "-"),
+        ("D", "2", "-0.3500 (-2.2559 to +1.5559)"), ("A", "4", "-")]

@@ -190,18 +190,25 @@ def judge(rows: list[Row], data: str, train_images: int) -> Verdict:
     """Which norm is best at each batch size and schedule, and by how much it is ahead of the next, pair by pair."""
     claims = []
     for (b, schedule), cell in cells(rows).items():
-        arms = {name: {r["seed"]: finite(r["test_accuracy"]) for r in arm}
-                for name, arm in by_arm(cell, "norm").items()}
-        first, *others = sorted(arms, key=lambda n: statistics.mean(arms[n].values()), reverse=True)
-        of, best = plural(len(arms[first]), "seed"), arms[first]
-        both = sorted(best.keys() & arms[others[0]].keys()) if others else []
-        if len(both) > 1:
-            d = [best[seed] - arms[others[0]][seed] for seed in both]
+        (first, best), *others = ranked(cell)
+        of, d = plural(len(best), "seed"), differences(best, others[0][1]) if others else []
+        if len(d) > 1:
             low, high, what = interval(d)
-            of += (f"; {statistics.mean(d):+.4f} to {others[0]}, paired {what} interval {low:+.4f} to {high:+.4f}"
-                   + f" of {len(both)}" * (len(both) < len(best)))
+            of += (f"; {statistics.mean(d):+.4f} to {others[0][0]}, paired {what} interval {low:+.4f} to {high:+.4f}"
+                   + f" of {len(d)}" * (len(d) < len(best)))
         claims.append(Claim(f"batch {b}, {schedule}: {first}", statistics.mean(best.values()), of=of, form=".4f"))
     return Verdict(untested=f"Best in test accuracy, {data}", claims=claims)
+
+
+def ranked(cell: Sequence[Row]) -> list[tuple[str, dict[int, float]]]:
+    """The norms of `cell`, the one with the best mean first, and of each the test accuracies by seed."""
+    arms = {name: {r["seed"]: finite(r["test_accuracy"]) for r in arm} for name, arm in by_arm(cell, "norm").items()}
+    return sorted(arms.items(), key=lambda arm: -statistics.mean(arm[1].values()))
+
+
+def differences(one: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
+    """`one` less `other`, at each seed that both have."""
+    return [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
 
 
 def cells(rows: Iterable[Row]) -> dict[tuple[int, str], list[Row]]:
@@ -212,27 +219,27 @@ def cells(rows: Iterable[Row]) -> dict[tuple[int, str], list[Row]]:
 
 
 def table(summary: Summary) -> Table:
-    """Header and lines of the table of a `summary.json`: a line for each norm, by batch size and schedule."""
+    """Header and lines of the table of a `summary.json`: a line for each norm, by batch size and schedule.
+
+    "To the best" is the mean difference to the best norm of the same batch size and schedule, paired by seed, with its
+    95 % interval. A run that diverged or was refused counts as 0 correct.
+    """
     lines = []
     for (b, schedule), cell in cells(summary["rows"]).items():
-        arms = by_arm(cell, "norm")
-        for norm in sorted(arms, key=lambda n: -statistics.mean(finite(r["test_accuracy"]) for r in arms[n])):
-            arm = arms[norm]
-            lines.append([norm, str(b), schedule, f"{arm[0]['rate']:g}", *figures(arm)])
-    return ["norm", "batch", "schedule", "rate", "test accuracy", "95 % interval", "median", "range", "collapsed",
+        arms, order = by_arm(cell, "norm"), ranked(cell)
+        for norm, found in order:
+            arm, accs, behind = arms[norm], list(found.values()), "-"
+            if norm != order[0][0] and (d := differences(found, order[0][1])):
+                behind = f"{statistics.mean(d):+.4f}"
+                if len(d) > 1: behind += " ({:+.4f} to {:+.4f})".format(*interval(d)[:2])
+            several = len(accs) > 1
+            lines.append([norm, str(b), schedule, f"{arm[0]['rate']:g}", f"{statistics.mean(accs):.4f}",
+                          "{:.3f} to {:.3f}".format(*interval(accs)[:2]) if several else "-", behind,
+                          f"{min(accs):.3f} to {max(accs):.3f}" if several else "-",
+                          f"{sum(map(collapsed, arm))} of {len(arm)}", str(len(arm)),
+                          f"{statistics.mean(r['step_ms'] for r in arm):.3g}", statuses(arm)])
+    return ["norm", "batch", "schedule", "rate", "test accuracy", "95 % interval", "to the best", "range", "collapsed",
             "seeds", "ms per step", "status"], lines
-
-
-def figures(arm: Sequence[Row]) -> list[str]:
-    """The cells of one arm's rows; a run that diverged or was refused counts as 0 correct."""
-    accs = [finite(r["test_accuracy"]) for r in arm]
-    low, high, _ = interval(accs)
-    several = len(accs) > 1
-    gone = sum(map(collapsed, arm))
-    return [f"{statistics.mean(accs):.4f}", f"{low:.3f} to {high:.3f}" if several else "-",
-            f"{statistics.median(accs):.4f}", f"{min(accs):.3f} to {max(accs):.3f}" if several else "-",
-            f"{gone} of {len(arm)}", str(len(arm)),
-            f"{statistics.mean(r['step_ms'] for r in arm):.3g}", statuses(arm)]
 
 
 def collapsed(row: Row) -> bool:
