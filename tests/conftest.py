@@ -5,10 +5,11 @@ from pathlib import Path
 # Hypothesis keeps what it learns in a folder, by default here: tests write to their own temporary folders only.
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "runnernorms-hypothesis"))
 
-# Two processes of pytest-xdist with two threads each would wait for one another on two cores.
-if "PYTEST_XDIST_WORKER" in os.environ: os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Two processes of pytest-xdist with two threads each would wait for one another on two cores; and experiments run their
+# arms in the test's own process only if that was started with one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Experiments run their arms in the test's own process; tests of worker processes ask for them.
+# One job at a time, in the test's own process; tests of worker processes ask for them.
 os.environ["NORMS_JOBS"] = "1"
 
 import matplotlib

@@ -72,8 +72,8 @@ EVERY = {
     "vmap": (["--data", "digits", "--limit", "500", "--steps", "13"], 20),
     "lesson": (["--data", "digits", "--limit", "600", "--arms", "none,BatchNorm-hooked,LayerNorm"], 8),
     "one-epoch": (["--data", "digits", "--limit", "60"], 20),
-    "best": (["--data", "digits", "--limit", "12", "--seeds", "3", "--replicas", "2"], 20),
-    "breast-cancer": (["--seeds", "5"], 160),       # 101 batches and no checkpoint
+    "best": (["--data", "digits", "--limit", "12", "--seeds", "3", "--replicas", "2"], 40),
+    "breast-cancer": (["--seeds", "3"], 160),       # 101 batches and no checkpoint
     "inside": (["--data", "digits", "--limit", "40", "--steps", "40", "--seeds", "2", "--norm", "BatchNorm"], 80),
 }
 
@@ -129,7 +129,7 @@ while True:
 
 
 def test_killed_at_random_moments_and_resumed_it_ends_as_if_nothing_had_been(tmp_path):
-    argv = [*SMALL, "--limit", "80", "--norms", "none", "BatchNorm2d", "RunningBatchNorm"]
+    argv = [*SMALL, "--limit", "60", "--norms", "BatchNorm2d", "RunningBatchNorm"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
 
     def run(kills, folder):
