@@ -189,6 +189,8 @@ def test_what_the_pages_say_of_natural_images_is_in_the_records():
     for said in (f"({float(running):.2f} and {float(batch):.2f} at batch size 2)",
                  f"what works there ({float(steady):.2f})"):
         assert said in first
+    norms = " ".join((ROOT / "norms" / "README.md").read_text().split())
+    assert f"accuracy of {mean['RunningBatchNorm-averaged', 2]} with it and {running} without" in norms
     words = " ".join(PAGES["experiments/README.md"].read_text().split())
     for said in (f"at 2 it has a test accuracy of {running}, and batch norm {batch}.",
                  f"SteadyBatchNorm has {steady} and GroupNorm {group} at batch size 2. That is above batch norm at "
