@@ -318,7 +318,7 @@ def test_which_convolutions_go_by_patches():
 @pytest.mark.parametrize("norm", ["none", "BatchNorm", "InstanceNorm", "GroupNorm", "LayerNorm", "RunningBatchNorm",
                                   "averaged backward"])
 def test_a_network_that_diverges_leaves_its_neighbours_alone(norm, dead):
-    torch.set_default_dtype(torch.float32)
+    if norm != "averaged backward": torch.set_default_dtype(torch.float32)
     recipe = Recipe("RunningBatchNorm", "SGD", 0.1)
 
     def make(seed): return recipe.build(seed) if norm == "averaged backward" else build(norm, seed)
@@ -340,7 +340,7 @@ def test_a_network_that_diverges_leaves_its_neighbours_alone(norm, dead):
     for k, (a, b) in enumerate(zip(trained(False), trained(True), strict=True)):
         pairs = list(zip(values(a).values(), values(b).values(), strict=True))
         if k == dead: assert b[0][0].weight.isnan().any()
-        elif norm == "averaged backward": assert all(torch.allclose(x, y, 1e-4, 1e-5) for x, y in pairs)   # rounding
+        elif norm == "averaged backward": assert all(torch.allclose(x, y, 1e-10, 1e-12) for x, y in pairs)   # rounding
         else: assert all(torch.equal(x, y) for x, y in pairs)
 
 

@@ -42,7 +42,8 @@ def project_files():
     if (ROOT / ".git").exists():
         found = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
         names = found.stdout.split("\0")
-    else: names = (ROOT / "runnernorms.egg-info" / "SOURCES.txt").read_text().splitlines()
+    else: names = [name.removeprefix("./") for name in (
+        ROOT / "runnernorms.egg-info" / "SOURCES.txt").read_text().splitlines()]
     return {name for name in names if (ROOT / name).is_file() and ".egg-info" not in name and name != "setup.cfg"}
 
 
@@ -155,7 +156,7 @@ def test_the_version_is_the_same_everywhere():
 
 # --- what they do -------------------------------------------------------------------------------------------------
 
-def test_tests_are_collected_from_the_sdist(built, installed):
+def test_tests_are_collected_and_run_from_the_sdist(built, installed):
     """Some of those that need the tests' own modules; all files are there, as the first test says."""
     needs = re.compile(r"^(?:from|import) (conftest|reference|ranks|forking|old_running)\b", re.MULTILINE)
     files, found = [], set()
@@ -167,6 +168,9 @@ def test_tests_are_collected_from_the_sdist(built, installed):
     assert done.returncode == 0, done.stdout
     assert {line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("tests/")} == {
         f"tests/{file.name}" for file in files}
+    done = installed.run(installed.python, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+                         "tests/test_norms_momentum.py", "tests/test_norms_weights.py", cwd=built.root)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_installed_command_runs_the_main_job_beside_files_of_the_packages_names(installed, tmp_path):
