@@ -74,7 +74,7 @@ def run_arms(experiment: str, config: StudySettings, data: Data, points: Grid | 
         if not isinstance(points, Grid):
             try: points = points(run.choosing)
             except _Lost as e: return run.not_chosen(e.args[0])
-        return run.all(points)
+        return run.train(points)
 
 
 class _Lost(Exception):
@@ -153,7 +153,7 @@ class _Run:
               flush=True)
         return Result([], None, verdict, self.folder.path, lost=len(lost))
 
-    def all(self, arms: Grid) -> Result:
+    def train(self, arms: Grid) -> Result:
         """Run `arms`, write what they gave, say it."""
         key, study = _arm_axis(arms), self.study_of(arms, STUDY)
 

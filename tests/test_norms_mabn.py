@@ -204,7 +204,8 @@ def test_running_moments_are_what_training_divides_by():
 
 @pytest.mark.parametrize(("make", "warned"), [
     (nn.Conv2d, True), (CentredConv2d, False), (WSConv2d, False), (partial(CentredConv2d, bias=False), False),
-    (partial(nn.Conv2d, bias=False), True), (lambda *a: nn.Sequential(nn.Conv2d(*a), nn.ReLU()), False)])
+    (partial(nn.Conv2d, bias=False), True), (lambda *a: nn.Sequential(nn.Conv2d(*a), nn.ReLU()), False),
+    (lambda *a: nn.Sequential(nn.Conv2d(*a), nn.ReLU(inplace=True)), False)])
 def test_preflight_asks_for_a_centred_convolution_right_before_it(make, warned):
     model = nn.Sequential(make(3, 4, 3), nn.Sequential(MABN(4)), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
     found, other = preflight(model, torch.randn(8, 3, 9, 9)).findings

@@ -896,3 +896,14 @@ def test_preflight_says_before_there_is_a_group_that_processes_are_to_come(monke
     assert f"{text}convert_norms(model, norms.BatchNorm) and sync_norms(model)" in torchs
     sync_norms(model)
     assert "processes" not in preflight(model, torch.randn(2, 1, 8, 8)).findings[0].text
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("between", [None, nn.Identity(), nn.ReLU(), nn.ReLU(inplace=True),
+                                     nn.LeakyReLU(0.1, inplace=True), nn.Dropout(0.5, inplace=True)], ids=str)
+def test_a_bias_has_an_effect_if_anything_changes_it_before_the_norm(between, inference):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), *[between] * (between is not None), nn.BatchNorm2d(4))
+    with torch.inference_mode(inference): found, = preflight(model, torch.randn(8, 3, 9, 9)).findings
+    plain = between is None or isinstance(between, nn.Identity)
+    # Tensors of inference mode don't count their changes: there nothing is known, and nothing said.
+    assert ("has no effect" in found.text) == (plain and not inference)

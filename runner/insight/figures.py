@@ -14,13 +14,14 @@ PAGE = 12           # panels on one figure: of more one could read none
 
 
 def axis(ax: Axes | None) -> Axes:
+    """`ax`, or that of a new figure if None, without a frame above and on the right."""
     if ax is None: _, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
 def panels(axes: Axes | Iterable[Axes] | None, n: int, what: str, names: Iterable[str] = (),
-            labels: int = 0) -> list[Axes]:
+           labels: int = 0) -> list[Axes]:
     """`axes` as a list of `n`, or as many new ones: 2 in a row, 3 of more than 4, on a new figure after each `PAGE`.
 
     `names` are titles that the new ones must be wide enough for, `labels` characters that stand right of each.

@@ -140,6 +140,19 @@ def preflight(model: nn.Module, xb: Tensor | Iterable[Any], *,
     return Preflight(findings)
 
 
+class Made:
+    """What a module gave, as long as nobody has changed it in place, as an activation with `inplace=True` does.
+
+    Tensors of inference mode don't count their changes, so that of them nothing is known.
+    """
+
+    def __init__(self, by: nn.Module, y: Tensor) -> None:
+        self.by, self.y, self.version = by, y, None if y.is_inference() else y._version
+
+    def still(self, x: object) -> bool:
+        return x is self.y and self.version is not None and self.y._version == self.version
+
+
 def _worse(f: Finding, than: Finding) -> bool:
     """Whether the finding `f` is worse than the other one; one failure is worse than another if it has fewer values."""
     return (LEVELS.index(f.level), -(f.values or 0)) > (LEVELS.index(than.level), -(than.values or 0)) and (
@@ -165,8 +178,8 @@ def _survey(model: nn.Module, norms: dict[nn.Module, str], strange: dict[nn.Modu
     """Run `x` through `model` and judge every norm layer on the way: a list of `Finding`s."""
     found: list[Finding] = []
     inside: list[tuple[nn.Module, Any, tuple[Tensor, Tensor] | None]] = []
-    bias: tuple[nn.Module, Tensor] | None = None
-    uncentred: tuple[nn.Module, Tensor] | None = None
+    bias: Made | None = None
+    uncentred: Made | None = None
     active: tuple[nn.Module, Any] | None = None
     images = size_of(x)
     paths = {m: path for path, m in model.named_modules()}
@@ -183,8 +196,8 @@ def _survey(model: nn.Module, norms: dict[nn.Module, str], strange: dict[nn.Modu
         if m in norms:
             over: Pooled | None = None
             if m.training and getattr(m, "ranks", 1) > 1: over = cast("Any", m).pooled_moments(x)
-            added = paths.get(bias[0]) if bias and bias[1] is x else None
-            mean = paths.get(uncentred[0]) if uncentred and uncentred[1] is x else None
+            added = paths.get(bias.by) if bias and bias.still(x) else None
+            mean = paths.get(uncentred.by) if uncentred and uncentred.still(x) else None
             level, text = judge(m, x, before, m in frozen, added, over, lacking, mean)
             f = replace(f, level=level, text=text, **_shape(m, x))
             if over is not None: f = replace(f, values=over[3])
@@ -192,8 +205,8 @@ def _survey(model: nn.Module, norms: dict[nn.Module, str], strange: dict[nn.Modu
 
     def keep(m: nn.Module, x: Tensor, y: Tensor) -> None:
         nonlocal bias, uncentred
-        if isinstance(m, nn.Conv2d) and not getattr(m, "centred", False): uncentred = m, y
-        if m.bias is not None and (isinstance(m, _ConvNd) or x.ndim == 2): bias = m, y
+        if isinstance(m, nn.Conv2d) and not getattr(m, "centred", False): uncentred = Made(m, y)
+        if m.bias is not None and (isinstance(m, _ConvNd) or x.ndim == 2): bias = Made(m, y)
 
     def again(m: nn.Module, x: Any) -> None:
         if active is None or active[1] is not x: return
