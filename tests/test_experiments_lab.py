@@ -162,12 +162,11 @@ def test_a_run_goes_on_where_it_stopped_and_ends_the_same(tmp_path):
 
 
 def test_together_or_alone_a_network_becomes_the_same(tmp_path):
-    alone, together = (lab.run(config(tmp_path, batch_sizes=[2], together=k, out=str(tmp_path / str(k))))
+    # Eight steps: in more, float32's rounding grows beyond the 1e-6 that `approx` allows.
+    alone, together = (lab.run(config(tmp_path, limit=16, batch_sizes=[2], together=k, out=str(tmp_path / str(k))))
                        for k in (1, 24))
-    # In float32, whose rounding grows in 24 steps at these rates; in float64 they are alike, see above.
     for a, b in itertools.product(alone.rows, together.rows):
-        if (a["arm"], a["seed"]) != (b["arm"], b["seed"]): continue
-        assert a["train_loss"] == pytest.approx(b["train_loss"], 1e-3)
+        if (a["arm"], a["seed"]) == (b["arm"], b["seed"]): assert a["train_loss"] == pytest.approx(b["train_loss"])
     assert {r["together"] for r in together.rows} == {2}
     assert {r["together"] for r in alone.rows} == {1}
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 from experiments import EXPERIMENTS, table
 from experiments.__main__ import main
@@ -15,7 +16,7 @@ from experiments.beyond.recipes import BEST, RUNNING, TRIED
 from experiments.errors import InputError
 from experiments.figures import by_arm
 from experiments.results import read_summary
-from experiments.study.statistics import interval
+from experiments.study.statistics import holm, interval
 
 ROOT = Path(__file__).parent.parent
 PAGES = {name: ROOT / name for name in ("experiments/README.md", "experiments/lab/README.md",
@@ -135,6 +136,16 @@ def test_the_differences_on_the_lab_s_page_are_those_of_its_records():
         low, high, _ = interval(d)
         found = [*(f"{x:+.4f}" for x in (statistics.mean(d), low, high)), str(sum(x > 0 for x in d)), str(len(d))]
         assert found == said, (one, b, other, c)
+
+
+def test_at_batch_size_2_the_lab_s_best_stays_ahead_after_holm_s_correction():
+    accs = {norm: found for (norm, b), found in accuracies_of("lab-resnet-imagenette").items() if b == 2}
+    best = accs.pop("SteadyBatchNorm-WS")
+    assert f"over the {len(accs)} norms at 2" in " ".join(PAGES["experiments/lab/README.md"].read_text().split())
+    ps = dict(zip(accs, holm([stats.ttest_rel(*zip(*((best[s], found[s]) for s in best.keys() & found.keys()),
+                                                   strict=True)).pvalue for found in accs.values()]), strict=True))
+    assert {norm for norm, p in ps.items() if p >= 0.05} == {"GroupNorm-WS"}
+    assert {norm for norm, p in ps.items() if 0.03 < p < 0.05} == {"MABN", "BatchChannelNorm-WS"}
 
 
 def test_table_goes_between_its_marks_and_nowhere_else():
