@@ -94,6 +94,7 @@ NORMS: dict[str, How] = {
     "GroupNorm-WS": How(group_norm, conv=WSConv2d),
     "BatchRenorm": How(batch_renorm, of_training=True),
     "MomentumBatchNorm": How(momentum_batch_norm, of_training=True),
+    "MomentumBatchNorm-WS": How(momentum_batch_norm, of_training=True, conv=WSConv2d),
     "MABN": How(mabn, of_training=True, conv=CentredConv2d),
     "FilterResponseNorm": How(FilterResponseNorm, last=partial(FilterResponseNorm, activation=False)),
     "EvoNormS0": How(lambda nf: EvoNormS0(nf, GROUPS), last=group_norm),
