@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from experiments import EXPERIMENTS, TOOLS
 from experiments.errors import REPORTED, InputError, brief, pick
 from experiments.launch import command, in_the_way
+from experiments.memory import keep_memory
 
 
 def listing() -> str:
@@ -53,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     The exit status: 0, 1 (outside its tolerance, or an arm was lost), 2 (bad input, or a disk or memory that is full),
     130 (Ctrl-C), 141 (nobody reads the output any more).
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        keep_memory()       # the process is ours
+        argv = sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):     # a name that the terminal's letters lack is no reason to stop
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     if problem := in_the_way("norms", "runner"): return _refused(problem)       # before anything imports them

@@ -15,7 +15,7 @@ from experiments.models import channels_last_
 from experiments.results import Row, Trained
 from experiments.side_by_side import EachFigures, EachTransform, SideBySide
 from experiments.study.stacked import stack, unstack
-from experiments.study.stacked_layers import FEW_IMAGES, PATCH_CHANNELS, GroupedConv2d
+from experiments.study.stacked_layers import FEW_IMAGES, GroupedConv2d
 from experiments.study.stacked_sgd import StackedSGD
 from experiments.training import (
     FIGURES,
@@ -133,4 +133,4 @@ def _backend(net: nn.Module, convolutions: str) -> tuple[CPUBackendCallback, str
     for m in layers: m.by_rule = convolutions == "rule"
     if convolutions != "rule": return backend_of(convolutions), None
     return CPUBackendCallback(True, 1), ("by rule, for networks side by side: oneDNN's, up to batch size "
-                                         f"{FEW_IMAGES} by patches from {PATCH_CHANNELS} channels in on")
+                                         f"{FEW_IMAGES} by patches where there are fewer positions than channels")

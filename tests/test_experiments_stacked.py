@@ -279,10 +279,10 @@ def test_a_step_calls_its_closure_for_the_loss_and_then_moves(make):
 def test_convolutions_by_patches_are_torchs(size, settings, layout):
     torch.manual_seed(0)
     settings = {"stride": 2, **settings}
-    torchs, ours = (cls(3 * 16, 6, 3, groups=3, **settings) for cls in (nn.Conv2d, GroupedConv2d))
+    torchs, ours = (cls(3 * 64, 6, 3, groups=3, **settings) for cls in (nn.Conv2d, GroupedConv2d))
     ours.load_state_dict(torchs.state_dict())
     for m in (torchs, ours): m.weight.data = m.weight.data.contiguous(memory_format=layout)
-    x = torch.randn(4, 48, *(size if isinstance(size, tuple) else (size, size))).requires_grad_()
+    x = torch.randn(2, 192, *(size if isinstance(size, tuple) else (size, size))).requires_grad_()
     assert "ByPatches" in str(ours(x).grad_fn)
     found = []
     for layer in (torchs, ours):
@@ -295,13 +295,15 @@ def test_convolutions_by_patches_are_torchs(size, settings, layout):
 
 
 def test_which_convolutions_go_by_patches():
-    assert [by_patches(2, c) for c in (1, 8, 16, 64)] == [False, False, True, True]
-    assert not by_patches(9, 64)
-    conv = GroupedConv2d(48, 6, 3, groups=3)
+    assert [by_patches(2, 8, c) for c in (1, 8, 16, 64)] == [False, False, True, True]
+    assert not by_patches(9, 9, 64)
+    conv = GroupedConv2d(48, 6, 3, groups=3)        # 16 channels for each
 
     def patched(x): return "ByPatches" in str(conv(x).grad_fn)
-    assert patched(torch.randn(2, 48, 4, 4))
-    assert not patched(torch.randn(9, 48, 4, 4))
+    assert patched(torch.randn(2, 48, 4, 4))        # 2 x 4 positions
+    assert not patched(torch.randn(2, 48, 6, 4))    # 2 x 8
+    assert patched(torch.randn(3, 48, 5, 3))        # 3 x 3
+    assert not patched(torch.randn(9, 48, 3, 3))
     assert not patched(torch.randn(48, 4, 4))
     conv.by_rule = False
     assert not patched(torch.randn(2, 48, 4, 4))

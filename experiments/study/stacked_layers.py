@@ -5,6 +5,7 @@ after network, and `(N, K F)` their features.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,31 +17,37 @@ from norms.fast.dispatch import bare, plain
 from norms.fast.kernels import Kernels, channels_last
 from norms.moments import Norm, moments, scale_shift, wide
 
-# How a convolution of K networks' batches of few images is computed. Measured on one thread of an AMD EPYC (AVX2),
-# float32, while other work ran, so it is the ratios that count: microseconds of processor time per image and network,
-# forward and backward, of the conv layers of `small-batch`, whose networks have 1, 8, 16, 32 and 64 channels in. (The
-# contiguous ones are of another run.)
+# How a convolution of K networks' batches of few images is computed: by its patches where there are fewer positions
+# than channels, and by oneDNN's otherwise. Measured on one thread of an AMD EPYC (AVX2), float32, channels last, while
+# other work ran, so it is the ratios that count: milliseconds of processor time for the forward and the backward pass
+# of the K convolutions. "Positions" are those of the output, of all images of the batch.
 #
-#                                           K = 8, batch 2              K = 20, batch 2
-#       oneDNN's, channels last         22   42   37   65  157      18   30   23  123  147
-#       oneDNN's, contiguous            38   37   32   52   64      30   34   21   33   46
-#       torch's own, channels last      83   46   41   52   66      96   35   29   62   57
-#       torch's own, contiguous         54   50   53  129   60      50   61   63  127   57
-#       by patches, channels last        -   40   27   36   29       -   30   19   31   28
+#       channels    map     K   images  positions   by patches  oneDNN's    torch's own
+#       16 to 32    7 to 4  24  2       32          .69         .58         .89
+#       32 to 64    4 to 2  24  2       8           .77         1.09        1.03
+#       32 to 64    4 to 2  24  8       32          3.3         3.0         3.2
+#       64 to 64    2 to 1  24  2       2           .79         2.96        1.26
+#       64 to 64    2 to 1  24  8       8           1.5         4.1         2.5
+#       16 to 16    32      5   2       2048        4.1         1.7         3.8
+#       64 to 64    8       5   2       128         2.4         2.1         2.1
+#       64 to 64    8       5   1       64          1.2         1.1         1.7
+#       128 to 128  4       5   2       32          2.2         3.7         3.4
+#       128 to 128  4       5   8       128         7.6         7.8         10.8
+#       64 to 128   8 to 4  5   2       32          1.55        1.83        1.40
 #
-# oneDNN's gradient of the weights is what is slow channels last; torch's own goes through the groups one by one. By
-# patches the weights' gradient is one product of K matrices (3 to 8 of those microseconds). From 9 images on it is
-# torch's convolutions as they are: at 16 images oneDNN's take a third of torch's own.
-PATCH_CHANNELS = 16
+# oneDNN's gradient of many weights is what is slow channels last; torch's own goes through the groups one by one. By
+# patches the weights' gradient is one product of K matrices, but patches of many positions are much to copy. From 9
+# images on it is torch's convolutions as they are: at 16 images oneDNN's take a third of torch's own.
 FEW_IMAGES = 8
 
 
-def by_patches(images: int, channels: int) -> bool:
+def by_patches(images: int, positions: int, channels: int) -> bool:
     """Whether a convolution of networks side by side goes by its patches and not by oneDNN: by rule, see above.
 
-    `images` are the batch's, `channels` those that each group of the convolution gets.
+    `images` are the batch's, `positions` those of its output, of all images, `channels` those that each group of the
+    convolution gets.
     """
-    return images <= FEW_IMAGES and channels >= PATCH_CHANNELS
+    return images <= FEW_IMAGES and positions < channels
 
 
 class GroupedConv2d(nn.Conv2d):
@@ -64,10 +71,18 @@ class GroupedConv2d(nn.Conv2d):
             y: Tensor = super()._conv_forward(x, weight, bias)
             return y
         x = x.contiguous(memory_format=torch.channels_last)
-        if x.shape[1] != self.in_channels or not by_patches(len(x), weight.shape[1]):
+        out = sizes_out(x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation)
+        if x.shape[1] != self.in_channels or not by_patches(len(x), len(x) * math.prod(out), weight.shape[1]):
             y = super()._conv_forward(x, weight, bias)
         else: y = _ByPatches.apply(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return y
+
+
+def sizes_out(sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+              dilation: Sequence[int]) -> list[int]:
+    """The height and width of what a convolution gives."""
+    return [(size + 2 * p - d * (ks - 1) - 1) // s + 1
+            for size, ks, s, p, d in zip(sizes, kernel, stride, padding, dilation, strict=True)]
 
 
 class _ByPatches(torch.autograd.Function):
@@ -82,8 +97,7 @@ class _ByPatches(torch.autograd.Function):
         n, (no, c, kh, kw) = len(x), weight.shape
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))   # (N, H, W, K C)
         down, along = padded.stride()[1:3]
-        oh, ow = ((size - d * (ks - 1) - 1) // s + 1 for size, ks, s, d in zip(
-            padded.shape[1:3], (kh, kw), stride, dilation, strict=True))
+        oh, ow = sizes_out(x.shape[2:], (kh, kw), stride, padding, dilation)
         kernel = {"kh": (kh, dilation[0] * down), "kw": (kw, dilation[1] * along), "c": (c, 1)}
         last = channels_last(weight)
         order = ("kh", "kw", "c") if last else ("c", "kh", "kw")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from experiments.errors import InputError
+from experiments.memory import keep_memory
 from experiments.study.points import OWN, Point, Trial, cell, function_name, plain
 from experiments.study.state import left_behind, own_state
 from experiments.study.store import Record, Store
@@ -65,6 +66,7 @@ class Work:
             raise InputError(f"a worker process can't load the trial ({type(e).__name__}: {e}); its module and what it "
                              "uses must be importable there, so install them or set PYTHONPATH") from e
         torch.set_num_threads(1)        # workers are as many as cores
+        keep_memory()
         if not store.has(key): run_trial(function, store, tasks[key], apart=True)     # a cluster may ask again
         return not left_behind(threads)
 
