@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from experiments.lab import pictures as lab_pictures
 from experiments.pictures import draw_accuracies, draw_losses, interval_of, seeds_of
 from experiments.published import criterion
 from experiments.report import STYLE, Report
@@ -72,6 +73,43 @@ def test_every_seed_is_faint_behind_the_mean_and_what_explodes_stands_at_the_edg
     assert ax.get_ylim()[1] == 10
     names = [t.get_text() for t in ax.get_legend().get_texts()]
     assert names == ["a", "none (diverged)", "beyond the axis"]        # nothing is silently absent
+
+
+def lab_rows(norms, sizes, schedules=("warm-up",), accuracy=lambda i, b, s: 0.9):
+    return [{"norm": n, "batch_size": b, "schedule": s, "seed": seed, "test_accuracy": accuracy(i, b, s) + seed / 1000}
+            for i, n in enumerate(norms) for b in sizes for s in schedules for seed in (0, 1)]
+
+
+def test_the_lab_draws_few_norms_in_one_panel(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda fig, path: drawn.append(fig))
+    lab_pictures.draw(lab_rows("AB", (2, 4, 8), accuracy=lambda i, b, s: 0.9 + i / 20), tmp_path / "p.png")
+    ax, = drawn[0].axes
+    a, b = (line for line in ax.lines if line.get_label() in "AB")
+    assert list(a.get_xdata()) == [2, 4, 8]
+    assert list(a.get_ydata()) == pytest.approx([0.9005] * 3)
+    assert list(b.get_ydata()) == pytest.approx([0.9505] * 3)
+
+
+def test_the_lab_draws_many_norms_in_a_panel_each_the_best_first(tmp_path, monkeypatch):
+    drawn, names = [], [f"norm {i}" for i in range(10)]
+    monkeypatch.setattr(plots, "save", lambda fig, path: drawn.append(fig))
+    # Norm 9 is the best by its constant rate, norm 0 is refused at batch size 1, norm 3 was trained at 2 only.
+    rows = lab_rows(names, (1, 2), ("constant", "warm-up"), lambda i, b, s: 0.8 + i / 100 + (s == "constant") / 20)
+    rows = [r for r in rows if (r["norm"], r["batch_size"]) != ("norm 3", 1)]
+    for r in rows:
+        if (r["norm"], r["batch_size"]) == ("norm 0", 1): r["test_accuracy"] = NAN
+    lab_pictures.draw(rows, tmp_path / "p.png")
+    axes = {ax.get_title(loc="left"): ax for ax in drawn[0].axes}
+    assert list(axes) == [f"norm {i}" for i in (9, 8, 7, 6, 5, 4, 2, 1, 3, 0)]
+    best, constant, warm_up = axes["norm 9"].lines
+    assert list(constant.get_xdata()) == [1, 2]
+    assert list(constant.get_ydata()) == pytest.approx([1 - 0.9405] * 2)
+    assert list(warm_up.get_ydata()) == pytest.approx([1 - 0.8905] * 2)
+    assert list(best.get_ydata()) == pytest.approx([1 - 0.9405] * 2)
+    assert [line.get_ydata()[0] for line in axes["norm 0"].lines[1:]] == [1, 1]
+    assert list(axes["norm 3"].lines[1].get_xdata()) == [2]
+    assert "0.9" in [t.get_text() for t in axes["norm 9"].get_yticklabels()]
 
 
 def test_the_report_has_contents_explains_columns_and_goes_dark_and_on_paper():

@@ -1,4 +1,6 @@
-"""The picture of the lab: test accuracy against batch size with the runs' intervals, or norm by norm at one."""
+"""The picture of the lab: test accuracy against batch size with the runs' intervals, a panel for each of many norms, or
+norm by norm at one batch size.
+"""
 
 import statistics
 from collections.abc import Sequence
@@ -10,9 +12,14 @@ from experiments.results import Row
 from experiments.study.statistics import interval
 
 if TYPE_CHECKING:
-    from runner.insight.plots import Axes
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 GAP = 0.035             # of the axis, between two labels at the least
+FEW = 8                 # norms whose lines can be told apart in one panel
+COLUMNS = 4             # of panels
+TICKS = 0.1, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999       # accuracies, where errors are logarithmic
+BEST = "#AAAAAA"
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -21,6 +28,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     schedules = list(dict.fromkeys(r["schedule"] for r in rows))
     several = len({r["batch_size"] for r in rows}) > 1
     norms = len({r["norm"] for r in rows})
+    if several and norms > FEW: return plots.save(norm_by_norm(rows), path)
     fig, axes = plots.figure(len(schedules), width=7.5, height=4.8 if several else 1.4 + 0.42 * norms)
     for ax, schedule in zip(axes, schedules, strict=True):
         of = [r for r in rows if r["schedule"] == schedule]
@@ -33,6 +41,61 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                               f"{plural(len(arms[order[0]]), 'seed')}, bar: mean")
         ax.set_title(f"{schedule}, tuned rates", loc="left", fontsize="medium")
     plots.save(fig, path)
+
+
+def norm_by_norm(rows: Sequence[Row]) -> "Figure":
+    """The mean test accuracy of each norm against the batch size, in a panel of its own.
+
+    A line for each schedule, with a band that is its 95 % interval; grey, the best mean of all norms. Errors, 1 less
+    the accuracy, are logarithmic. The norms are in the order of their mean over the batch sizes, each at its better
+    schedule.
+    """
+    from runner import plots
+    schedules = list(dict.fromkeys(r["schedule"] for r in rows))
+    means: dict[str, dict[str, dict[int, list[float]]]] = {}        # accuracies by norm, schedule and batch size
+    for r in rows:
+        cell = means.setdefault(r["norm"], {}).setdefault(r["schedule"], {}).setdefault(r["batch_size"], [])
+        cell.append(finite(r["test_accuracy"]))
+    sizes = sorted({r["batch_size"] for r in rows})
+
+    def at(norm: str, schedule: str, b: int) -> float:
+        accs = means[norm].get(schedule, {}).get(b)
+        return statistics.mean(accs) if accs else 0.0
+
+    def better(norm: str, b: int) -> float: return max(at(norm, s, b) for s in schedules)
+    order = sorted(means, key=lambda n: -sum(better(n, b) for b in sizes))
+    best = [1 - max(better(n, b) for n in order) for b in sizes]
+    ncols = min(COLUMNS, len(order))
+    fig, axes = plots.figure(ncols, -(-len(order) // ncols), width=2.7, height=2.1)
+    floor = 0.7 * max(1e-4, min(best))
+    for ax, norm in zip(axes, order, strict=False):
+        ax.plot(sizes, [max(e, floor) for e in best], color=BEST, linewidth=1.2, zorder=1)
+        for i, schedule in enumerate(schedules):
+            its, style = sorted(means[norm].get(schedule, {}).items()), plots.series_style(i, len(schedules))
+            if not its: continue
+            at_sizes, accs = zip(*its, strict=True)
+            ax.plot(at_sizes, [max(1 - statistics.mean(a), floor) for a in accs], marker="o", markersize=3,
+                    linewidth=1.4, label=schedule, **style)
+            low, high = zip(*([min(max(1 - bound, floor), 1) for bound in interval(a)[:2]] for a in accs), strict=True)
+            ax.fill_between(at_sizes, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        ax.set_title(norm, loc="left", fontsize="medium")
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(sizes, [str(b) for b in sizes])
+        ax.set_yscale("log")
+        ax.set_ylim(1, floor)           # downwards: the best is at the top
+        ticks = [t for t in TICKS if floor <= 1 - t]
+        ax.set_yticks([1 - t for t in ticks], [f"{t:g}" for t in ticks])
+        ax.set_yticks([], minor=True)
+        ax.tick_params(labelsize="small")
+        ax.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    for ax in axes[len(order):]: ax.remove()
+    handles, labels = axes[0].get_legend_handles_labels()
+    best_line, = axes[0].get_lines()[:1]
+    fig.legend([*handles, best_line], [*labels, "best of all norms, at its better schedule"], loc="outside upper left",
+               ncols=len(labels) + 1, frameon=False, fontsize="medium")
+    fig.supxlabel("batch size", fontsize="medium")
+    fig.supylabel("test accuracy, mean and 95 % interval", fontsize="medium")
+    return fig
 
 
 def against_batch_size(rows: Sequence[Row], ax: "Axes") -> None:
