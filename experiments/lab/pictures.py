@@ -12,8 +12,8 @@ from experiments.results import Row
 from experiments.study.statistics import interval
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from runner.insight.figures import Figure
+    from runner.insight.plots import Axes
 
 GAP = 0.035             # of the axis, between two labels at the least
 FEW = 8                 # norms whose lines can be told apart in one panel
