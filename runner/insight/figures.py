@@ -5,7 +5,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure as Figure
+from matplotlib.figure import SubFigure
 
 from runner.events import listify
 from runner.insight import ends
