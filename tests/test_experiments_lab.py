@@ -161,14 +161,20 @@ def test_a_run_goes_on_where_it_stopped_and_ends_the_same(tmp_path):
     assert figures(again) == figures(whole)
 
 
-def test_together_or_alone_a_network_becomes_the_same(tmp_path):
-    # Eight steps: in more, float32's rounding grows beyond the 1e-6 that `approx` allows.
-    alone, together = (lab.run(config(tmp_path, limit=16, batch_sizes=[2], together=k, out=str(tmp_path / str(k))))
-                       for k in (1, 24))
+@pytest.mark.parametrize(("batch_size", "images"), [(2, 16), (16, 64)])
+def test_together_or_alone_a_network_becomes_the_same(tmp_path, batch_size, images):
+    # Four and eight steps: in more, float32's rounding grows beyond the 1e-6 that `approx` allows.
+    alone, together = (lab.run(config(tmp_path, limit=images, batch_sizes=[batch_size], together=k,
+                                      out=str(tmp_path / str(k)))) for k in (1, 24))
     for a, b in itertools.product(alone.rows, together.rows):
         if (a["arm"], a["seed"]) == (b["arm"], b["seed"]): assert a["train_loss"] == pytest.approx(b["train_loss"])
     assert {r["together"] for r in together.rows} == {2}
     assert {r["together"] for r in alone.rows} == {1}
+
+
+def test_at_large_batch_sizes_networks_are_trained_alone(tmp_path):
+    result = lab.run(config(tmp_path, limit=128, batch_sizes=[64, 128]))
+    assert {r["batch_size"]: r["together"] for r in result.rows} == {64: 2, 128: 1}
 
 
 def test_a_norm_that_is_refused_its_input_is_a_failed_run_and_not_left_out(tmp_path):
