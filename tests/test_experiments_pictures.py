@@ -89,6 +89,10 @@ def test_the_lab_draws_few_norms_in_one_panel(tmp_path, monkeypatch):
     assert list(a.get_xdata()) == [2, 4, 8]
     assert list(a.get_ydata()) == pytest.approx([0.9005] * 3)
     assert list(b.get_ydata()) == pytest.approx([0.9505] * 3)
+    at_two = lab_rows([f"norm {i}" for i in range(20)], (2,))       # of which there is no line
+    lab_pictures.draw([*lab_rows("AB", (2, 4, 8)), *at_two], tmp_path / "p.png")
+    ax, = drawn[1].axes
+    assert len([line for line in ax.lines if line.get_label() in "AB"]) == len(ax.lines) == 2
 
 
 def test_the_lab_draws_many_norms_in_a_panel_each_the_best_first(tmp_path, monkeypatch):

@@ -28,7 +28,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     schedules = list(dict.fromkeys(r["schedule"] for r in rows))
     several = len({r["batch_size"] for r in rows}) > 1
     norms = len({r["norm"] for r in rows})
-    if several and norms > FEW: return plots.save(norm_by_norm(rows), path)
+    if sum(len({r["batch_size"] for r in arm}) > 1 for arm in by_arm(rows, "norm").values()) > FEW:
+        return plots.save(norm_by_norm(rows), path)
     fig, axes = plots.figure(len(schedules), width=7.5, height=4.8 if several else 1.4 + 0.42 * norms)
     for ax, schedule in zip(axes, schedules, strict=True):
         of = [r for r in rows if r["schedule"] == schedule]
