@@ -305,6 +305,8 @@ def test_which_convolutions_go_by_patches():
     assert patched(torch.randn(3, 48, 5, 3))        # 3 x 3
     assert not patched(torch.randn(9, 48, 3, 3))
     assert not patched(torch.randn(48, 4, 4))
+    assert conv(torch.randn(0, 48, 4, 4)).shape == (0, 6, 2, 2)
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater"): conv(torch.randn(2, 48, 1, 2))
     conv.by_rule = False
     assert not patched(torch.randn(2, 48, 4, 4))
     conv.by_rule = True

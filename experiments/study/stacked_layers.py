@@ -47,7 +47,7 @@ def by_patches(images: int, positions: int, channels: int) -> bool:
     `images` are the batch's, `positions` those of its output, of all images, `channels` those that each group of the
     convolution gets.
     """
-    return images <= FEW_IMAGES and positions < channels
+    return images <= FEW_IMAGES and 0 < positions < channels
 
 
 class GroupedConv2d(nn.Conv2d):
@@ -80,8 +80,8 @@ class GroupedConv2d(nn.Conv2d):
 
 def sizes_out(sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
               dilation: Sequence[int]) -> list[int]:
-    """The height and width of what a convolution gives."""
-    return [(size + 2 * p - d * (ks - 1) - 1) // s + 1
+    """The height and width of what a convolution gives; 0 where its kernel is too large, which torch refuses."""
+    return [max(0, (size + 2 * p - d * (ks - 1) - 1) // s + 1)
             for size, ks, s, p, d in zip(sizes, kernel, stride, padding, dilation, strict=True)]
 
 
