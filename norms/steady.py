@@ -35,7 +35,8 @@ class SteadyBatchNorm(RunningChannelNorm):
        images more.
 
     Put it behind convolutions with weight standardization (`norms.rivals.WSConv2d`). A residual network at batch size 2
-    then was above batch norm at batch size 32, and level with GroupNorm, which is simpler: see `experiments/lab`.
+    then was above batch norm at batch size 32; GroupNorm, which is simpler, comes close to it up to batch size 4 and
+    falls behind from 8 on: see `experiments/lab`.
 
     Args:
         nf: channels, the size of axis 1.

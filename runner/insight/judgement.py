@@ -28,7 +28,7 @@ NOISY = 0.25
 LOST = 0.25
 # Norms that train by running statistics without averaging their gradient lack most of batch norm's gradient. Five of
 # them in a row do well; with twelve, in a residual network at batch size 2, they fall behind batch norm (the lab's
-# records). Where between the two it begins is not known.
+# records). Where between the two it begins is not known. With group norm behind each they don't fall behind.
 DEEP = 8
 LONG = 4        # batches' images in such a norm's memory, at least: below, the batch's share is a large one
 
@@ -105,8 +105,10 @@ def judge(m: nn.Module, x: Tensor, before: tuple[Tensor, Tensor] | None, was_fro
 
 
 def lacks_gradient(m: nn.Module) -> bool:
-    """Whether `m` says that it trains by running statistics and doesn't average the gradient through them."""
-    return m.training and getattr(m, "average_backward", None) is False
+    """Whether `m` says that it trains by running statistics, doesn't average the gradient through them, and has no
+    norm of each image behind them.
+    """
+    return m.training and getattr(m, "average_backward", None) is False and getattr(m, "image_groups", None) is None
 
 
 def _past_batches(n: int, b: int, images: float | None, of: str) -> tuple[str, str]:
