@@ -36,7 +36,7 @@ def faults():
 def last_faults(seed): return {"faults": faults()[-1]}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def kept():
     """The page faults of a process that keeps its memory; skips where malloc can't be told."""
     out = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=120, check=True).stdout
