@@ -294,6 +294,32 @@ def test_convolutions_by_patches_are_torchs(size, settings, layout):
     for a, b in zip(*found, strict=True): close(b, a, settings)
 
 
+def test_convolutions_of_any_kind_and_layout_are_torchs():
+    rng, by_patches_ = random.Random(5), 0
+
+    def two(low, high): return rng.randint(low, high), rng.randint(low, high)
+    for trial in range(300):
+        k, c, no = rng.randint(1, 4), rng.choice([1, 3, 8, 16, 32]), rng.randint(1, 5)
+        settings = {"kernel_size": two(1, 4), "stride": two(1, 3), "padding": two(0, 3), "dilation": two(1, 2)}
+        torchs, ours = (cls(k * c, k * no, groups=k, **settings) for cls in (nn.Conv2d, GroupedConv2d))
+        ours.load_state_dict(torchs.state_dict())
+        ours = ours.to(memory_format=rng.choice([torch.contiguous_format, torch.channels_last]))
+        x = torch.randn(rng.randint(1, 9), k * c, *two(1, 7))
+        x = x.contiguous(memory_format=rng.choice([torch.contiguous_format, torch.channels_last])).requires_grad_()
+        found = []
+        for layer in (torchs, ours):
+            try: y = layer(x)
+            except RuntimeError as e: found.append(str(e))
+            else:
+                target = torch.randn(y.shape, generator=torch.Generator().manual_seed(trial))
+                found.append([y, *torch.autograd.grad((y * target).sum(), [x, *layer.parameters()])])
+                by_patches_ += "ByPatches" in str(y.grad_fn)
+        if isinstance(found[0], str): assert found[0] == found[1]
+        else:
+            for a, b in zip(*found, strict=True): close(b, a, settings)
+    assert by_patches_ > 20
+
+
 def test_which_convolutions_go_by_patches():
     assert [by_patches(2, 8, c) for c in (1, 8, 16, 64)] == [False, False, True, True]
     assert not by_patches(9, 9, 64)

@@ -28,7 +28,8 @@ NOISY = 0.25
 LOST = 0.25
 # Norms that train by running statistics without averaging their gradient lack most of batch norm's gradient. Five of
 # them in a row do well; with twelve, in a residual network at batch size 2, they fall behind batch norm (the lab's
-# records). Where between the two it begins is not known. With group norm behind each no difference to batch norm was seen.
+# records). Where between the two it begins is not known. With group norm behind each no difference to batch norm was
+# seen.
 DEEP = 8
 LONG = 4        # batches' images in such a norm's memory, at least: below, the batch's share is a large one
 
