@@ -11,6 +11,7 @@ from typing import Any
 
 from experiments import EXPERIMENTS, TOOLS
 from experiments.errors import InputError, pick
+from experiments.lab.tables import overview as short
 from experiments.results import markdown_table, read_summary
 from experiments.run_folder import DECISIVE, FREE, write_whole
 
@@ -24,18 +25,20 @@ def begin(name: str) -> str:
     return f"<!-- results: {name} -->"
 
 
-def markdown(summaries: Sequence[dict[str, Any]], facts: Sequence[Facts] = ()) -> str:
+def markdown(summaries: Sequence[dict[str, Any]], facts: Sequence[Facts] = (), overview: bool = False) -> str:
     """The table of all rows of `summaries`, runs of one experiment on the same data, and the verdict; or a bench's.
 
-    `facts` are what each run's `config.json` says of it, empty where there is none: see `facts_of`.
+    `facts` are what each run's `config.json` says of it, empty where there is none: see `facts_of`. `overview` asks for
+    the lab's short table, without the verdict: `experiments.lab.tables.overview`.
 
     Raises:
-        InputError: runs that can't be compared, or a summary that is none.
+        InputError: runs that can't be compared, or a summary that is none; an overview of another experiment.
     """
     name = experiment(summaries)
+    if overview and name != "lab": raise InputError(f"{name} has one table only; --overview is for lab")
     module = importlib.import_module((EXPERIMENTS | TOOLS)[name][0])
     try:
-        if name != "bench": return _of_runs(module, summaries, facts)
+        if name != "bench": return _of_runs(module, summaries, facts, overview)
         if len(summaries) > 1: raise InputError("a bench's ratios hold within one run; name that run alone")
         text: str = module.markdown(summaries[0])
         return text
@@ -45,7 +48,7 @@ def markdown(summaries: Sequence[dict[str, Any]], facts: Sequence[Facts] = ()) -
                          "folder, or a summary.json, that this version has made") from e
 
 
-def _of_runs(module: Any, summaries: Sequence[dict[str, Any]], facts: Sequence[Facts]) -> str:
+def _of_runs(module: Any, summaries: Sequence[dict[str, Any]], facts: Sequence[Facts], overview: bool) -> str:
     """`markdown` of an experiment's runs."""
     data = {(s["data"], s["train_images"]) for s in summaries}
     if len(data) > 1:
@@ -57,6 +60,7 @@ def _of_runs(module: Any, summaries: Sequence[dict[str, Any]], facts: Sequence[F
     rows = [row for s in summaries for row in s["rows"]]
     if not rows: raise InputError("these runs have no rows, for no arm had finished; name others")
     check_alike(rows, across=summaries[0]["experiment"] in ONE_SETTING)
+    if overview: return markdown_table(*short(rows))
     table = markdown_table(*module.table({**summaries[0], "rows": rows}))
     missing = [s for s in summaries if s.get("complete") is False]
     if missing: return f"{table}\n\n{' '.join(dict.fromkeys(s['verdict'] for s in missing))}"
@@ -183,13 +187,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="+", help="run folders, or summary.json files; their rows come into one table")
     parser.add_argument("--into", metavar="FILE", help=f"write it into FILE, between <!-- results: NAME --> and {END}")
     parser.add_argument("--name", metavar="NAME", help="the mark's NAME (default: the experiment's)")
+    parser.add_argument("--overview", action="store_true", help="of lab: the short table, a column for each batch size")
     parser.add_argument("--picture", metavar="FILE", help="of lab: draw the rows of all runs as one picture, into FILE")
 
 
 def main(args: argparse.Namespace) -> int:
     """Print or insert the table; the exit status."""
     summaries = [read_summary(run) for run in args.run]
-    table = markdown(summaries, [facts_of(run) for run in args.run])
+    table = markdown(summaries, [facts_of(run) for run in args.run], args.overview)
     if args.picture is not None: picture(summaries, Path(args.picture))
     if args.into is None:
         print(table)

@@ -14,6 +14,7 @@ from experiments.errors import InputError
 from experiments.lab import lab
 from experiments.lab.arms import Arm, chosen, points, rates, tried
 from experiments.lab.networks import NETS, NORMS, build
+from experiments.lab.tables import overview
 from experiments.study.stacked import stack
 
 # --- arms ---------------------------------------------------------------------------------------------------------
@@ -261,3 +262,16 @@ def test_the_table_pairs_every_norm_with_the_best_of_its_batch_size():
     assert [(line[0], line[1], line[at]) for line in lines] == [
         ("A", "2", "-"), ("B", "2", "+0.1500 (-0.4853 to +0.7853)"), ("C", "2", "-"),
         ("D", "2", "-0.3500 (-2.2559 to +1.5559)"), ("A", "4", "-")]
+
+
+def test_the_short_table_has_a_column_for_each_batch_size():
+    def rows(norm, batch_size, *accuracies, schedule="warm-up"):
+        return [{"norm": norm, "seed": seed, "test_accuracy": accuracy, "batch_size": batch_size, "schedule": schedule}
+                for seed, accuracy in enumerate(accuracies)]
+    # B has the larger sum, .55 + .5 to A's .6; a run without a figure counts as 0, and it and chance (.1, up to .15)
+    # are collapsed.
+    assert overview([*rows("A", 8, 0.5, 0.7), *rows("B", 2, 0.6, 0.5), *rows("B", 8, 0.15, 0.85),
+                     *rows("A", 2, 0.9, None, schedule="constant")]) == (
+        ["norm", "schedule", "at 2", "at 8"],
+        [["B", "warm-up", "**0.550**", "0.500 (1)"], ["A", "warm-up", "-", "**0.600**"],
+         ["A", "constant", "**0.450** (1)", "-"]])

@@ -45,10 +45,11 @@ WHOLE = {"MNIST": 50_000, "Fashion-MNIST": 50_000, "breast cancer": 455, "imagen
 @pytest.mark.parametrize(("page", "name"), TABLES)
 def test_the_pages_tables_are_generated_from_the_committed_records(page, name):
     text = PAGES[page].read_text()
-    files = [f"experiments/results/{f}.json" for f in SEVERAL.get(name, [name.replace("-", "_")])]
+    of, short = name.removesuffix("-overview"), name.endswith("-overview")
+    files = [f"experiments/results/{f}.json" for f in SEVERAL.get(of, [of.replace("-", "_")])]
     records = [read_summary(ROOT / f) for f in files]
-    assert table.insert(text, table.markdown(records), name) == text, (
-        f"run: python -m experiments table {' '.join(files)} --into {page} --name {name}")
+    assert table.insert(text, table.markdown(records, overview=short), name) == text, (
+        f"run: python -m experiments table {' '.join(files)} --into {page} --name {name}{' --overview' * short}")
     for r in records: assert r.get("machine") or (r["complete"] and r["train_images"] == WHOLE[r["data"]])
 
 
@@ -181,6 +182,8 @@ def test_tables_of_different_data_are_not_mixed():
     with pytest.raises(InputError, match="have no rows"): table.markdown([one])
     with pytest.raises(InputError, match=r"different experiments, \['bench', 'small-batch'\]; name runs of one"):
         table.markdown([one, {"rows": [], "machine": ""}])
+    with pytest.raises(InputError, match=r"^small-batch has one table only; --overview is for lab$"):
+        table.markdown([one], overview=True)
     with pytest.raises(InputError, match="unknown experiment 'small-bath': did you mean 'small-batch'"):
         table.markdown([{**one, "experiment": "small-bath"}])
 
@@ -194,6 +197,10 @@ def test_table_goes_by_the_experiment_s_name_unless_told(tmp_path, capsys):
     assert readme.read_text() == table.insert(empty, made, "small-batch")
     assert main(["table", record, "--into", str(readme), "--name", "mine"]) == 0
     assert readme.read_text().count(made) == 2
+    capsys.readouterr()
+    files = [str(ROOT / "experiments" / "results" / f"lab_cifar10_{name}.json") for name in ("bn2", "h100_bn32")]
+    assert main(["table", *files, "--overview"]) == 0
+    assert capsys.readouterr().out == table.markdown([read_summary(f) for f in files], overview=True) + "\n"
 
 
 def test_tuning_and_final_runs_of_the_best_recipe_belong_together():

@@ -68,3 +68,31 @@ def table(summary: Summary) -> Table:
 def collapsed(row: Row) -> bool:
     """Whether a run is at chance, up to 1.5 times one in as many as there are classes, or has no figure."""
     return finite(row["test_accuracy"]) <= 1.5 * float(row.get("chance", 0.1))
+
+
+def overview(rows: Sequence[Row]) -> Table:
+    """Header and lines of the short table of the final `rows`: a line for each schedule and norm, a column for each
+    batch size.
+
+    A cell is the mean test accuracy, the best of its schedule and batch size in bold, with the number of collapsed runs
+    in brackets where there are any; "-" where nothing was measured. Norms are in the order of their sum over the
+    columns.
+    """
+    found = cells(rows)
+    sizes = sorted({b for b, _ in found})
+    lines = []
+    for schedule in dict.fromkeys(row["schedule"] for row in rows):
+        columns = [by_arm(found.get((b, schedule), ()), "norm") for b in sizes]
+        means = [{norm: statistics.mean(finite(r["test_accuracy"]) for r in arm) for norm, arm in column.items()}
+                 for column in columns]
+        norms = dict.fromkeys(norm for column in columns for norm in column)
+        for norm in sorted(norms, key=lambda n: -sum(of.get(n, 0.0) for of in means)):
+            texts = []
+            for column, of in zip(columns, means, strict=True):
+                if norm not in of:
+                    texts.append("-")
+                    continue
+                text, gone = f"{of[norm]:.3f}", sum(map(collapsed, column[norm]))
+                texts.append((f"**{text}**" if of[norm] == max(of.values()) else text) + f" ({gone})" * (gone > 0))
+            lines.append([norm, schedule, *texts])
+    return ["norm", "schedule", *(f"at {b}" for b in sizes)], lines
