@@ -64,13 +64,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
     ctx.save_for_backward(x)
     over = None if key is None else (key, totals)
     ctx.kept = mean, rstd, None if weight is None else wide(weight).clone(), a, free, averages, over
-    ctx.like = [None if t is None else (t.shape, t.dtype) for t in (weight, bias)]
+    ctx.of, ctx.like = (weight, bias), [None if t is None else (t.shape, t.dtype) for t in (weight, bias)]
 
 
-@torch.autograd.function.once_differentiable
-def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    if not torch.compiler.is_compiling(): fast.refuse_many(g)
-    gx, *affine = averaged_gradients(g, *ctx.saved_tensors, *ctx.kept)
+@fast.once
+def _gradients(ctx: Any, x: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
+    gx, *affine = averaged_gradients(g, x, *ctx.kept)
     gw, gb = (None if like is None else t.view(like[0]).to(like[1]) for t, like in zip(affine, ctx.like, strict=True))
     return gx, gw, gb, *[None] * 9
 

@@ -159,7 +159,7 @@ def test_a_change_of_the_loss_scale_goes_through_by_rescale():
 def test_second_derivatives_and_batches_of_gradients_are_refused():
     norm, x = trained(), torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     first, = torch.autograd.grad(norm(x).pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"): first.sum().backward()
+    with pytest.raises(RuntimeError, match="a second derivative was asked for"): first.sum().backward()
     y = norm(x)
     with pytest.raises(RuntimeError, match="call the backward pass once for each"):
         torch.autograd.grad(y, x, torch.randn(2, *y.shape).double(), is_grads_batched=True)

@@ -219,8 +219,14 @@ def test_averaged_backward_starts_as_batch_norm_and_refuses_what_it_can_not_do()
     # 16 images: the clamp is on, but holds no channel of spread 1.
     torch.testing.assert_close(*grads)
     m = RunningBatchNorm(3, average_backward=True).double()
-    first, = torch.autograd.grad(m(x).pow(3).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"): first.sum().backward()
+    loss = m(x).pow(3).sum()
+    first, = torch.autograd.grad(loss, x, create_graph=True)
+    none = "a second derivative was asked for .*It has none.*: take average_backward=False or another norm$"
+    with pytest.raises(RuntimeError, match=none): first.sum().backward(retain_graph=True)
+    # on any way to what is asked for, and not only on all of them: a penalty must not be left out in silence
+    for wanted in (x, m.weight, [m.bias, x]):
+        with pytest.raises(RuntimeError, match=none):
+            torch.autograd.grad(loss + first.square().sum(), wanted, retain_graph=True)
     y = m(x)
     with pytest.raises(RuntimeError, match="takes in one gradient at a time and got a batch of them"):
         torch.autograd.grad(y, x, torch.randn(3, *y.shape, dtype=torch.float64), is_grads_batched=True)

@@ -174,6 +174,7 @@ def test_every_defect_of_the_published_norm_is_reported():
         "statistics wide": "the buffer sums is torch.float16 in a norm cast to torch.float16",
         "torch.export": "The .grad attribute of a Tensor that is not a leaf",
         "buffers may change": "in training where buffers are written under no_grad before the backward",
+        "second derivative": "not refused in evaluation, of a loss of power 1, by at_once, where backward() is",
         **dict.fromkeys(REPEATED - {"counts a batch once"}, "modified by an inplace operation"),
     }
     found_are(report, texts)
@@ -672,6 +673,27 @@ class MumblesAboutIntegers(Sound):
         super().check(x)
 
 
+class TimesOnce(torch.autograd.Function):
+    """x s, with s `(1, C, 1, ...)`; by torch's way to refuse a second derivative."""
+
+    @staticmethod
+    def forward(ctx, x, s):
+        ctx.save_for_backward(x, s)
+        return x * s
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, s = ctx.saved_tensors
+        return g * s, (g * x).sum_to_size(s.shape)
+
+
+class LosesPenalties(Sound):
+    def normalise(self, x, mean, var):
+        if transformed(): return super().normalise(x, mean, var)
+        return TimesOnce.apply(x - self.view(mean, x), self.view(torch.rsqrt(var + self.eps), x))
+
+
 # the norm, the only checks that fail, and words of the first one's message
 BROKEN = [
     (NoRank3, ["3-D input", "numeric derivative", "non-contiguous", "one element", "constant"],
@@ -710,6 +732,8 @@ BROKEN = [
     (HoldsABuffer, ["buffers may change"], "in training where buffers are written under no_grad before the backward"),
     (HoldsItsWeight, ["weights may change"], "in training where weights are written under no_grad"),
     (TrustsTheLayout, ["save_on_cpu"], "under packed, torch.channels_last"),
+    (LosesPenalties, ["second derivative"],
+     "not refused in training, of a loss of power 1, by at_once, where backward() is"),
     (CountsBackwards, ["backward changes nothing"], "backwards is off by 2 after two backwards in training"),
     (ReplacesBuffers, ["written in place", "inference_mode", "compiles once", "torch.export"],
      "mean is another tensor after a train"),
@@ -774,7 +798,7 @@ def test_report_is_printed_and_strict_raises_it(capsys):
     assert ("-     an empty batch is refused in training: not for this norm: it normalises each image by itself, so no "
             "images come out as none") in lines
     assert "\nFAIL  integer input is refused: " in out
-    assert lines[-1] == "37 of 45 hold, 2 failed, 6 not for this norm"
+    assert lines[-1] == "38 of 46 hold, 2 failed, 6 not for this norm"
     with pytest.raises(AssertionError, match=r"not everything holds(.|\n)*FAIL  integer input"):
         check_norm(lambda nf: nn.GroupNorm(2, nf), strict=True)
     assert check_norm(InstanceNorm, dims=(3, 4, 5), strict=True).ok

@@ -10,11 +10,12 @@ definition runs.
 
 from norms.fast.channels import batch_norm, running_batch_norm
 from norms.fast.compiled import owned, write
-from norms.fast.dispatch import refuse_many, register, step
+from norms.fast.dispatch import register, step
 from norms.fast.images import group_norm
+from norms.fast.once import once
 from norms.fast.pairs import batch_pair, running_pair
 from norms.fast.repeats import first_result, repeating, state
 from norms.fast.weights import standardized
 
-__all__ = ["batch_norm", "batch_pair", "first_result", "group_norm", "owned", "refuse_many", "register", "repeating",
+__all__ = ["batch_norm", "batch_pair", "first_result", "group_norm", "once", "owned", "register", "repeating",
            "running_batch_norm", "running_pair", "standardized", "state", "step", "write"]

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from norms.fast.dispatch import bare, refuse_many
+from norms.fast.dispatch import bare
 from norms.fast.kernels import Kernels, channels_last, laid_out_as, ordinary, pointers
+from norms.fast.once import once
 from norms.fast.repeats import repeating, state
 from norms.moments import all_but_channels, averaged_gradients, merge_moments, moments, per_channel, scale_shift
 from norms.running_norm import RunningNorm
@@ -138,10 +139,8 @@ class _AveragedStep(_Step):
     """With G and D: see `norms.averaged`."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        refuse_many(g)
+    @once
+    def backward(ctx: Any, x: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
         increment_version(ctx.kept[-1])
         if bare(g, x): return *_by_kernel(ctx, x, g), *[None] * 5
         _, kept, _, eps, averages = ctx.kept

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from norms.fast.channels import batch_state, differentiable, evaluated_by, running_state
-from norms.fast.dispatch import bare, refuse_many
+from norms.fast.dispatch import bare
 from norms.fast.images import define_groups
 from norms.fast.kernels import Kernels, channels_last, laid_out_as, pointers
+from norms.fast.once import once
 from norms.moments import all_but_channels, averaged_gradients, merge_moments, moments, per_channel, scale_shift
 from norms.running_norm import RunningNorm
 
@@ -98,10 +99,8 @@ class _AveragedPairStep(_PairStep):
     """With G and D: see `norms.averaged`."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        refuse_many(g)
+    @once
+    def backward(ctx: Any, x: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
         increment_version(ctx.kept[-1])
         return *(_by_kernel if bare(g, x) else _averaged)(ctx, x, g), *[None] * 5
 

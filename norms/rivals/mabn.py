@@ -192,14 +192,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
     ctx.save_for_backward(x)
     over = None if key is None else (key, totals)
     ctx.kept = rstd, r, r if weight is None else r * wide(weight), column, alone, window, over
-    ctx.like = [None if t is None else (t.shape, t.dtype) for t in (weight, bias)]
+    ctx.of, ctx.like = (weight, bias), [None if t is None else (t.shape, t.dtype) for t in (weight, bias)]
 
 
-@torch.autograd.function.once_differentiable
-def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+@fast.once
+def _gradients(ctx: Any, x: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
     """Over several processes the loss is the mean of theirs, and the window of that loss's scale (`norms.averaged`)."""
-    if not torch.compiler.is_compiling(): fast.refuse_many(g)
-    (x,), (rstd, r, scale, column, alone, window, over) = ctx.saved_tensors, ctx.kept
+    rstd, r, scale, column, alone, window, over = ctx.kept
     dims, n, losses = all_but_channels(x), x.numel() // x.shape[1], None
     g, z = wide(g), wide(x) * rstd
     total, dot = g.sum(dims), (g * z).sum(dims)                                                         # (C,) each

@@ -124,3 +124,42 @@ def backward_is_pure(case: Case) -> None:
         names = ["the input's gradient", *(f"the gradient of {k}" for k, _ in norm.named_parameters())]
         got, want = (dict(zip(names, found, strict=True)) for found in (second, first))
         agree(got, want, f"in a second backward {mode(training)}")
+
+
+@check("a second derivative is whole, or refused")
+def second_derivative(case: Case) -> str | None:
+    """Of a gradient penalty, as by `backward()`: that goes every way through the graph, `autograd.grad` only those to
+    what it was asked for, and passes by an error that lies on another.
+    """
+    refused = set()
+    for training, power in ((True, 1), (True, 3), (False, 1), (False, 3)):
+        def penalty(training: bool = training, power: int = power) -> tuple[Tensor, dict[str, Tensor]]:
+            norm, x = case.make(2, torch.float64).train(training), case.x(1, dtype=torch.float64).requires_grad_()
+            y = norm(x)
+            loss = (y ** power * draw(y.shape, 99).to(y)).sum()
+            gx, = torch.autograd.grad(loss, x, create_graph=True)
+            return loss + gx.square().sum(), {"the input": x, **dict(norm.named_parameters())}
+
+        def backward(of: Tensor, by: dict[str, Tensor]) -> list[Tensor]:
+            of.backward()
+            return [torch.zeros_like(t) if t.grad is None else t.grad for t in by.values()]
+
+        def at_once(of: Tensor, by: dict[str, Tensor]) -> list[Tensor]:
+            return list(torch.autograd.grad(of, list(by.values()), allow_unused=True, materialize_grads=True))
+
+        def one_by_one(of: Tensor, by: dict[str, Tensor]) -> list[Tensor]:
+            return [torch.autograd.grad(of, t, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+                    for t in by.values()]
+        want: dict[str, Tensor] | None = None
+        for way in (backward, at_once, one_by_one):
+            when = f"{mode(training)}, of a loss of power {power}, by {way.__name__}"
+            of, by = penalty()
+            try: got = dict(zip((f"the penalty's gradient by {k}" for k in by), way(of, by), strict=True))
+            except RuntimeError as e:
+                if way is backward: refused.add(str(e))
+                elif want is not None: raise AssertionError(f"refused {when}, and not by backward(): {e}") from e
+                continue
+            if way is backward: want = got
+            elif want is None: raise AssertionError(f"not refused {when}, where backward() is")
+            else: agree(got, want, when, 1e-8)
+    return f"refused: {refused.pop()}" if refused else None
