@@ -264,6 +264,20 @@ def test_the_table_pairs_every_norm_with_the_best_of_its_batch_size():
         ("D", "2", "-0.3500 (-2.2559 to +1.5559)"), ("A", "4", "-")]
 
 
+def test_the_table_marks_rates_at_the_edge_of_those_tried():
+    def row(norm, schedule, rate): return {"norm": norm, "seed": 0, "test_accuracy": 0.5, "batch_size": 2, "rate": rate,
+                                           "schedule": schedule, "step_ms": 1.0, "status": "ok"}
+    of = {"A": 0.1, "B": 0.2, "C": 0.4}
+    header, lines = lab.table({"rows": [*(row(norm, "warm-up", rate) for norm, rate in of.items()),
+                                        row("A", "constant", 0.2), row("B", "constant", 0.2)],
+                               "before": [*(row(norm, "warm-up", rate) for norm in of for rate in (0.2, 0.1, 0.4)),
+                                          row("A", "constant", 0.2)]})
+    at = header.index("rate")
+    assert {(line[0], line[2]): line[at] for line in lines} == {
+        ("A", "warm-up"): "0.1 (lowest)", ("B", "warm-up"): "0.2", ("C", "warm-up"): "0.4 (highest)",
+        ("A", "constant"): "0.2", ("B", "constant"): "0.2"}       # of one rate, or of none that is known
+
+
 def test_the_short_table_has_a_column_for_each_batch_size():
     def rows(norm, batch_size, *accuracies, schedule="warm-up"):
         return [{"norm": norm, "seed": seed, "test_accuracy": accuracy, "batch_size": batch_size, "schedule": schedule}

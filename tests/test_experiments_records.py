@@ -14,13 +14,13 @@ from experiments import EXPERIMENTS, table
 from experiments.__main__ import main
 from experiments.beyond.recipes import BEST, RUNNING, TRIED
 from experiments.errors import InputError
-from experiments.figures import by_arm
+from experiments.figures import by_arm, finite
 from experiments.results import read_summary
 from experiments.study.statistics import holm, interval
 
 ROOT = Path(__file__).parent.parent
 PAGES = {name: ROOT / name for name in ("experiments/README.md", "experiments/lab/README.md",
-                                        "experiments/bench/README.md")}
+                                        "experiments/lab/five-layer.md", "experiments/bench/README.md")}
 SPEED = " ".join((ROOT / "experiments" / "bench" / "README.md").read_text().split())
 TABLES = [(page, name) for page, file in PAGES.items()
           for name in re.findall(r"^<!-- results: (.*) -->$", file.read_text(), re.MULTILINE)]
@@ -38,8 +38,14 @@ SEVERAL = {"best": ["best_running", "best_group"],
            "lab-resnet-imagenette": [name for name in records_of("lab_resnet") if name != "lab_resnet_bn32"],
            "lab-cifar10": records_of("lab_cifar10"),
            "lab-five-mnist": records_of("lab_five_mnist"),
-           "lab": [*records_of("lab_resnet"), *records_of("lab_cifar10"), *records_of("lab_five_mnist")]}
+           "lab-five-layer": records_of("lab_five_layer"),
+           "lab": [name for name in records_of("lab") if name != "lab_leads"]}
 WHOLE = {"MNIST": 50_000, "Fashion-MNIST": 50_000, "breast cancer": 455, "imagenette64": 8522, "cifar10": 45_000}
+
+
+def due(file, record):
+    """How many training images a record must have: all, but of all norms at all batch sizes, which takes many hours."""
+    return 12_000 if file.startswith("lab_five_layer") else WHOLE[record["data"]]
 
 
 @pytest.mark.parametrize(("page", "name"), TABLES)
@@ -50,7 +56,8 @@ def test_the_pages_tables_are_generated_from_the_committed_records(page, name):
     records = [read_summary(ROOT / f) for f in files]
     assert table.insert(text, table.markdown(records, overview=short), name) == text, (
         f"run: python -m experiments table {' '.join(files)} --into {page} --name {name}{' --overview' * short}")
-    for r in records: assert r.get("machine") or (r["complete"] and r["train_images"] == WHOLE[r["data"]])
+    for file, r in zip(files, records, strict=True):
+        assert r.get("machine") or (r["complete"] and r["train_images"] == due(Path(file).stem, r))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -58,7 +65,7 @@ def test_the_verdict_in_a_record_is_the_present_criterion_s(name):
     module = importlib.import_module(EXPERIMENTS[name][0])
     for file in SEVERAL.get(name, [name.replace("-", "_")]):
         record = read_summary(ROOT / "experiments" / "results" / f"{file}.json")
-        assert (record["experiment"], record["complete"], record["train_images"]) == (name, True, WHOLE[record["data"]])
+        assert (record["experiment"], record["complete"], record["train_images"]) == (name, True, due(file, record))
         said = module.judge(record["rows"], record["data"], record["train_images"]).record()
         assert {name: record[name] for name in said} == said
 
@@ -156,6 +163,59 @@ def test_the_differences_on_the_lab_s_page_are_those_of_its_records():
         low, high, _ = interval(d)
         found = [*(f"{x:+.4f}" for x in (statistics.mean(d), low, high)), str(sum(x > 0 for x in d)), str(len(d))]
         assert found == said, (one, b, other, c)
+
+
+def five_layer():
+    """The test accuracies of the records of all norms on the five-layer network: `{(norm, batch size, schedule):
+    {seed: accuracy}}`; a run without a figure has 0.
+    """
+    accs = {}
+    for name in SEVERAL["lab-five-layer"]:
+        for row in read_summary(ROOT / "experiments" / "results" / f"{name}.json")["rows"]:
+            cell = row["norm"], row["batch_size"], row["schedule"]
+            accs.setdefault(cell, {})[row["seed"]] = finite(row["test_accuracy"])
+    return accs
+
+
+def test_the_differences_on_the_five_layer_page_are_those_of_its_records():
+    accs = five_layer()
+    cell = r"(\S+) at (\d+), (\S+)"
+    lines = re.findall(rf"^\| {cell} - {cell} \| (\S+) \| (\S+) to (\S+) \| (\d+) of (\d+) \|$",
+                       PAGES["experiments/lab/five-layer.md"].read_text(), re.MULTILINE)
+    assert len(lines) >= 8
+    for one, b, schedule, other, c, another, *said in lines:
+        first, second = accs[one, int(b), schedule], accs[other, int(c), another]
+        assert first.keys() == second.keys()
+        d = [first[seed] - second[seed] for seed in sorted(first)]
+        low, high, _ = interval(d)
+        found = [*(f"{x:+.4f}" for x in (statistics.mean(d), low, high)), str(sum(x > 0 for x in d)), str(len(d))]
+        assert found == said, (one, b, schedule, other, c, another)
+
+
+def test_every_figure_in_the_five_layer_page_s_sentences_is_in_its_records():
+    accs, page = five_layer(), PAGES["experiments/lab/five-layer.md"].read_text()
+    said = page.partition("## What they say")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| \S+ at \d+, .* \| (\S+) \| (\S+) to (\S+) \| \d+ of 24 \|$", page, re.MULTILINE)
+    known = {*map(statistics.mean, map(dict.values, accs.values())), *(abs(float(x)) for row in rows for x in row)}
+    written = re.findall(r"0\.\d{2,}", said)
+    assert len(written) >= 20
+    before = read_summary(ROOT / "experiments" / "results" / "lab_five_layer_b2.json")["before"]
+    most = max(row["valid_accuracy"] for row in before if row["norm"] == "BatchNorm2d")
+    assert f"(to {most:.3f} at most, in the tuning)" in " ".join(said.split())
+    known.add(most)
+    assert [x for x in written if x not in {f"{k:.{len(x) - 2}f}" for k in known}] == []
+    words = " ".join(said.split())
+    means = {cell: f"{statistics.mean(found.values()):.3f}" for cell, found in accs.items()}
+    for form in ("at its best {BatchNorm2d warm-up} with warm-up and {BatchNorm2d constant} without",
+                 "BatchChannelNorm has {BatchChannelNorm warm-up}, BatchRenorm {BatchRenorm warm-up}, "
+                 "MomentumBatchNorm {MomentumBatchNorm warm-up}",
+                 "{RunningBatchNorm warm-up} with warm-up and {RunningBatchNorm constant} without",
+                 "GroupNorm has {GroupNorm warm-up}",
+                 "without any norm has {none warm-up}, and the best, EvoNormS0, {EvoNormS0 warm-up}"):
+        assert form.format_map({f"{norm} {s}": mean for (norm, b, s), mean in means.items() if b == 2}) in words
+    at_two = {norm: statistics.mean(found.values()) for (norm, b, s), found in accs.items() if (b, s) == (2, "warm-up")}
+    assert max(at_two, key=at_two.get) == "EvoNormS0"
+    assert min(min(accs["RunningBatchNorm", 2, s].values()) for s in ("constant", "warm-up")) > 0.15
 
 
 def test_at_batch_size_2_the_lab_s_best_stays_ahead_after_holm_s_correction():

@@ -45,9 +45,13 @@ def table(summary: Summary) -> Table:
     """Header and lines of the table of a `summary.json`: a line for each norm, by batch size and schedule.
 
     "To the best" is the mean difference to the best norm of the same batch size and schedule, paired by seed, with its
-    95 % interval. A run that diverged or was refused counts as 0 correct.
+    95 % interval. A run that diverged or was refused counts as 0 correct. A rate that was the lowest or the highest of
+    those tried is marked so: beyond it there may be a better one.
     """
     lines = []
+    tried: dict[tuple[str, int, str], set[float]] = {}
+    for row in summary.get("before", []):
+        tried.setdefault((row["norm"], row["batch_size"], row["schedule"]), set()).add(row["rate"])
     for (b, schedule), cell in cells(summary["rows"]).items():
         arms, order = by_arm(cell, "norm"), ranked(cell)
         for norm, found in order:
@@ -56,7 +60,9 @@ def table(summary: Summary) -> Table:
                 behind = f"{statistics.mean(d):+.4f}"
                 if len(d) > 1: behind += " ({:+.4f} to {:+.4f})".format(*interval(d)[:2])
             several = len(accs) > 1
-            lines.append([norm, str(b), schedule, f"{arm[0]['rate']:g}", f"{statistics.mean(accs):.4f}",
+            rate, of = arm[0]["rate"], tried.get((norm, b, schedule), set())
+            edge = "" if len(of) < 2 else " (highest)" * (rate == max(of)) + " (lowest)" * (rate == min(of))
+            lines.append([norm, str(b), schedule, f"{rate:g}{edge}", f"{statistics.mean(accs):.4f}",
                           "{:.3f} to {:.3f}".format(*interval(accs)[:2]) if several else "-", behind,
                           f"{min(accs):.3f} to {max(accs):.3f}" if several else "-",
                           f"{sum(map(collapsed, arm))} of {len(arm)}", str(len(arm)),
