@@ -60,12 +60,11 @@ def _of_runs(module: Any, summaries: Sequence[dict[str, Any]], facts: Sequence[F
     rows = [row for s in summaries for row in s["rows"]]
     if not rows: raise InputError("these runs have no rows, for no arm had finished; name others")
     check_alike(rows, across=summaries[0]["experiment"] in ONE_SETTING)
-    if overview: return markdown_table(*short(rows))
     before = [row for s in summaries for row in s.get("before", [])]
-    table = markdown_table(*module.table({**summaries[0], "rows": rows, "before": before}))
-    missing = [s for s in summaries if s.get("complete") is False]
+    found = short(rows) if overview else module.table({**summaries[0], "rows": rows, "before": before})
+    table, missing = markdown_table(*found), [s for s in summaries if s.get("complete") is False]
     if missing: return f"{table}\n\n{' '.join(dict.fromkeys(s['verdict'] for s in missing))}"
-    return f"{table}\n\n{module.judge(rows, *data.pop()).sentence}"
+    return table if overview else f"{table}\n\n{module.judge(rows, *data.pop()).sentence}"
 
 
 # What a row says of how its arm was trained, where it says so.

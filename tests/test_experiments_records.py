@@ -260,7 +260,10 @@ def test_table_goes_by_the_experiment_s_name_unless_told(tmp_path, capsys):
     capsys.readouterr()
     files = [str(ROOT / "experiments" / "results" / f"lab_cifar10_{name}.json") for name in ("bn2", "h100_bn32")]
     assert main(["table", *files, "--overview"]) == 0
-    assert capsys.readouterr().out == table.markdown([read_summary(f) for f in files], overview=True) + "\n"
+    records = [read_summary(f) for f in files]
+    assert capsys.readouterr().out == table.markdown(records, overview=True) + "\n"
+    half = {**records[0], "complete": False, "verdict": "Not complete: 3 of 4"}
+    assert table.markdown([half, records[1]], overview=True).endswith(" |\n\nNot complete: 3 of 4")
 
 
 def test_tuning_and_final_runs_of_the_best_recipe_belong_together():
