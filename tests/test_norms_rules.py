@@ -18,8 +18,8 @@ from torch.export import Dim, export
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
-from norms.rivals import BatchRenorm, EvoNormS0, FilterResponseNorm, MomentumBatchNorm
+from norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm, SteadyBatchNorm
+from norms.rivals import MABN, BatchRenorm, EvoNormS0, FilterResponseNorm, MomentumBatchNorm
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -366,3 +366,24 @@ def test_what_is_not_finite_stays_in_its_image_or_channel(name, bad):
     if name in RUNNING:
         for k, b in norm.named_buffers():
             if b.ndim and not k.startswith("grad"): assert b.isfinite().tolist() == [True, True, False, True], k
+
+
+@pytest.mark.parametrize("make", [lambda: RunningBatchNorm(4, average_backward=True), lambda: SteadyBatchNorm(4, 2),
+                                  lambda: MABN(4)], ids=["running", "steady", "mabn"])
+@pytest.mark.parametrize("way", ["channels last", "checkpointed", "made weights", "autocast"])
+def test_a_gradient_penalty_is_refused_by_norms_without_a_second_derivative(make, way):
+    norm, conv, made = make(), nn.Conv2d(4, 4, 1), torch.ones(4, requires_grad=True)
+    x = torch.randn(4, 4, 3, 3)
+    if way == "channels last": x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+
+    def forward(x): return torch.func.functional_call(norm, {"weight": made.exp()}, (conv(x),))
+    if way == "checkpointed": y = checkpoint(lambda x: norm(conv(x)), x, use_reentrant=False)
+    elif way == "autocast":
+        with torch.autocast("cpu", torch.bfloat16): y = norm(conv(x))
+    else: y = forward(x) if way == "made weights" else norm(conv(x))
+    loss = y.float().square().sum()
+    gx, = torch.autograd.grad(loss, x, create_graph=True)
+    for wanted in (conv.weight, made if way == "made weights" else norm.weight):
+        with pytest.raises(RuntimeError, match="a second derivative was asked for"):
+            torch.autograd.grad(loss + gx.square().sum(), wanted, retain_graph=True)
