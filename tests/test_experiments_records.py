@@ -215,11 +215,11 @@ def test_every_figure_in_the_five_layer_page_s_sentences_is_in_its_records():
         assert form.format_map({f"{norm} {s}": mean for (norm, b, s), mean in means.items() if b == 2}) in words
     batch, running = ({b: mean for (norm, b, s), mean in means.items() if (norm, s) == (name, "warm-up")}
                       for name in ("BatchNorm2d", "RunningBatchNorm"))
-    assert f"{batch[4]} at 4, {batch[8]} at 8, {batch[16]} at 16 and 32" in words
+    assert f"{batch[4]} at 4, {batch[8]} at 8, {batch[16]} at 16 and 32, {batch[64]} at 64" in words
     assert batch[16] == batch[32]
-    assert f"{running[2]} at 2, {running[4]} at 4, {running[8]} at 8 and {running[32]} at 32" in words
+    assert f"{running[2]} at 2, {running[4]} at 4, {running[8]} at 8, {running[32]} at 32 and {running[64]} at 64" in words
     assert {mean for (norm, b, s), mean in means.items() if (norm, s) == ("SteadyBatchNorm", "warm-up")} == {
-        "0.965", "0.966"}
+        "0.964", "0.965", "0.966"}
     at_two = {norm: statistics.mean(found.values()) for (norm, b, s), found in accs.items() if (b, s) == (2, "warm-up")}
     assert max(at_two, key=at_two.get) == "EvoNormS0"
     assert min(min(accs["RunningBatchNorm", 2, s].values()) for s in ("constant", "warm-up")) > 0.15
