@@ -269,6 +269,20 @@ def derivatives_of_all_kinds(rank, size):
 
 
 @check
+def an_averaged_gradient_has_no_second_on_any_rank(rank, size):
+    for make in (NORMS[3], lambda nf: SteadyBatchNorm(nf, 1), lambda nf: MABN(nf, window=2, warmup=0, r_from=0)):
+        model = mark(nn.Sequential(nn.Linear(3, 3), make(3), nn.Linear(3, 3)).double())
+        params = list(model.parameters())
+        for ask in (lambda loss, params=params: loss.backward(),
+                    lambda loss, params=params: loss.backward(inputs=params[:1]),
+                    lambda loss, params=params: torch.autograd.grad(loss, params),
+                    lambda loss, params=params: torch.autograd.grad(loss, params[-1])):
+            loss = model(draw(4 + rank, 3, seed=rank)).pow(3).sum()
+            penalty = sum(g.square().sum() for g in torch.autograd.grad(loss, params, create_graph=True))
+            with pytest.raises(RuntimeError, match="^a second derivative was asked for"): ask(loss + penalty)
+
+
+@check
 def compiled_whole(rank, size):
     x, g, mine = draw(5, 3, 2, 2), draw(5, 3, 2, 2, seed=1), part([5, 0], rank)
     one = nn.Sequential(NORMS[0](3), NORMS[3](3)).double()

@@ -14,6 +14,7 @@ from norms import BatchNorm, GroupNorm, LayerNorm, RunningBatchNorm, sync_norms,
 
 TWO = ["without_a_group_it_is_the_norm", "what_was_compiled_before_is_right_in_the_group", "as_one_process_by_ddp",
        "accumulation_with_no_sync_and_buffers_broadcast_before_the_backward", "derivatives_of_all_kinds",
+       "an_averaged_gradient_has_no_second_on_any_rank",
        "compiled_whole", "half_precision_and_ragged_and_empty_shares", "one_value_over_all_ranks_is_as_the_norm_alone",
        "evaluation_asks_nobody", "what_is_not_finite_stays_in_its_channel", "a_constant_is_exact",
        "copies_pickles_and_conversions_keep_the_mark", "recalibration_is_over_all_images", "sharded_by_fsdp2",
