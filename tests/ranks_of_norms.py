@@ -279,7 +279,7 @@ def an_averaged_gradient_has_no_second_on_any_rank(rank, size):
                     lambda loss, params=params: torch.autograd.grad(loss, params[-1])):
             loss = model(draw(4 + rank, 3, seed=rank)).pow(3).sum()
             penalty = sum(g.square().sum() for g in torch.autograd.grad(loss, params, create_graph=True))
-            with pytest.raises(RuntimeError, match="^a second derivative was asked for"): ask(loss + penalty)
+            with pytest.raises(RuntimeError, match=r"^a second derivative was asked for"): ask(loss + penalty)
 
 
 @check

@@ -207,22 +207,36 @@ def test_every_figure_in_the_five_layer_page_s_sentences_is_in_its_records():
     words = " ".join(said.split())
     means = {cell: f"{statistics.mean(found.values()):.3f}" for cell, found in accs.items()}
     for form in ("at its best {BatchNorm2d warm-up} with warm-up and {BatchNorm2d constant} without",
-                 "BatchChannelNorm has {BatchChannelNorm warm-up}, BatchRenorm {BatchRenorm warm-up}, "
+                 "at 2 BatchChannelNorm has {BatchChannelNorm warm-up}, BatchRenorm {BatchRenorm warm-up}, "
                  "MomentumBatchNorm {MomentumBatchNorm warm-up}",
                  "{RunningBatchNorm warm-up} with warm-up and {RunningBatchNorm constant} without",
                  "GroupNorm has {GroupNorm warm-up}",
                  "without any norm has {none warm-up}, and the best, EvoNormS0, {EvoNormS0 warm-up}"):
         assert form.format_map({f"{norm} {s}": mean for (norm, b, s), mean in means.items() if b == 2}) in words
+    for form in ("whatever the image ({BatchNorm warm-up})",
+                 "BatchRenorm has {BatchRenorm warm-up}, and MomentumBatchNorm diverges",
+                 "At batch size 1 it has {RunningBatchNorm warm-up} and {RunningBatchNorm constant}, and again no run",
+                 "At 1 EvoNormS0 is the best, too ({EvoNormS0 warm-up})", "GroupNorm has {GroupNorm warm-up} at 1",
+                 "but {SteadyBatchNorm warm-up} at 1", "and {SteadyBatchNorm constant} at a constant rate"):
+        assert form.format_map({f"{norm} {s}": mean for (norm, b, s), mean in means.items() if b == 1}) in words
     batch, running = ({b: mean for (norm, b, s), mean in means.items() if (norm, s) == (name, "warm-up")}
                       for name in ("BatchNorm2d", "RunningBatchNorm"))
     assert f"{batch[4]} at 4, {batch[8]} at 8, {batch[16]} at 16 and 32, {batch[64]} at 64" in words
     assert batch[16] == batch[32]
-    assert f"{running[2]} at 2, {running[4]} at 4, {running[8]} at 8, {running[32]} at 32 and {running[64]} at 64" in words
-    assert {mean for (norm, b, s), mean in means.items() if (norm, s) == ("SteadyBatchNorm", "warm-up")} == {
-        "0.964", "0.965", "0.966"}
-    at_two = {norm: statistics.mean(found.values()) for (norm, b, s), found in accs.items() if (b, s) == (2, "warm-up")}
-    assert max(at_two, key=at_two.get) == "EvoNormS0"
-    assert min(min(accs["RunningBatchNorm", 2, s].values()) for s in ("constant", "warm-up")) > 0.15
+    assert (f"{running[1]} at 1, {running[2]} at 2, {running[4]} at 4, {running[8]} at 8, {running[32]} at 32 and "
+            f"{running[64]} at 64") in words
+    assert {mean for (norm, b, s), mean in means.items() if (norm, s, b > 1) == ("SteadyBatchNorm", "warm-up", True)
+            } == {"0.964", "0.965", "0.966"}
+    for size in 1, 2:
+        arms = {norm: statistics.mean(found.values()) for (norm, b, s), found in accs.items()
+                if (b, s) == (size, "warm-up")}
+        assert max(arms, key=arms.get) == "EvoNormS0"
+        assert min(min(accs["RunningBatchNorm", size, s].values()) for s in ("constant", "warm-up")) > 0.15
+    rows = read_summary(ROOT / "experiments" / "results" / "lab_five_layer_b1.json")["rows"]
+    for norm, status in ("BatchNorm2d", "failed"), ("MomentumBatchNorm", "diverged"):
+        assert {row["status"] for row in rows if row["norm"] == norm} == {status}
+    rates = {(row["norm"], row["schedule"]): row["rate"] for row in rows}
+    assert sum(rate == min(rates.values()) for rate in rates.values()) > len(rates) / 2
 
 
 def test_at_batch_size_2_the_lab_s_best_stays_ahead_after_holm_s_correction():
