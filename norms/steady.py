@@ -36,8 +36,8 @@ class SteadyBatchNorm(RunningChannelNorm):
 
     Put it behind convolutions with weight standardization (`norms.rivals.WSConv2d`). A residual network at batch size 2
     then was above batch norm at batch size 32; GroupNorm, which is simpler, comes close to it up to batch size 4 and
-    falls behind from 8 on: see `experiments/lab`. In a shallow network take it from batch size 2 on: at 1, GroupNorm and
-    RunningBatchNorm were above it.
+    falls behind from 8 on: see `experiments/lab`. In a shallow network take it from batch size 2 on: at 1, GroupNorm
+    and RunningBatchNorm were above it.
 
     Args:
         nf: channels, the size of axis 1.
