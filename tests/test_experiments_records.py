@@ -36,6 +36,7 @@ SEVERAL = {"best": ["best_running", "best_group"],
            "best-tuning": ["best_tuning_running", "best_tuning_running_more", "best_tuning_group"],
            # A cell that was measured twice is in the table once.
            "lab-resnet-imagenette": [name for name in records_of("lab_resnet") if name != "lab_resnet_bn32"],
+           "lab-pair": records_of("lab_pair"),
            "lab-cifar10": records_of("lab_cifar10"),
            "lab-five-mnist": records_of("lab_five_mnist"),
            "lab-five-layer": records_of("lab_five_layer"),
@@ -247,6 +248,24 @@ def test_at_batch_size_2_the_lab_s_best_stays_ahead_after_holm_s_correction():
                                                    strict=True)).pvalue for found in accs.values()]), strict=True))
     assert {norm for norm, p in ps.items() if p >= 0.05} == {"GroupNorm-WS"}
     assert {norm for norm, p in ps.items() if 0.03 < p < 0.05} == {"MABN", "BatchChannelNorm-WS"}
+
+
+def test_what_the_lab_says_of_its_two_best_with_fresh_seeds_is_in_their_records():
+    cells = [(norm, 2) for norm in ("SteadyBatchNorm-WS", "GroupNorm-WS")]
+    fresh, first = accuracies_of("lab-pair"), accuracies_of("lab-resnet-imagenette")
+    for cell in cells:
+        assert fresh[cell].keys() == {*range(5, 30)}        # none of the first five
+        assert first[cell].keys() == {*range(5)}
+    rates = [{row["norm"]: row["rate"] for name in SEVERAL[mark]
+              for row in read_summary(ROOT / "experiments" / "results" / f"{name}.json")["rows"]
+              if (row["norm"], row["batch_size"]) in cells} for mark in ("lab-pair", "lab-resnet-imagenette")]
+    assert rates[0] == rates[1]
+    words = " ".join(PAGES["experiments/lab/README.md"].read_text().split())
+    more = [fresh[cells[0]][seed] - fresh[cells[1]][seed] for seed in range(5, 30)]
+    whole = [first[cells[0]][seed] - first[cells[1]][seed] for seed in range(5)] + more
+    (a, b, _), (c, d, _) = interval(more), interval(whole)
+    assert (f"is {statistics.mean(more):.4f} above GroupNorm-WS ({a:.4f} to {b:.4f}), in {sum(x > 0 for x in more)} of "
+            f"25 seeds; over all 30 it is {statistics.mean(whole):.4f} ({c:.4f} to {d:.4f})") in words
 
 
 def test_table_goes_between_its_marks_and_nowhere_else():
